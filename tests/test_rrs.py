@@ -1,0 +1,328 @@
+"""The public API on a tiny random Qwen2-Audio: the steps, the loop, saving, loading, merging, and what stays untouched."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import assert_same, rows, tiny_qwen2_audio
+from torch.nn import functional as F
+
+import rrs
+from rrs import RRS, RRSConfig, select_features
+from rrs.data import load_examples
+
+THREE = ("audio-text", "text-only", "audio-only")
+
+
+def small(**kwargs):
+    """A configuration that trains a tiny model in seconds."""
+    return RRSConfig(
+        **{"epochs": 3, "batch_size": 3, "accumulate": 2, "learning_rate": 1e-2, "penalty": 1e-3, **kwargs}
+    )
+
+
+@pytest.fixture
+def fitted(tiny, harmful, benign):
+    return RRS(*tiny, small(conditions=THREE), verbose=False).fit(harmful, benign, preflight=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"top": 0}, "top=0"),
+        ({"top": 101}, "top=101"),
+        ({"top": "abc"}, "top='abc'"),
+        ({"conditions": ("audio",)}, "conditions"),
+        ({"conditions": "audio-text"}, "conditions"),
+        ({"prompts": ()}, "prompts is empty"),
+        ({"lora_r": 0}, "lora_r=0"),
+        ({"epochs": 1.5}, "epochs=1.5"),
+        ({"learning_rate": 0}, "learning_rate=0"),
+        ({"penalty": -1}, "penalty=-1"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+    ],
+)
+def test_config_rejects(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        RRSConfig(**kwargs)
+
+
+def test_config_survives_json():
+    config = RRSConfig(top=12.5, conditions=THREE)
+    assert RRSConfig.from_dict(json.loads(json.dumps(vars(config)))) == config
+    with pytest.raises(ValueError, match="no fields"):
+        RRSConfig.from_dict({"learning_rat": 1})
+
+
+def test_config_defaults_are_the_papers():
+    c = RRSConfig()
+    assert (c.lora_r, c.lora_alpha, c.lora_dropout, c.learning_rate, c.betas) == (16, 4, 0.1, 5e-5, (0.9, 0.98))
+    assert (c.weight_decay, c.max_grad_norm, c.epochs, c.batch_size, c.accumulate) == (1e-3, 1.0, 10, 4, 2)
+    assert (c.refusal_token, c.top, c.penalty, len(c.prompts)) == ("I", "positive", 1.0, 10)
+
+
+@pytest.mark.parametrize(("top", "kept"), [(12.5, 8), (25, 16), (50, 32), (100, 64), (0.1, 1)])
+def test_selection_keeps_the_top_percent(top, kept):
+    torch.manual_seed(0)
+    delta, row = torch.randn(64), torch.randn(64)
+    mask = select_features(delta, row, top)
+    assert mask.dtype == torch.bool
+    assert mask.sum() == kept
+    assert (delta * row)[mask].min() >= (delta * row)[~mask].max() if kept < 64 else True
+
+
+def test_selection_positive_and_own_scorer():
+    torch.manual_seed(0)
+    delta, row = torch.randn(64), torch.randn(64)
+    assert torch.equal(select_features(delta, row), delta * row > 0)
+    by_size = select_features(delta, row, 25, scorer=lambda d, _: d.abs())
+    assert torch.equal(by_size.nonzero().flatten(), delta.abs().topk(16).indices.sort().values)
+
+
+def test_selection_rejects():
+    with pytest.raises(ValueError, match="must both be"):
+        select_features(torch.ones(3), torch.ones(4))
+    with pytest.raises(ValueError, match="NaN"):
+        select_features(torch.tensor([1.0, math.nan]), torch.ones(2))
+    with pytest.raises(ValueError, match="No feature"):
+        select_features(-torch.ones(3), torch.ones(3))
+
+
+def test_fit_moves_towards_the_targets(tiny, harmful, benign):
+    one = (RRSConfig().instruction,)  # a random model takes every paraphrase for something else
+    r = RRS(*tiny, small(conditions=THREE, epochs=25, prompts=one, lora_dropout=0.0), verbose=False)
+    assert r.fit(harmful=harmful, benign=benign, preflight=0) is r
+    for condition, target in r.targets.items():
+        prompts = [r.read(e, condition) for e in target.harmful_examples]
+        with r.disabled():
+            far = F.mse_loss(r.reader.represent(prompts), target.harmful)
+        near = F.mse_loss(r.reader.represent(prompts), target.harmful)
+        assert near < 0.7 * far, condition
+
+
+def test_own_loss_and_callbacks(tiny, harmful, benign):
+    steps, calls = [], []
+
+    def loss(h, goal):
+        calls.append(h.shape)
+        return (h - goal).abs().mean()
+
+    r = RRS(*tiny, small(), verbose=False)
+    r.fit(harmful, benign, loss=loss, callbacks=[steps.append], preflight=0)
+    assert len(steps) == steps[-1].steps == 3 * 2  # 11 inputs in batches of 3 make 4 batches, 2 steps an epoch
+    assert len(calls) == 3 * 4
+    assert [s.step for s in steps] == list(range(1, 7))
+    assert steps[0].learning_rate == pytest.approx(1e-2)
+    assert steps[-1].learning_rate == pytest.approx(1e-2 / 6)
+    assert r.history[-1]["loss"] == pytest.approx(steps[-1].mse + r.config.penalty * steps[-1].penalty)
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(tiny, harmful, benign):
+    r = RRS(*tiny, small(), verbose=False)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*(harmful|benign)-"):
+        r.fit(harmful, benign, loss=lambda h, _: h.sum() * math.nan, preflight=0)
+
+
+def test_same_seed_same_adapter(harmful, benign):
+    tensors = []
+    for seed in (1, 1, 2):
+        r = RRS(*tiny_qwen2_audio(), small(seed=seed), verbose=False)
+        torch.rand(seed)  # the caller's random numbers play no part
+        tensors.append(r.fit(harmful, benign, preflight=0).lora.tensors())
+    assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+    assert any(not torch.equal(tensors[0][k], tensors[2][k]) for k in tensors[0])
+
+
+def test_everything_but_the_adapter_is_untouched(tiny, harmful, benign, snapshot):
+    model, processor = tiny
+    model.train()
+    model.lm_head.requires_grad_(False)
+    before = snapshot(model)
+    r = RRS(model, processor, small(conditions=THREE), verbose=False)
+    r.fit(harmful, benign, preflight=2)
+    r.evaluate([*harmful, *benign], max_new_tokens=2)
+    r.disable()
+    assert_same(before, snapshot(model))
+
+
+def test_everything_is_untouched_after_an_error(tiny, harmful, benign, snapshot):
+    model, processor = tiny
+    model.train()
+    before = snapshot(model)
+    r = RRS(model, processor, small(), verbose=False)
+
+    def stop(_step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        r.fit(harmful, benign, callbacks=[stop], preflight=0)
+    r.disable()
+    assert_same(before, snapshot(model))
+
+
+def test_enable_disable(fitted, harmful):
+    prompts = [fitted.read(e, "audio-text") for e in load_examples(harmful)]
+    adapted = fitted.reader.represent(prompts)
+    with fitted.disabled():
+        vanilla = fitted.reader.represent(prompts)
+    assert not torch.allclose(adapted, vanilla)
+    assert torch.equal(fitted.reader.represent(prompts), adapted)
+    assert torch.equal(fitted.disable().reader.represent(prompts), vanilla)
+    assert torch.equal(fitted.enable().reader.represent(prompts), adapted)
+
+
+def test_refitting_starts_from_vanilla(fitted, harmful, benign):
+    first = fitted.lora.tensors()
+    again = fitted.fit(harmful, benign, preflight=0).lora.tensors()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_saved_and_loaded_is_the_same(fitted, harmful, tmp_path):
+    fitted.save(tmp_path / "adapter")
+    loaded = RRS.load(tmp_path / "adapter", *tiny_qwen2_audio(), verbose=False)
+    assert loaded.config == fitted.config
+    for condition in THREE:
+        examples = load_examples(harmful)
+        a, b = ([r.read(e, condition) for e in examples] for r in (fitted, loaded))
+        assert torch.equal(fitted.reader.represent(a), loaded.reader.represent(b))
+    record = json.loads((tmp_path / "adapter" / "rrs.json").read_text())
+    assert record["base"]["class"] == "Qwen2AudioForConditionalGeneration"
+    assert len(record["history"]) == len(fitted.history)
+
+
+def test_peft_reads_the_adapter(fitted, harmful, tmp_path):
+    """The format is PEFT's: its logits equal ours, and not one module of the tower is touched."""
+    peft = pytest.importorskip("peft")
+    fitted.save(tmp_path / "adapter")
+    inputs = fitted.render(fitted.config.instruction, load_examples(harmful)[0].clip[1](16000))
+    ours = fitted.model(**inputs).logits
+    model = peft.PeftModel.from_pretrained(tiny_qwen2_audio()[0], tmp_path / "adapter").eval()
+    assert torch.allclose(model(**inputs).logits, ours, atol=1e-6)
+    wrapped = [name for name, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert len(wrapped) == len(fitted.lora.paths)
+    assert all("audio_tower" not in name for name in wrapped)
+
+
+def test_merged_equals_adapter(fitted, harmful):
+    inputs = fitted.render(fitted.config.instruction, load_examples(harmful)[0].clip[1](16000))
+    adapted = fitted.model(**inputs).logits
+    assert fitted.merge() is fitted.model
+    assert torch.allclose(fitted.model(**inputs).logits, adapted, atol=1e-4)
+    with pytest.raises(ValueError, match="no adapter"):
+        fitted.merge()
+
+
+def test_saving_never_mixes_runs(fitted, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "other.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        fitted.save(tmp_path / "full")
+    assert (tmp_path / "full" / "other.txt").read_text() == "mine"
+    fitted.save(tmp_path / "full", overwrite=True)
+    assert not (tmp_path / "full" / "other.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]  # no scratch folder left
+
+
+def test_loading_errors(fitted, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no adapter"):
+        RRS.load(tmp_path, *tiny_qwen2_audio())
+    fitted.save(tmp_path / "a")
+    with pytest.warns(rrs.RRSWarning, match="another base"):
+        RRS.load(tmp_path / "a", *tiny_qwen2_audio(seed=1), verbose=False)
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        (tmp_path / "a" / "adapter_config.json").read_text().replace("layers.1.", "layers.7.")
+    )
+    with pytest.raises(ValueError, match=r"made for another base .*layers\.7"):
+        RRS.load(tmp_path / "a", *tiny_qwen2_audio(), verbose=False)
+
+
+def test_three_lines_from_a_folder(tmp_path, harmful, benign):
+    """from_pretrained on a checkpoint folder, as on a name of the hub."""
+    model, processor = tiny_qwen2_audio()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    r = RRS.from_pretrained(tmp_path / "base", small(epochs=1), verbose=False)
+    r.fit(harmful=harmful, benign=benign, preflight=0)
+    r.save(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    original = RRS(model, processor, verbose=False)
+    e = load_examples(harmful)[0]
+    with r.disabled():
+        assert torch.equal(
+            r.reader.represent([r.read(e, "audio-text")]), original.reader.represent([original.read(e, "audio-text")])
+        )
+
+
+def test_generate_equals_the_models_own_greedy_answer(tiny, harmful):
+    """From cached embeddings, batched and padded = `model.generate` on the processor's inputs, one at a time."""
+    r = RRS(*tiny, verbose=False)
+    for condition in THREE:
+        ours = r.generate(harmful, condition, max_new_tokens=8)
+        for example, answer in zip(load_examples(harmful), ours, strict=True):
+            text = {"audio-text": r.config.instruction, "text-only": example.text, "audio-only": None}[condition]
+            inputs = r.render(text, None if condition == "text-only" else example.clip[1](16000))
+            new = r.model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+            assert answer == r.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_evaluate_reports_before_and_after(fitted, harmful, benign):
+    report = fitted.evaluate({"harmful": harmful, "benign": benign, "hard-benign": rows("benign", 3)}, max_new_tokens=4)
+    assert len(report.answers) == 2 * 3 * (6 + 5 + 3)
+    assert {(r["condition"], r["group"]) for r in report.rows()} == {
+        (c, g) for c in THREE for g in ("harmful", "benign", "hard-benign")
+    }
+    vanilla = fitted.disable().evaluate(harmful, max_new_tokens=4)
+    assert {a.stage for a in vanilla.answers} == {"before"}
+    assert [a.response for a in vanilla.answers] == [
+        a.response for a in report.answers if a.stage == "before" and a.group == "harmful"
+    ]
+
+
+def test_what_a_condition_lacks_is_counted(tiny, harmful):
+    rows_ = [{**harmful[0], "audio": None}, *harmful[1:]]
+    r = RRS(*tiny, verbose=False)
+    report = r.evaluate(rows_, max_new_tokens=2)
+    assert {"group": "harmful", "condition": "audio-only", "ids": ["harmful-0"]} in report.skipped
+    assert "1 harmful examples lack what audio-only needs" in str(report)
+    with pytest.raises(ValueError, match=r"audio-only: these examples lack .*harmful-0"):
+        r.generate(rows_, "audio-only")
+
+
+def test_preflight_warns_with_the_fix(tiny, harmful, benign):
+    """A random model never refuses: both checks must say so."""
+    r = RRS(*tiny, small(epochs=1), verbose=False)
+    with pytest.warns(rrs.RRSWarning) as caught:
+        r.fit(harmful, benign, preflight=3)
+    assert any("refusal_prompt" in str(w.message) for w in caught)
+    assert len(r.checks) == 1
+    assert r.checks[0].refused.n == 3
+    assert r.checks[0].token_target.n == 6
+
+
+def test_find_refusal_token_ranks_openings(tiny, harmful, monkeypatch):
+    r = RRS(*tiny, verbose=False)
+    # A judge that takes answers opening with "I" for refusals: the ranking must follow it.
+    monkeypatch.setattr(
+        rrs, "judge_refusals", lambda _p, a: ["refusal" if x.startswith("I") else "compliance" for x in a]
+    )
+    openings = r.find_refusal_token(harmful, candidates=["S", "I"], n=4)
+    assert openings[0].token == "I"
+    assert openings[0].refused.value == 1
+    assert {"S", "I"} <= {o.token for o in openings}
+
+
+def test_refusal_token_of_several_tokens(tiny):
+    with pytest.raises(ValueError, match=r"'Sorry' is 5 tokens .*find_refusal_token"):
+        RRS(*tiny, verbose=False).token_id("Sorry")
+
+
+def test_one_side_without_examples(tiny, harmful):
+    r = RRS(*tiny, small(), verbose=False)
+    with pytest.raises(ValueError, match="no benign examples"):
+        r.fit(harmful, [])
+    silent = [{"text": "no audio here", "label": "benign"}]
+    with pytest.raises(ValueError, match="audio-text: none of the 1 benign examples"):
+        r.fit(harmful, silent)
