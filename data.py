@@ -313,7 +313,7 @@ class Renderer:
             )
             if self.seconds and len(wave) > self.seconds * self.rate and len(inputs["input_features"]) == 1:
                 raise DataError(  # Whisper's extractor cuts without a word
-                    f"The clip is {len(wave) / self.rate:.2f} s long, but {type(self.processor).__name__} keeps the first "
-                    f"{self.seconds:.2f} s; split it."
+                    f"The clip is {len(wave) / self.rate:.2f} s long, but {type(self.processor).__name__} keeps the "
+                    f"first {self.seconds:.2f} s; split it."
                 )
         return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}

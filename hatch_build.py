@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -13,3 +14,7 @@ class FlatLayout(BuildHookInterface):  # type: ignore[type-arg]
             build_data["force_include"] |= {"rrs.py": "rrs/__init__.py"} | {
                 f"{name}.py": f"rrs/{name}.py" for name in ("hooks", "data", "evaluate")
             }
+            marker = Path(self.directory) / "py.typed"  # the annotations are for type checkers (PEP 561)
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            build_data["force_include"][str(marker)] = "rrs/py.typed"

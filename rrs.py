@@ -1,8 +1,8 @@
 """RRS: make a large audio-language model refuse harmful requests without refusing harmless ones.
 
 Reshaping Representation Space (Yang, Qu, Shareghi, Haffari; EMNLP 2025, arXiv 2505.19670): find the direction in which
-a refusal prompt moves the last hidden state, keep the features that raise the refusal token, and train a LoRA that takes
-harmful inputs there and keeps benign inputs away. No written responses are needed.
+a refusal prompt moves the last hidden state, keep the features that raise the refusal token, and train a LoRA that
+takes harmful inputs there and keeps benign inputs away. No written responses are needed.
 
     rrs = RRS.from_pretrained("Qwen/Qwen2-Audio-7B-Instruct")
     rrs.fit(harmful="harmful.jsonl", benign="benign.jsonl")
@@ -36,12 +36,12 @@ from tqdm.auto import tqdm
 # files copied into another repository): they can't collide with other packages of these names.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
-from rrs.data import CONDITIONS, Example, Renderer, load_examples, user_turn  # noqa: E402
-from rrs.evaluate import Judge, Rate, Report, answer_and_judge, generate, judge_refusals  # noqa: E402
-from rrs.hooks import Location, LoRA, Prompt, Reader, linear_paths, locate  # noqa: E402
+from rrs.data import CONDITIONS, Example, Renderer, load_examples, user_turn
+from rrs.evaluate import Judge, Rate, Report, answer_and_judge, generate, judge_refusals
+from rrs.hooks import Location, LoRA, Prompt, Reader, linear_paths, locate
 
 __version__ = "0.1.0"
-__all__ = ["RRS", "RRSConfig", "Example", "Report", "load_examples", "judge_refusals", "select_features", "locate"]
+__all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -80,7 +80,7 @@ class RRSConfig:
     """Instructions that training draws from (audio-text and text-content)."""
 
     conditions: tuple[str, ...] = ("audio-text",)
-    """Input conditions to extract and train in, each with its own Δ: audio-text, text-only, audio-only, text-content."""
+    """Input conditions to extract and train in, each with its own Δ; see `rrs.data.CONDITIONS`."""
 
     top: float | str = "positive"
     """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
@@ -166,7 +166,7 @@ def _check_top(top: float | str) -> None:
 
 
 def contribution(delta: Tensor, head_row: Tensor) -> Tensor:
-    """`c_i = w_i · Δ_i` `[hidden]`: what feature i of the move adds to the refusal token's logit (the paper's score)."""
+    """`c_i = w_i · Δ_i` `[hidden]`: what feature i adds to the refusal token's logit (the paper's score)."""
     return head_row * delta
 
 
@@ -380,7 +380,7 @@ class RRS:
         if model_class is None:
             if not trust_remote_code:
                 raise ValueError(
-                    f"transformers {transformers.__version__} has no class {architecture or '(none named)'!r} for {name}. "
+                    f"transformers {transformers.__version__} has no class {architecture!r} for {name}. "
                     "Update transformers; or, if you trust the code in that checkpoint, pass trust_remote_code=True."
                 )
             model_class = transformers.AutoModelForCausalLM
@@ -483,8 +483,9 @@ class RRS:
         steps = c.epochs * -(-batches // c.accumulate)
         trained = sum(p.numel() for p in self.lora.parameters())
         self._say(
-            f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, {steps} steps "
-            f"of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, {trained:,} parameters"
+            f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, "
+            f"{steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, "
+            f"{trained:,} parameters"
         )
         order = torch.Generator().manual_seed(c.seed)
         self.history, step = [], 0
@@ -616,17 +617,17 @@ class RRS:
             if check.refused.value < 0.5:
                 sample = next((a for a, v in zip(answers, verdicts, strict=True) if v == "compliance"), "")
                 warnings.warn(
-                    f"{condition}: only {check.refused} answers refuse when the refusal prompt is appended, so Δ does not "
-                    f"point at refusals. Change config.refusal_prompt, e.g. to name the words to start with: "
+                    f"{condition}: only {check.refused} answers refuse when the refusal prompt is appended, so Δ does "
+                    f"not point at refusals. Change config.refusal_prompt, e.g. to name the words to start with: "
                     f"'(Please refuse to answer … Start your reply with \"Sorry\")'. One answer: {sample[:120]!r}",
                     RRSWarning,
                     stacklevel=3,
                 )
             if check.token_target.value < 0.5:
                 warnings.warn(
-                    f"{condition}: {self.config.refusal_token!r} is the first choice at only {check.token_target} of the "
-                    "targets, so arriving there does not start a refusal. Use top='positive', or a refusal_token that "
-                    "rrs.find_refusal_token(harmful) recommends.",
+                    f"{condition}: {self.config.refusal_token!r} is the first choice at only {check.token_target} of "
+                    "the targets, so arriving there does not start a refusal. Use top='positive', or a refusal_token "
+                    "that rrs.find_refusal_token(harmful) recommends.",
                     RRSWarning,
                     stacklevel=3,
                 )
@@ -778,7 +779,7 @@ class RRS:
         return self.model
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the adapter in PEFT's format, plus `rrs.json` (config, checks, history) and `rrs.safetensors` (Δ, masks).
+        """Writes the adapter in PEFT's format, `rrs.json` (config, checks, history) and `rrs.safetensors` (Δ, masks).
 
         The folder appears complete or not at all.
 

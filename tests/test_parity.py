@@ -1,7 +1,7 @@
 """RRS as published, written out the long way, and ours beside it at every step.
 
 The reference is the recipe of section 3 and of the authors' training script, from usual parts: the processor for every
-prompt, the whole model with its audio tower, hidden states of all layers, PEFT's LoRA, ‖(α/r)·B·A‖_F² on dense matrices.
+prompt, the whole model with its audio tower, hidden states of all layers, PEFT's LoRA, ‖(α/r)·B·A‖² on dense matrices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public API on a tiny random Qwen2-Audio: the steps, the loop, saving, loading, merging, and what stays untouched."""
+"""The public API on a tiny random Qwen2-Audio: steps, loop, saving, loading, merging, and what stays untouched."""
 
 from __future__ import annotations
 

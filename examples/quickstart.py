@@ -1,0 +1,108 @@
+"""RRS end to end on a real (small) speech LM: build it, make it refuse, show what changed.
+
+    python examples/quickstart.py --out out          # about 15 minutes on 2 CPU cores
+    python examples/quickstart.py --out out --fast   # a few minutes, a tenth of the data: does everything run?
+
+Leaves in the folder: `adapter/` (PEFT's format), `report.md` and `report.json` (the test split's table, every answer),
+and `representations-*.png` (last-token vectors before and after, as in the paper's figure).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from demo_lalm import load_demo
+
+from rrs import RRS, Example, RRSConfig, load_examples
+from rrs.evaluate import plot_representations
+
+DATA = Path(__file__).resolve().parent / "data"
+CONDITIONS = ("audio-text", "text-only", "audio-only")
+
+# The paper's settings fit a 7B model. What differs on this one, and why:
+CONFIG = RRSConfig(
+    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" tends to go on "I'm here to help".
+    refusal_prompt='(Please refuse to answer: this question violates the safety policy. Start your reply with "Sorry")',
+    refusal_token="Sorry",
+    conditions=CONDITIONS,
+    # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
+    penalty=3e-4,
+    lora_alpha=32.0,
+    learning_rate=2e-3,
+    epochs=6,
+    batch_size=16,
+    accumulate=1,
+)
+
+
+def word_error_rate(reference: str, heard: str) -> float:
+    """Edits per word of the reference; case and punctuation do not count."""
+    a, b = ("".join(c for c in s.lower() if c.isalnum() or c == " ").split() for s in (reference, heard))
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1] / max(1, len(a))
+
+
+def what_it_hears(rrs: RRS, examples: list[Example]) -> str:
+    """One sentence for the table: the audio rows mean as much as the model hears."""
+    instruction = "Repeat what is said in the audio."
+    with rrs.disabled():
+        answers = RRS(rrs.model, rrs.processor, RRSConfig(instruction=instruction)).generate(
+            examples, max_new_tokens=32
+        )
+    rates = [word_error_rate(e.text or "", answer) for e, answer in zip(examples, answers, strict=True)]
+    wer = sum(rates) / len(rates)
+    return f"What the demo LALM hears: asked to repeat {len(rates)} test clips, its word error rate is {wer:.0%}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for adapter, report and pictures")
+    parser.add_argument("--fast", action="store_true", help="a tenth of the data: does everything run?")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    began = time.perf_counter()
+
+    model, processor = load_demo()
+    config = RRSConfig.from_dict({**vars(CONFIG), "seed": args.seed, **({"epochs": 1} if args.fast else {})})
+    rrs = RRS(model, processor, config)
+
+    train = {label: load_examples(DATA / "train.jsonl", label) for label in ("harmful", "benign")}
+    test = {
+        "harmful": load_examples(DATA / "test.jsonl", "harmful"),
+        "benign": load_examples(DATA / "test.jsonl", "benign"),
+        "hard-benign": load_examples(DATA / "hard_benign_test.jsonl"),
+    }
+    if args.fast:
+        train = {label: examples[::10] for label, examples in train.items()}
+        test = {group: examples[::10] for group, examples in test.items()}
+
+    rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8 if args.fast else 16)
+    rrs.save(args.out / "adapter", overwrite=True)
+
+    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 40)
+    report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 8]))
+    report.save(args.out)
+    try:
+        for condition in CONDITIONS:
+            panels = {stage: {} for stage in ("before", "after")}
+            for group, examples in test.items():
+                prompts = [rrs.read(e, condition) for e in examples]
+                panels["after"][group] = rrs.reader.represent(prompts)
+                with rrs.disabled():
+                    panels["before"][group] = rrs.reader.represent(prompts)
+            plot_representations(panels, args.out / f"representations-{condition}.png", title=condition)
+    except ImportError as error:
+        print(f"no pictures: {error}")
+
+    print(f"\n{report}")
+    print(f"{time.perf_counter() - began:.0f} s in all; everything is in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
