@@ -6,6 +6,7 @@ leaves the model bit-identical to before.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -503,6 +504,12 @@ class LoRA(nn.Module):
         paths: their exact dotted paths.
         r, alpha, dropout: as in LoRA (Hu et al. 2021); the update is scaled by `alpha / r`.
         seed: of A's initialisation (Kaiming uniform, as in PEFT); B starts at zero, so training starts at vanilla.
+
+    Attributes:
+        key: what dropout's masks derive from, with module and shape. Set it to something new, e.g. the step, before
+            each forward pass in training. The global random numbers play no part, so runs in two threads do not
+            disturb each other, a resumed run needs no generator's state, and a pass that activation checkpointing runs
+            again in backward gets the masks that it had.
     """
 
     def __init__(
@@ -512,6 +519,7 @@ class LoRA(nn.Module):
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
         self._modules_by_path = {path: model.get_submodule(path) for path in paths}
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.key: tuple[int, ...] | None = None
         generator = torch.Generator().manual_seed(seed)
         for path, module in self._modules_by_path.items():
             n_in, n_out = _features(path, module)
@@ -525,8 +533,8 @@ class LoRA(nn.Module):
     def attach(self) -> LoRA:
         """Adds the update to every forward pass of the model. `detach()` undoes it."""
         if not self._handles:
-            for module, a, b in zip(self._modules_by_path.values(), self.A, self.B, strict=True):
-                self._handles.append(module.register_forward_hook(self._hook(a, b)))
+            for i, (module, a, b) in enumerate(zip(self._modules_by_path.values(), self.A, self.B, strict=True)):
+                self._handles.append(module.register_forward_hook(self._hook(i, a, b)))
         return self
 
     def detach(self) -> LoRA:
@@ -541,13 +549,21 @@ class LoRA(nn.Module):
         """Whether the model currently runs with the update."""
         return bool(self._handles)
 
-    def _hook(self, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = F.dropout(args[0], self.dropout, self.training)
+            x = self._drop(i, args[0]) if self.training and self.dropout else args[0]
             update = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
             return output + (update * self.scale).to(output.dtype)
 
         return add
+
+    def _drop(self, i: int, x: Tensor) -> Tensor:
+        """Dropout of module i's input `x`; see `key`."""
+        if self.key is None:
+            raise RuntimeError("Set lora.key, e.g. to (step,), before each forward pass in training: dropout needs it.")
+        generator = seeded(*self.key, i, *x.shape, device=x.device)
+        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return x * keep.div_(1 - self.dropout)
 
     def penalty(self) -> Tensor:
         """`Σ_modules ‖(α/r)·B·A‖_F²` (RRS, the loss's second term), a scalar.
@@ -595,6 +611,12 @@ class LoRA(nn.Module):
                         f"{list(parameter.shape)}; it was made for another base."
                     )
                 parameter.copy_(value)
+
+
+def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers depend on `key` alone."""
+    seed = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "big") >> 1)
 
 
 def linear_paths(location: Location, names: Sequence[str]) -> list[str]:

@@ -221,9 +221,14 @@ def test_saving_never_mixes_runs(fitted, tmp_path):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         fitted.save(tmp_path / "full")
     assert (tmp_path / "full" / "other.txt").read_text() == "mine"
-    fitted.save(tmp_path / "full", overwrite=True)
-    assert not (tmp_path / "full" / "other.txt").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]  # no scratch folder left
+    with pytest.raises(FileExistsError, match=r"no part of an adapter: \['other.txt'\]"):  # nor is it deleted
+        fitted.save(tmp_path / "full", overwrite=True)
+    assert (tmp_path / "full" / "other.txt").read_text() == "mine"
+    fitted.save(tmp_path / "mine")
+    (tmp_path / "mine" / "rrs.safetensors").write_bytes(b"stale")
+    fitted.save(tmp_path / "mine", overwrite=True)
+    assert RRS.load(tmp_path / "mine", *tiny_qwen2_audio(), verbose=False).lora.tensors().keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "mine"]  # no scratch folder left
 
 
 def test_loading_errors(fitted, tmp_path):
