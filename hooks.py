@@ -382,7 +382,7 @@ class Reader:
             self.model(**inputs)
         true = record[self.location.head_path][0][0].float()
         longer = Prompt(torch.cat([prompt.ids, prompt.ids[-1:].expand(3)]), prompt.rows, prompt.start)
-        replayed = self._replay([longer, prompt])[1].float()
+        replayed = self._replay([longer, prompt])[1, 0].float()
         return float((replayed - true).abs().max() / true.abs().max())
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -413,15 +413,15 @@ class Reader:
                 embeds[i, start : start + len(prompt.rows)] = prompt.rows.to(embeds)
         return {"inputs_embeds": embeds, "attention_mask": mask}
 
-    def _replay(self, prompts: Sequence[Prompt]) -> Tensor:
-        """`h(x)` `[batch, hidden]` from cached decoder inputs.
+    def _replay(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
+        """The last `last` positions' vectors `[batch, last, hidden]` from cached decoder inputs.
 
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
         prompts of the batch begin with (system prompt, opening of the turn) runs once and is shared through the
         key-value cache, gradients included: on short questions that is more than half of all positions.
         """
         decoder = self.location.decoder
-        shared = self._shared_prefix(prompts) if self.share_prefix else 0
+        shared = self._shared_prefix(prompts, last) if self.share_prefix else 0
         embeds = self.collate(prompts, shared, side="right")["inputs_embeds"]
         if shared:
             cache = decoder(inputs_embeds=self._embed(prompts[0].ids[None, :shared]), use_cache=True).past_key_values
@@ -429,30 +429,31 @@ class Reader:
             out = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0]
         else:
             out = decoder(inputs_embeds=embeds, use_cache=False)[0]
-        last = torch.tensor([len(prompt) - shared - 1 for prompt in prompts])
-        return out[torch.arange(len(prompts)), last]
+        ends = torch.tensor([len(prompt) - shared for prompt in prompts])
+        return out[torch.arange(len(prompts))[:, None], ends[:, None] + torch.arange(-last, 0)]
 
     @staticmethod
-    def _shared_prefix(prompts: Sequence[Prompt]) -> int:
-        """How many leading token ids all prompts of a batch share; at least one position stays for each prompt."""
-        longest = min(min(len(p) - 1, p.start if p.rows is not None else len(p)) for p in prompts)
+    def _shared_prefix(prompts: Sequence[Prompt], last: int) -> int:
+        """How many leading token ids all prompts of a batch share; at least `last` positions stay for each prompt."""
+        longest = min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts)
         first = prompts[0].ids[:longest]
         for prompt in prompts[1:]:
             differs = (prompt.ids[: len(first)] != first).nonzero()
             first = first[: int(differs[0])] if len(differs) else first
         return len(first) if len(prompts) > 1 else 0
 
-    def last_hidden(self, prompts: Sequence[Prompt]) -> Tensor:
-        """`h(x)` of each prompt, `[batch, hidden]`: what the head multiplies at the last position.
+    def last_hidden(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
+        """What the head multiplies at the last `last` positions of each prompt, `[batch, last, hidden]`.
 
         One forward pass; gradients reach an attached `LoRA` if they are enabled.
         """
         if all(prompt.inputs is None for prompt in prompts):
-            return self._replay(prompts)
+            return self._replay(prompts, last)
         rows = []
         for prompt in prompts:  # replay is not exact on this model: the full model runs, unpadded
             inputs = prompt.inputs or {"input_ids": prompt.ids[None].to(self.device)}
-            with capture(self.model, self.location.head_path, where="input", position=-1, stop=True) as record:
+            end = slice(-last, None)
+            with capture(self.model, self.location.head_path, where="input", position=end, stop=True) as record:
                 self.model(**inputs)
             rows.append(record[self.location.head_path][0][0])
         return torch.stack(rows)
@@ -469,14 +470,21 @@ class Reader:
             yield batch
 
     @torch.no_grad()
-    def represent(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Tensor:
-        """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients."""
-        out = torch.empty(len(prompts), self.location.head_weight.shape[1])
+    def represent(
+        self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None, last: int | None = None
+    ) -> Tensor:
+        """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
+
+        Args:
+            progress: called with the number of prompts done, batch by batch.
+            last: the vectors of that many last positions instead, `[n, last, hidden]`.
+        """
+        out = torch.empty(len(prompts), last or 1, self.location.head_weight.shape[1])
         for batch in self.batches(prompts):
-            out[batch] = self.last_hidden([prompts[i] for i in batch]).float().cpu()
+            out[batch] = self.last_hidden([prompts[i] for i in batch], last or 1).float().cpu()
             if progress:
                 progress(len(batch))
-        return out
+        return out if last else out[:, 0]
 
 
 class _Never(dict):  # type: ignore[type-arg]

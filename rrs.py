@@ -98,6 +98,10 @@ class RRSConfig:
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
+    keep_tokens: int = 0
+    """Answer tokens at whose positions training holds the vanilla model's own vectors: benign answers go on as before,
+    harmful ones, begun by the refusal token, go on as the vanilla model's refusals do. The paper: 0."""
+
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
 
@@ -155,6 +159,8 @@ class RRSConfig:
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
+        if not isinstance(self.keep_tokens, int) or self.keep_tokens < 0:
+            raise ValueError(f"keep_tokens={self.keep_tokens!r} must be a whole number of at least 0.")
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
@@ -272,6 +278,17 @@ def make_targets(
     return Targets(
         delta, mask, reps.harmful + up * move, reps.benign - down * move, reps.harmful_examples, reps.benign_examples
     )
+
+
+@dataclass
+class Item:
+    """One training input: where its vectors shall go."""
+
+    example: Example
+    target: Tensor
+    """`[1 + keep_tokens, hidden]`: at the prompt's end, and at the answer tokens below."""
+    tokens: tuple[int, ...]
+    """The first `keep_tokens` tokens of its answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,7 +446,8 @@ class Checkpoints:
         if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
             values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
             raise ValueError(
-                f"{files[-1]} belongs to another run: {'; '.join(values)}. Restore that, or take another checkpoint_dir."
+                f"{files[-1]} belongs to another run: {'; '.join(values)}. Restore that, or take another "
+                "checkpoint_dir."
             )
         state: dict[int, dict[str, Tensor]] = {}
         for name in [n for n in tensors if n.startswith("optimizer.")]:
@@ -730,13 +748,7 @@ class RRS:
         """
         c = self.config
         callbacks = list(callbacks)
-        items: dict[str, list[tuple[Example, Tensor]]] = {  # condition -> (example, target [hidden])
-            condition: [
-                *zip(t.harmful_examples, t.harmful, strict=True),
-                *zip(t.benign_examples, t.benign, strict=True),
-            ]
-            for condition, t in targets.items()
-        }
+        items: dict[str, list[Item]] = {condition: self._items(condition, t) for condition, t in targets.items()}
         paths = linear_paths(self.location, c.target_modules)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
         optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
@@ -789,12 +801,12 @@ class RRS:
                     # The pool is shuffled per batch, so that the instruction says nothing about the label.
                     pool = torch.randperm(len(c.prompts), generator=drawn).tolist()
                     texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
-                    group.append((condition, [(*items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
+                    group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
                 try:
                     micro, mse, penalty = self._gradients(group, loss, micro, step)
                     norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
                     if not math.isfinite(norm):
-                        names = [example.id for _, batch in group for example, _, _ in batch]
+                        names = [item.example.id for _, batch in group for item, _ in batch]
                         raise FloatingPointError(f"the gradient's norm is {norm} on {names}")
                 except FloatingPointError as error:
                     raise FloatingPointError(
@@ -834,18 +846,38 @@ class RRS:
             lora.eval()
         self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
         self.report, self._vectors = None, {}
-        self._trained_on = [example for rows in items.values() for example, _ in rows]
+        self._trained_on = [item.example for rows in items.values() for item in rows]
         for condition, t in targets.items():
             self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         return self
 
+    def _items(self, condition: str, targets: Targets) -> list[Item]:
+        """What training visits in one condition: examples with their targets and, with `keep_tokens`, answers."""
+        c = self.config
+        examples, ends = [*targets.harmful_examples, *targets.benign_examples], [targets.harmful, targets.benign]
+        rows = torch.cat(ends)[:, None]  # [n, 1, hidden]
+        if not c.keep_tokens:
+            return [Item(e, row, ()) for e, row in zip(examples, rows, strict=True)]
+        eos = self.tokenizer.eos_token_id
+        with self.disabled(), self._quiet_model():
+            begun = [[self.token_id(c.refusal_token)] if i < len(ends[0]) else [] for i in range(len(examples))]
+            prompts = [self.read(e, condition).extended(b) for e, b in zip(examples, begun, strict=True)]
+            answers = self._answer(prompts, c.keep_tokens, f"answers {condition}")
+            further = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+            tokens = [([*b, *f] + c.keep_tokens * [eos])[: c.keep_tokens] for b, f in zip(begun, further, strict=True)]
+            prompts = [self.read(e, condition).extended(t) for e, t in zip(examples, tokens, strict=True)]
+            with self._bar(len(prompts), f"keep {condition}") as bar:
+                kept = self.reader.represent(prompts, bar.update, last=c.keep_tokens)  # [n, keep, hidden]
+        rows = torch.cat([rows, kept], dim=1)
+        return [Item(e, row, tuple(t)) for e, row, t in zip(examples, rows, tokens, strict=True)]
+
     def _gradients(
-        self, group: Sequence[tuple[str, list[tuple[Example, Tensor, str]]]], loss: Loss, micro: int, step: int
+        self, group: Sequence[tuple[str, list[tuple[Item, str]]]], loss: Loss, micro: int, step: int
     ) -> tuple[int, float, float]:
         """One step's gradients, at most `micro` prompts at a time, in fewer when memory runs out.
 
         Args:
-            group: the step's batches: condition, and (example, target, instruction) of each prompt.
+            group: the step's batches: condition, and (item, instruction) of each prompt.
 
         Returns:
             `micro` as it now is, and the means of MSE and penalty.
@@ -859,13 +891,16 @@ class RRS:
                         part = batch[start : start + micro]
                         weight = len(part) / len(batch) / len(group)
                         self.lora.key = (self.config.seed, step, k, start)  # of dropout
-                        prompts = [self.read(example, condition, text) for example, _, text in part]
-                        h = self.reader.last_hidden(prompts).float()  # [part, hidden]
-                        goal = torch.stack([target for _, target, _ in part]).to(h.device)  # [part, hidden]
-                        mse, penalty = loss(h, goal), self.lora.penalty()
+                        prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
+                        keep = self.config.keep_tokens
+                        h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
+                        goal = torch.stack([item.target for item, _ in part]).to(h)  # [part, 1 + keep, hidden]
+                        mse, penalty = loss(h[:, 0], goal[:, 0]), self.lora.penalty()
+                        if keep:  # the positions that predict the answer's further tokens stay where they are
+                            mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
                         total = mse + self.config.penalty * penalty
                         if not torch.isfinite(total):
-                            names = [example.id for example, _, _ in part]
+                            names = [item.example.id for item, _ in part]
                             raise FloatingPointError(f"the loss is {total.item()} on {condition} {names}")
                         (total * weight).backward()
                         sums += weight * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
@@ -879,7 +914,8 @@ class RRS:
             if self.reader.device.type == "cuda":
                 torch.cuda.empty_cache()
             warnings.warn(
-                f"step {step + 1}: out of memory; {micro} prompts at a time from here on. Batch and result stay the same.",
+                f"step {step + 1}: out of memory; {micro} prompts at a time from here on. Batch and result stay "
+                "the same.",
                 RRSWarning,
                 stacklevel=3,
             )
@@ -905,8 +941,9 @@ class RRS:
         high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
         if high[-1] and not any(high[:-1]):
             warnings.warn(
-                f"epoch {len(epochs)}: the loss diverges, its mean is over 3 times the {history[0]['loss']:.4g} of the "
-                f"first step. Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha}).",
+                f"epoch {len(epochs)}: the loss diverges, its mean is over 3 times the {history[0]['loss']:.4g} of "
+                f"the first step. Lower learning_rate ({self.config.learning_rate}) or lora_alpha "
+                f"({self.config.lora_alpha}).",
                 RRSWarning,
                 stacklevel=3,
             )
@@ -1288,8 +1325,8 @@ tags: [rrs, lora, safety, refusal, audio]
 # RRS adapter
 
 A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
-`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation Space
-(arXiv 2505.19670). {len(self.history)} steps, loss {first} → {last}. {versions_}.
+`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping
+Representation Space (arXiv 2505.19670). {len(self.history)} steps, loss {first} → {last}. {versions_}.
 
 Refusal token {config.get("refusal_token")!r}, refusal prompt {config.get("refusal_prompt")!r}.
 
