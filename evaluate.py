@@ -63,7 +63,7 @@ def generate(
             progress(len(chosen))
     for i, prompt in enumerate(prompts):
         if prompt.inputs is not None:  # replay is not exact on this model: the full model answers, one by one
-            new = model.generate(**prompt.inputs, generation_config=settings)[:, len(prompt) :]
+            new = model.generate(**prompt.inputs(), generation_config=settings)[:, len(prompt) :]
             answers[i] = tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip()
             if progress:
                 progress(1)

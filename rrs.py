@@ -45,7 +45,7 @@ __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 from rrs.data import CONDITIONS, DataError, Example, Renderer, content_hash, load_examples, shared, user_turn
 from rrs.evaluate import Judge, Rate, Report, answer_and_judge, generate, judge_refusals
-from rrs.hooks import Location, LoRA, Prompt, Reader, linear_paths, locate, seeded
+from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
 
 __version__ = "0.1.0"
 __all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
@@ -760,6 +760,13 @@ class RRS:
             f"{steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, "
             f"{sum(p.numel() for p in lora.parameters()):,} parameters"
         )
+        found = Counter(path.rpartition(".")[2] for path in paths)
+        experts = expert_parameters(self.location)
+        self._say(
+            "LoRA on "
+            + ", ".join(f"{name} ×{n}" for name, n in found.items())
+            + (f"; none on {len(experts)} matrices of experts, which are 3-D parameters" if experts else "")
+        )
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         record: dict[str, Any] = {
             "config": asdict(c),
@@ -1189,7 +1196,8 @@ class RRS:
         return report
 
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str) -> list[str]:
-        with self._bar(len(prompts), what) as bar:
+        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
+        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
             return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update)
 
     # -- the adapter --------------------------------------------------------------------------------------------------
