@@ -446,8 +446,7 @@ class Checkpoints:
         if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
             values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
             raise ValueError(
-                f"{files[-1]} belongs to another run: {'; '.join(values)}. Restore that, or take another "
-                "checkpoint_dir."
+                f"{files[-1]} belongs to another run: {'; '.join(values)}. Restore that, or change checkpoint_dir."
             )
         state: dict[int, dict[str, Tensor]] = {}
         for name in [n for n in tensors if n.startswith("optimizer.")]:
@@ -776,7 +775,8 @@ class RRS:
         }
         checkpoints = None
         history: list[dict[str, float]] = []
-        micro, plan = c.batch_size, []
+        micro = c.batch_size
+        plan: list[tuple[str, list[int]]] = []
         if checkpoint_dir is not None:
             run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
             run["loss"] = getattr(loss, "__qualname__", type(loss).__name__)
@@ -921,8 +921,7 @@ class RRS:
             if self.reader.device.type == "cuda":
                 torch.cuda.empty_cache()
             warnings.warn(
-                f"step {step + 1}: out of memory; {micro} prompts at a time from here on. Batch and result stay "
-                "the same.",
+                f"step {step + 1}: out of memory; from here on {micro} prompts at a time; the result is the same.",
                 RRSWarning,
                 stacklevel=3,
             )
@@ -948,9 +947,8 @@ class RRS:
         high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
         if high[-1] and not any(high[:-1]):
             warnings.warn(
-                f"epoch {len(epochs)}: the loss diverges, its mean is over 3 times the {history[0]['loss']:.4g} of "
-                f"the first step. Lower learning_rate ({self.config.learning_rate}) or lora_alpha "
-                f"({self.config.lora_alpha}).",
+                f"epoch {len(epochs)}: the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g}). "
+                f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha}).",
                 RRSWarning,
                 stacklevel=3,
             )
@@ -1333,8 +1331,8 @@ tags: [rrs, lora, safety, refusal, audio]
 # RRS adapter
 
 A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
-`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping
-Representation Space (arXiv 2505.19670). {len(self.history)} steps, loss {first} → {last}. {versions_}.
+`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
+Space (arXiv 2505.19670). {len(self.history)} steps, loss {first} → {last}. {versions_}.
 
 Refusal token {config.get("refusal_token")!r}, refusal prompt {config.get("refusal_prompt")!r}.
 
