@@ -99,8 +99,8 @@ class RRSConfig:
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
     keep_tokens: int = 0
-    """Answer tokens at whose positions training holds the vanilla model's own vectors: benign answers go on as before,
-    harmful ones, begun by the refusal token, go on as the vanilla model's refusals do. The paper: 0."""
+    """Answer tokens at whose positions training aims at vanilla vectors too: those of the model's own answer to benign
+    inputs, and of its own refusal, under the refusal prompt, of harmful ones. The paper, one token deep: 0."""
 
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
@@ -867,12 +867,11 @@ class RRS:
             return [Item(e, row, ()) for e, row in zip(examples, rows, strict=True)]
         eos = self.tokenizer.eos_token_id
         with self.disabled(), self._quiet_model():
-            begun = [[self.token_id(c.refusal_token)] if i < len(ends[0]) else [] for i in range(len(examples))]
-            prompts = [self.read(e, condition).extended(b) for e, b in zip(examples, begun, strict=True)]
+            prompts = [self.read(e, condition, refusal=i < len(ends[0])) for i, e in enumerate(examples)]
             answers = self._answer(prompts, c.keep_tokens, f"answers {condition}")
-            further = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
-            tokens = [([*b, *f] + c.keep_tokens * [eos])[: c.keep_tokens] for b, f in zip(begun, further, strict=True)]
-            prompts = [self.read(e, condition).extended(t) for e, t in zip(examples, tokens, strict=True)]
+            tokens = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+            tokens = [(t + c.keep_tokens * [eos])[: c.keep_tokens] for t in tokens]
+            prompts = [prompt.extended(t) for prompt, t in zip(prompts, tokens, strict=True)]
             with self._bar(len(prompts), f"keep {condition}") as bar:
                 kept = self.reader.represent(prompts, bar.update, last=c.keep_tokens)  # [n, keep, hidden]
         rows = torch.cat([rows, kept], dim=1)

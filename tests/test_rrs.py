@@ -333,39 +333,36 @@ def test_one_side_without_examples(tiny, harmful):
         r.fit(harmful, silent)
 
 
-def test_kept_tokens_hold_the_vanilla_vectors(tiny, harmful, benign):
-    """The answers' further positions: the vanilla model's own vectors, harmful answers begun by the refusal token."""
+def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, benign):
+    """Beyond the first token: the vanilla vectors along its answer to benign, its refusal of harmful inputs."""
     config = small(keep_tokens=3, lora_dropout=0.0, prompts=(RRSConfig().instruction,))
     r = RRS(*tiny, config, verbose=False)
     targets = r.make_targets(r.extract(harmful, benign))
     items = r._items("audio-text", targets["audio-text"])
     assert [i.example.id for i in items] == [x["id"] for x in (*harmful, *benign)]
-    assert {i.tokens[0] for i in items[:6]} == {r.token_id("I")}
-    for item in items:
-        inputs = r.render(r.config.instruction, item.example.clip[1](16000))
+    assert torch.equal(torch.stack([i.target[0] for i in items[:6]]), targets["audio-text"].harmful)
+    assert torch.equal(torch.stack([i.target[0] for i in items[6:]]), targets["audio-text"].benign)
+    for i, item in enumerate(items):
+        text = r.config.instruction + (f" {r.config.refusal_prompt}" if i < 6 else "")
+        inputs = r.render(text, item.example.clip[1](16000))
         ids = torch.cat([inputs["input_ids"], torch.tensor([item.tokens])], dim=1)
         full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
             hidden = r.model(**full, output_hidden_states=True).hidden_states[-1][0]
         assert torch.allclose(item.target[1:], hidden[-3:], atol=1e-4)
-    first = r.train(targets).history[0]["mse"]  # before any step the kept positions are where they should be
-    rows_ = torch.cat([targets["audio-text"].harmful, targets["audio-text"].benign])
-    vanilla = torch.stack([i.target[0] for i in items])
-    assert torch.equal(rows_, vanilla)
-    assert first == pytest.approx(r.disable().train(targets).history[0]["mse"])
 
 
-def test_keeping_tokens_keeps_them(harmful, benign):
-    """Trained with keep_tokens, the vectors after the prompt stay closer to the vanilla model's than without."""
-    drift = []
+def test_training_keeps_tokens(harmful, benign):
+    """Trained with keep_tokens, the vectors along those answers come closer to their targets than without."""
+    distance = []
     for keep in (0, 3):
         one = (RRSConfig().instruction,)
-        config = small(keep_tokens=keep, lora_dropout=0.0, prompts=one, epochs=12, harmful_strength=3.0)
+        config = small(keep_tokens=keep, lora_dropout=0.0, prompts=one, epochs=12)
         r = RRS(*tiny_qwen2_audio(), config, verbose=False).fit(harmful, benign, preflight=0)
         probe = RRS(r.model, r.processor, small(keep_tokens=3), verbose=False)
         with r.disabled():
             items = probe._items("audio-text", r.targets["audio-text"])
         prompts = [r.read(i.example, "audio-text").extended(i.tokens) for i in items]
         now = r.reader.represent(prompts, last=3)
-        drift.append(F.mse_loss(now, torch.stack([i.target[1:] for i in items])).item())
-    assert drift[1] < 0.7 * drift[0]
+        distance.append(F.mse_loss(now, torch.stack([i.target[1:] for i in items])).item())
+    assert distance[1] < 0.7 * distance[0]
