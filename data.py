@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -401,6 +403,36 @@ def user_turn(example: Example, condition: str, instruction: str, refusal_prompt
     return " ".join(part for part in (text, refusal_prompt) if part) or None
 
 
+# What differs between processors, as data.
+TEMPLATE_ONLY = ("VoxtralProcessor",)  # audio goes in through apply_chat_template alone, as a path or in base64
+TEMPLATES = {  # for processors whose checkpoints come without one
+    "Phi4MultimodalProcessor": (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for c in m['content'] %}{{ audio_token if c['type'] == 'audio' else c['text'] }}{% endfor %}{% endif %}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+}
+SECONDS = {"Gemma3nAudioFeatureExtractor": 30.0, "Gemma4AudioFeatureExtractor": 30.0}  # they cut silently beyond
+PACKAGES = {  # what processors import beyond our own requirements
+    "torchvision": "torchvision pillow", "pil library": "pillow", "torchaudio": "torchaudio",
+    "mistral": "'mistral-common[audio]'", "librosa": "librosa", "timm": "timm torchvision",
+    "sentencepiece": "sentencepiece",
+}  # fmt: skip
+
+
+@contextmanager
+def needed_packages(what: str) -> Iterator[None]:
+    """Adds the exact `pip install` line to an ImportError raised inside the `with`."""
+    try:
+        yield
+    except ImportError as error:
+        said = str(error).lower()
+        packages = sorted({package for word, package in PACKAGES.items() if word in said})
+        if not packages:
+            raise
+        raise ImportError(f"{what} needs more packages: pip install {' '.join(packages)}\n({error})") from error
+
+
 class Renderer:
     """Turns one user turn into the inputs of a Hugging Face processor's model: a single, unpadded prompt.
 
@@ -415,15 +447,22 @@ class Renderer:
     def __init__(self, processor: Any, system: str | None = None) -> None:
         self.processor, self.system = processor, system
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        if not self.template:
+        name = type(processor).__name__
+        self.template_only = name in TEMPLATE_ONLY
+        self.template = (
+            getattr(processor, "chat_template", None)
+            or getattr(self.tokenizer, "chat_template", None)
+            or TEMPLATES.get(name)
+        )
+        if not self.template and not self.template_only:
             raise ValueError(
                 f"{type(processor).__name__} has no chat template, nor has its tokenizer; set processor.chat_template, "
                 "or pass build_inputs=your_function to RRS."
             )
         extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
         self.rate = int(getattr(extractor, "sampling_rate", 0) or 0)
-        self.seconds = float(getattr(extractor, "chunk_length", 0) or 0)  # of one window, for extractors that have such
+        # Length of one window, for extractors that have such.
+        self.seconds = float(getattr(extractor, "chunk_length", 0) or SECONDS.get(type(extractor).__name__, 0))
 
     def __call__(self, text: str | None, wave: Wave | None) -> dict[str, Any]:
         """Model inputs of one prompt, each tensor with a batch dimension of 1.
@@ -432,36 +471,63 @@ class Renderer:
             text: the user's words, after the audio if there is any.
             wave: mono float32 `[samples]` at `self.rate` Hz.
         """
-        content: Any = []
-        if wave is not None:
-            if not self.rate:
-                raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
+        if wave is not None and not self.rate:
+            raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
+        with needed_packages(type(self.processor).__name__):
+            if self.template_only:
+                inputs = self.processor.apply_chat_template([self._messages(text, wave)])
+            elif wave is None:
+                inputs = self.tokenizer(self._prompt(text, None), return_tensors="pt", add_special_tokens=False)
+            else:
+                inputs = self.processor(
+                    text=[self._prompt(text, wave)], audio=[wave], sampling_rate=self.rate, return_tensors="pt",
+                    add_special_tokens=False,
+                )  # fmt: skip
+        longer = wave is not None and self.seconds and len(wave) > self.seconds * self.rate
+        if longer and len(inputs.get("input_features", ())) == 1:  # Whisper's extractor cuts without a word
+            raise DataError(
+                f"The clip is {len(wave) / self.rate:.2f} s long, but {type(self.processor).__name__} keeps the "
+                f"first {self.seconds:.2f} s; split it."
+            )
+        return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+
+    def _messages(self, text: str | None, wave: Wave | None, plain: bool = False) -> list[dict[str, Any]]:
+        """The chat; `plain`: contents are strings, as templates of text models want them."""
+        content: list[dict[str, Any]] = []
+        if wave is not None and self.template_only:
+            file = io.BytesIO()
+            soundfile.write(file, wave, self.rate, format="WAV", subtype="FLOAT")
+            content.append({"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()})
+        elif wave is not None:
             content.append({"type": "audio", "audio": "clip"})
         if text:
             content.append({"type": "text", "text": text})
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
-        if wave is None:  # templates of text models know strings only, templates of audio models know both
-            messages = [{"role": m["role"], "content": m["content"][0]["text"]} for m in messages]
-        prompt = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+        if plain:
+            messages = [{"role": m["role"], "content": "".join(c["text"] for c in m["content"])} for m in messages]
+        return messages
+
+    def _prompt(self, text: str | None, wave: Wave | None) -> str:
+        """The rendered chat; text and audio placeholder are verified to be in it."""
+        audio_token = getattr(self.processor, "audio_token", None)
+        wanted = {
+            "audio": audio_token if wave is not None and audio_token else "",
+            "text": text.strip() if text else "",
+        }
+        prompt = ""
+        # Templates of text models know strings only, most of audio models both, a few lists only.
+        for plain in (True, False) if wave is None else (False,):
+            prompt = self.tokenizer.apply_chat_template(
+                self._messages(text, wave, plain),
+                chat_template=self.template, tokenize=False, add_generation_prompt=True, audio_token=audio_token,
+            )  # fmt: skip
+            lost = [what for what, part in wanted.items() if part not in prompt]
+            if not lost:
+                return str(prompt)
+        raise ValueError(
+            f"The chat template of {type(self.processor).__name__} drops the {' and the '.join(lost)}: "
+            f"{[wanted[what] for what in lost]} is not in {prompt!r}. Set processor.chat_template to the one of its "
+            "model card, or pass build_inputs=your_function to RRS."
         )
-        if wave is None:
-            inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        else:
-            token = getattr(self.processor, "audio_token", None)
-            if token and token not in prompt:
-                raise ValueError(
-                    f"The chat template of {type(self.processor).__name__} drops the audio: {token!r} is not in "
-                    f"{prompt!r}. Set processor.chat_template to the one of its model card."
-                )
-            inputs = self.processor(
-                text=[prompt], audio=[wave], sampling_rate=self.rate, return_tensors="pt", add_special_tokens=False
-            )
-            if self.seconds and len(wave) > self.seconds * self.rate and len(inputs["input_features"]) == 1:
-                raise DataError(  # Whisper's extractor cuts without a word
-                    f"The clip is {len(wave) / self.rate:.2f} s long, but {type(self.processor).__name__} keeps the "
-                    f"first {self.seconds:.2f} s; split it."
-                )
-        return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}

@@ -309,6 +309,11 @@ class Reader:
         render: Callable[[str | None, Any], dict[str, Any]],
         max_tokens: int = 8192,
     ) -> None:
+        if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
+            raise ValueError(
+                f"The decoder's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), and training "
+                "needs them in place; load the model with a device_map that puts all of it on devices."
+            )
         self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
         self.from_embeddings = True  # may generate() start from embeddings?
@@ -362,11 +367,16 @@ class Reader:
 
     def _inputs(self, text: str | None, wave: Any) -> dict[str, Any]:
         """The model's own inputs of one prompt, on its device and in its dtype."""
-        inputs = {**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})}
-        return {
-            k: v.to(self.device, self.dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
-            for k, v in inputs.items()
-        }
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Mapping):  # first-generation Qwen-Audio's audio_info
+                return {k: moved(v) for k, v in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+        own: dict[str, Any] = moved({**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})})
+        return own
 
     def _run(self, text: str | None, load: Callable[[], Any] | None) -> Prompt:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
@@ -656,8 +666,6 @@ class LoRA(nn.Module):
             bound = 1 / math.sqrt(n_in)  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(r, n_in, generator=generator) * 2 - 1) * bound
             device = weight_of(module).device
-            if device.type == "meta":
-                raise ValueError(f"{path}: its weights are offloaded; load the model with all of it on devices.")
             self.A.append(nn.Parameter(a.to(device)))
             self.B.append(nn.Parameter(torch.zeros(n_out, r, device=device)))
         self._handles: list[RemovableHandle] = []

@@ -43,7 +43,17 @@ from tqdm.auto import tqdm
 # files copied into another repository): they can't collide with other packages of these names.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
-from rrs.data import CONDITIONS, DataError, Example, Renderer, content_hash, load_examples, shared, user_turn
+from rrs.data import (
+    CONDITIONS,
+    DataError,
+    Example,
+    Renderer,
+    content_hash,
+    load_examples,
+    needed_packages,
+    shared,
+    user_turn,
+)
 from rrs.evaluate import Judge, Rate, Report, answer_and_judge, generate, judge_refusals
 from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
 
@@ -517,7 +527,8 @@ class RRS:
         processor: its processor; for a text model, its tokenizer.
         config: the paper's settings by default.
         decoder, head: dotted module paths, for models that do not tell (see `rrs.hooks.locate`).
-        build_inputs: `(text or None, waveform or None) -> model inputs` of one prompt, instead of the chat template.
+        build_inputs: `(text or None, waveform or None) -> model inputs` of one prompt, instead of the chat template;
+            waveforms come at the rate of its attribute `rate`, or at 16000 Hz.
         verbose: print progress, resolved values and the preflight.
     """
 
@@ -590,7 +601,8 @@ class RRS:
         model: Any = model_class.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with needed_packages(f"The processor of {name}"):
+            processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         return cls(model.to(device).eval(), processor, config, verbose=verbose)
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
@@ -609,6 +621,8 @@ class RRS:
             return self.reader.read(text)
         key, load = example.clip
         rate = getattr(self.render, "rate", 16000)
+        if not rate:
+            raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
         return self.reader.read(text, (key, lambda: load(rate)))
 
     def readable(

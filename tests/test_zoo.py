@@ -15,7 +15,14 @@ from rrs.hooks import capture, expert_parameters, linear_paths, locate
 
 THREE = ("audio-text", "text-only", "audio-only")
 HARMFUL, BENIGN = rows("harmful", 3), rows("benign", 3)
-CONFIG = {"learning_rate": 1e-2, "penalty": 1e-3, "lora_dropout": 0.0, "batch_size": 3, "accumulate": 2, "lora_r": 4}
+CONFIG = {
+    "learning_rate": 3e-3,
+    "penalty": 1e-3,
+    "lora_dropout": 0.0,
+    "batch_size": 3,
+    "accumulate": 2,
+    "lora_r": 4,
+}
 
 
 def tiny_rrs(name: str, **config) -> RRS:
@@ -82,7 +89,8 @@ def test_lora_touches_the_decoder_only(name):
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_the_whole_job(name, tmp_path):
     """Train in three conditions, save, load with PEFT and by ourselves, answer, merge."""
-    rrs = tiny_rrs(name, conditions=THREE, epochs=3, prompts=(RRSConfig().instruction,))
+    # On random models the three conditions pull apart; Granite's audio, through its own LoRA, needs the smallest steps.
+    rrs = tiny_rrs(name, conditions=THREE, epochs=3, learning_rate=1e-3, prompts=(RRSConfig().instruction,))
     before = {k: v.clone() for k, v in rrs.model.state_dict().items()}
     reps = rrs.extract(HARMFUL, BENIGN)
     rrs.train(rrs.make_targets(reps))

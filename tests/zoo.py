@@ -467,3 +467,45 @@ def tiny(name: str, seed: int = 0) -> tuple[nn.Module, Callable[[str | None, Any
         return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), **more}
 
     return model.eval(), build_inputs
+
+
+def table() -> str:
+    """What was measured on each class, as Markdown: one row a class, the three conditions each on two clips."""
+    from conftest import rows
+
+    from rrs import RRS, RRSConfig
+    from rrs.data import load_examples
+    from rrs.hooks import expert_parameters, linear_paths
+
+    lines = [
+        "| Class | Replay | Largest difference | Prefix shared | Batched answers | LoRA | Conditions |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in ZOO:
+        model, build_inputs = tiny(name)
+        rrs = RRS(model, TOKENIZER, RRSConfig(), build_inputs=build_inputs, verbose=False)
+        worst, passed = 0.0, []
+        for condition in ("audio-text", "text-only", "audio-only"):
+            examples = load_examples(rows("harmful", 3))
+            ours = rrs.reader.represent([rrs.read(e, condition) for e in examples])
+            for e, row in zip(examples, ours, strict=True):
+                text = {"audio-text": rrs.config.instruction, "text-only": e.text, "audio-only": None}[condition]
+                audio = condition != "text-only"
+                inputs = build_inputs(text, e.clip[1](16000) if audio else None)
+                with torch.no_grad():
+                    true = rrs.reader._head_input(inputs, audio)[0]
+                worst = max(worst, float((row - true).abs().max() / true.abs().max()))
+            passed.append(condition)
+        linears = {p.rpartition(".")[2]: None for p in linear_paths(rrs.location, rrs.config.target_modules)}
+        experts = "; not the experts" if expert_parameters(rrs.location) else ""
+        yes = {True: "yes", False: "no"}
+        lines.append(
+            f"| {type(model).__name__} | {'exact' if rrs.reader.exact else 'full model'} | {worst:.0e} "
+            f"| {yes[rrs.reader.share_prefix]} | {yes[rrs.reader.from_embeddings]} "
+            f"| {', '.join(linears)}{experts} | {', '.join(passed)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
