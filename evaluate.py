@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -445,7 +445,8 @@ def _clean(text: str) -> str:
         text = _SPECIAL.sub(" ", text)
     if "*" in text or "#" in text or "_" in text or ">" in text:
         text = _MARKUP.sub("", text)
-    text = text[_ROLE.match(text).end() :].strip()
+    role = _ROLE.match(text)
+    text = text[role.end() if role else 0 :].strip()
     return text[1:-1] if text.count('"') == 2 and text[0] == text[-1] == '"' else text
 
 
@@ -659,7 +660,7 @@ class Report:
                 if len(stages) > 1:
                     row[kind]["change"] = asdict(self.change(group, condition, verdicts))
             row["verdicts"] = {
-                stage: {v: self.rate(group, condition, stage, (v,)).k for v in Verdict.__args__} for stage in stages
+                stage: {v: self.rate(group, condition, stage, (v,)).k for v in get_args(Verdict)} for stage in stages
             }
             out.append(row)
         return out

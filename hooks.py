@@ -44,6 +44,11 @@ class Location:
     norm_path: str
     head_path: str
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix `[vocab, hidden]`; row i is the direction of token i."""
+        return weight_of(self.head)
+
 
 def locate(
     model: nn.Module, *, decoder: str | None = None, norm: str | None = None, head: str | None = None
@@ -277,6 +282,7 @@ class Reader:
         self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
         self.share_prefix = True
+        self._texts: dict[str | None, Prompt] = {}
         self._clips: dict[str, Tensor] = {}  # clip id -> projected audio [n, hidden]
         self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # instruction -> ids before, ids after the audio
 
@@ -301,7 +307,12 @@ class Reader:
                 further text only token ids are put together, since neither tower nor projector sees the text.
         """
         if clip is None:
-            return self._run(text, None)
+            if text not in self._texts:
+                prompt = self._run(text, None)
+                if prompt.inputs is not None or prompt.rows is not None:
+                    return prompt  # too large to keep
+                self._texts[text] = prompt
+            return self._texts[text]
         key, load = clip
         if key in self._clips and text in self._frames and self.exact is not False:
             before, after = self._frames[text]
@@ -375,7 +386,7 @@ class Reader:
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Token embeddings `[length, hidden]`; audio placeholders (-1) embed as token 0 and are replaced later."""
-        embedding = self.model.get_input_embeddings()
+        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         return embedding(ids.clamp(min=0).to(self.device))
 
     @torch.no_grad()
@@ -459,7 +470,7 @@ class Reader:
     @torch.no_grad()
     def represent(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Tensor:
         """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients."""
-        out = torch.empty(len(prompts), self.location.head.weight.shape[1])
+        out = torch.empty(len(prompts), self.location.head_weight.shape[1])
         for batch in self.batches(prompts):
             out[batch] = self.last_hidden([prompts[i] for i in batch]).float().cpu()
             if progress:
@@ -506,7 +517,7 @@ class LoRA(nn.Module):
             n_in, n_out = _features(path, module)
             bound = 1 / math.sqrt(n_in)  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(r, n_in, generator=generator) * 2 - 1) * bound
-            device = module.weight.device
+            device = weight_of(module).device
             self.A.append(nn.Parameter(a.to(device)))
             self.B.append(nn.Parameter(torch.zeros(n_out, r, device=device)))
         self._handles: list[RemovableHandle] = []
@@ -550,11 +561,13 @@ class LoRA(nn.Module):
     def merge(self) -> None:
         """Adds the update to the model's weights and detaches itself. It can't be undone exactly; keep a saved copy."""
         for path, module in self._modules_by_path.items():
-            if not module.weight.is_floating_point() or module.weight.dim() != 2:
-                raise ValueError(f"{path} is quantised ({module.weight.dtype}); load the model unquantised to merge.")
+            weight = weight_of(module)
+            if not weight.is_floating_point() or weight.dim() != 2:
+                raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
         for module, a, b in zip(self._modules_by_path.values(), self.A, self.B, strict=True):
             update = self.scale * (b @ a)
-            module.weight += (update.T if _is_conv1d(module) else update).to(module.weight.dtype)
+            weight = weight_of(module)
+            weight += (update.T if _is_conv1d(module) else update).to(weight.dtype)
         self.detach()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -605,6 +618,13 @@ def linear_paths(location: Location, names: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """A module's weight matrix."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear, its subclasses and quantised stand-ins, all of which carry both sizes."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -618,5 +638,6 @@ def _features(path: str, module: nn.Module) -> tuple[int, int]:
     if _is_linear(module):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     if _is_conv1d(module):
-        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[union-attr,return-value]
+        n_in, n_out = weight_of(module).shape
+        return n_in, n_out
     raise ValueError(f"{path} is a {type(module).__name__}, not a linear; LoRA can't be added to it.")

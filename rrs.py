@@ -85,6 +85,12 @@ class RRSConfig:
     top: float | str = "positive"
     """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
 
+    harmful_strength: float = 1.0
+    """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
+
+    benign_strength: float = 1.0
+    """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
+
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
 
@@ -142,7 +148,7 @@ class RRSConfig:
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
-        for name in ("penalty", "weight_decay"):
+        for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
         if not 0 <= self.lora_dropout < 1:
@@ -231,21 +237,34 @@ class Targets:
     mask: Tensor
     """Kept features `[hidden]`, boolean."""
     harmful: Tensor
-    """`R_h + Δ∘mask` `[harmful, hidden]`."""
+    """`R_h + harmful_strength · Δ∘mask` `[harmful, hidden]`."""
     benign: Tensor
-    """`R_b − Δ∘mask` `[benign, hidden]`."""
+    """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
 
 
 def make_targets(
-    reps: Representations, head_row: Tensor, top: float | str = "positive", scorer: Scorer = contribution
+    reps: Representations,
+    head_row: Tensor,
+    top: float | str = "positive",
+    scorer: Scorer = contribution,
+    strengths: tuple[float, float] = (1.0, 1.0),
 ) -> Targets:
-    """Targets of one condition: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features."""
+    """Targets of one condition: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
+
+    Args:
+        reps: the vanilla representations.
+        head_row, top, scorer: see `select_features`.
+        strengths: factors of Δ on the harmful and on the benign side; the paper's are 1 and 1.
+    """
     delta = reps.delta
     mask = select_features(delta, head_row, top, scorer)
     move = delta * mask
-    return Targets(delta, mask, reps.harmful + move, reps.benign - move, reps.harmful_examples, reps.benign_examples)
+    up, down = strengths
+    return Targets(
+        delta, mask, reps.harmful + up * move, reps.benign - down * move, reps.harmful_examples, reps.benign_examples
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +403,7 @@ class RRS:
                     "Update transformers; or, if you trust the code in that checkpoint, pass trust_remote_code=True."
                 )
             model_class = transformers.AutoModelForCausalLM
-        model = model_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: Any = model_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         return cls(model.to(device).eval(), processor, config, verbose=verbose)
 
@@ -444,8 +463,9 @@ class RRS:
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
         """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition."""
-        row = self.head_row(self.config.refusal_token)
-        return {condition: make_targets(r, row, self.config.top, scorer) for condition, r in reps.items()}
+        c = self.config
+        row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
+        return {condition: make_targets(r, row, c.top, scorer, strengths) for condition, r in reps.items()}
 
     def train(
         self, targets: Mapping[str, Targets], *, loss: Loss = F.mse_loss, callbacks: Iterable[Callback] = ()
@@ -678,7 +698,7 @@ class RRS:
 
     def head_row(self, token: str) -> Tensor:
         """The `lm_head` row `[hidden]` of a token, float32 on the CPU."""
-        return self.location.head.weight[self.token_id(token)].detach().float().cpu()  # type: ignore[index,union-attr]
+        return self.location.head_weight[self.token_id(token)].detach().float().cpu()
 
     @torch.no_grad()
     def _first_choice(self, h: Tensor) -> Tensor:
@@ -811,7 +831,7 @@ class RRS:
             "preflight": [asdict(check) for check in self.checks],
             "history": self.history,
         }
-        vectors = {}
+        vectors: dict[str, Tensor] = {}
         for condition, t in self.targets.items():
             vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -911,7 +931,7 @@ def _epoch(
 def fingerprint(location: Location) -> str:
     """A short hash of the decoder's and head's weights (a strided sample), equal for equal bases and dtypes."""
     digest = hashlib.sha256()
-    named = [*location.decoder.named_parameters(), ("head", location.head.weight)]
+    named = [*location.decoder.named_parameters(), ("head", location.head_weight)]
     for name, value in named:
         flat = value.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].float().cpu()

@@ -1,0 +1,75 @@
+"""The demo LALM, the demo data and the main job, as a new user meets them. Downloads 165 MB once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from rrs import RRS, load_examples
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(*command: str, timeout: int = 900) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=EXAMPLES, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo():
+    from demo_lalm import load_demo
+
+    return load_demo()
+
+
+def test_data_keeps_its_promises():
+    """Counts, twins, splits, near-duplicates, every clip decodes."""
+    assert "all checks passed" in run("make_data.py", "--check")
+
+
+def test_demo_reads_text_like_its_language_model(demo):
+    """As text, the demo is SmolLM2: a spoken and a written refusal mean the same model refused."""
+    model, processor = demo
+    rrs = RRS(model, processor, verbose=False)
+    answer = rrs.generate([{"text": "What is the capital of France?"}], "text-only", max_new_tokens=12)[0]
+    assert "Paris" in answer
+    prompt = processor.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "<|im_start|>user\nHi<|im_end|>" in prompt
+    assert "AUDIO" not in prompt
+
+
+def test_replay_is_exact_on_the_demo(demo):
+    rrs = RRS(*demo, verbose=False)
+    examples = load_examples(EXAMPLES / "data" / "dev.jsonl")[:3]
+    for condition in ("audio-text", "text-only", "audio-only"):
+        batched = rrs.reader.represent([rrs.read(e, condition) for e in examples])
+        alone = torch.cat([rrs.reader.represent([rrs.read(e, condition)]) for e in examples])
+        assert torch.allclose(batched, alone, atol=1e-3)
+    assert rrs.reader.exact
+    assert rrs.reader.share_prefix
+
+
+def test_quickstart_fast(tmp_path):
+    out = run("quickstart.py", "--fast", "--out", str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    cells = {(row["condition"], row["group"]) for row in report["table"]}
+    assert len(cells) == 3 * 3
+    assert all({"before", "after", "change"} <= row["refused"].keys() for row in report["table"])
+    assert "| condition |" in out
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * 30  # A and B of seven linears in each of 30 blocks
+    assert any(v.abs().max() > 0 for k, v in adapter.items() if "lora_B" in k)
+    for condition in ("audio-text", "text-only", "audio-only"):
+        assert Path(tmp_path / "out" / f"representations-{condition}.png").stat().st_size > 10_000
