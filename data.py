@@ -59,6 +59,14 @@ class Example:
         return (self.text if condition.startswith("text") else self.audio) is not None
 
     @property
+    def cluster(self) -> str:
+        """What statistics take as one question: `meta["question"]`, else the text, else the id.
+
+        Several voices, seeds or paraphrases of a question are no independent draws.
+        """
+        return str(self.meta.get("question") or (self.text or "").strip() or self.id)
+
+    @property
     def clip(self) -> tuple[str, Callable[[int], Wave]]:
         """`(key, load)`: a key equal for equal clips, and a function from sampling rate to waveform."""
         key = str(self.audio) if isinstance(self.audio, (str, Path)) else f"{self.id}@{id(self.audio)}"

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,29 @@ from tqdm.auto import tqdm
 # files copied into another repository): they can't collide with other packages of these names.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
-from rrs.data import CONDITIONS, Example, Renderer, load_examples, user_turn
-from rrs.evaluate import Judge, Rate, Report, answer_and_judge, generate, judge_refusals
+from rrs.data import CONDITIONS, Example, Renderer, digest, load_examples, user_turn
+from rrs.evaluate import (
+    AnswerLog,
+    Judge,
+    Mean,
+    PairScorer,
+    Rate,
+    Report,
+    answer_and_judge,
+    chat_quality,
+    first_token_change,
+    generate,
+    judge_refusals,
+    log_likelihood,
+)
 from rrs.hooks import Location, LoRA, Prompt, Reader, linear_paths, locate
 
 __version__ = "0.1.0"
 __all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[[Reader, Sequence[Prompt], Sequence[Tensor]], Tensor]
+Stage = Callable[[str], AbstractContextManager["RRS | None"]]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[["Step"], object]
 
@@ -242,6 +257,13 @@ class Targets:
     """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
+
+    def pairs(self) -> list[tuple[Example, Tensor]]:
+        """`(example, target [hidden])`, harmful ones first."""
+        return [
+            *zip(self.harmful_examples, self.harmful, strict=True),
+            *zip(self.benign_examples, self.benign, strict=True),
+        ]
 
 
 def make_targets(
@@ -468,15 +490,22 @@ class RRS:
         return {condition: make_targets(r, row, c.top, scorer, strengths) for condition, r in reps.items()}
 
     def train(
-        self, targets: Mapping[str, Targets], *, loss: Loss = F.mse_loss, callbacks: Iterable[Callback] = ()
+        self,
+        targets: Mapping[str, Targets | Sequence[tuple[Example, Tensor]]],
+        *,
+        loss: Loss = F.mse_loss,
+        objective: Objective | None = None,
+        callbacks: Iterable[Callback] = (),
     ) -> RRS:
         """Step 5, in place: attaches a fresh LoRA and trains it towards the targets. `disable()` takes it off.
 
         `loss = MSE(h_θ(x), target) + penalty · Σ_modules ‖(α/r)·B·A‖_F²`, AdamW, linear decay, gradient clipping.
 
         Args:
-            targets: from `make_targets`.
+            targets: from `make_targets`; or, for each condition, pairs of an example and its target.
             loss: `(h [batch, hidden], target [batch, hidden]) -> scalar`, instead of the mean squared error.
+            objective: `(reader, prompts, targets) -> scalar`, instead of a `loss` on `h`: e.g. with token ids as
+                targets, and `rrs.evaluate.log_likelihood`, supervised fine-tuning in the same loop.
             callbacks: called with a `Step` after each optimizer step.
 
         Raises:
@@ -485,12 +514,14 @@ class RRS:
         c = self.config
         callbacks = list(callbacks)
         items: dict[str, list[tuple[Example, Tensor]]] = {  # condition -> (example, target [hidden])
-            condition: [
-                *zip(t.harmful_examples, t.harmful, strict=True),
-                *zip(t.benign_examples, t.benign, strict=True),
-            ]
-            for condition, t in targets.items()
+            condition: t.pairs() if isinstance(t, Targets) else list(t) for condition, t in targets.items()
         }
+
+        def distance(reader: Reader, prompts: Sequence[Prompt], goals: Sequence[Tensor]) -> Tensor:
+            h = reader.last_hidden(prompts).float()  # [batch, hidden]
+            return loss(h, torch.stack(list(goals)).to(h.device))
+
+        objective = objective or distance
         self.disable()
         paths = linear_paths(self.location, c.target_modules)
         self.lora = LoRA(
@@ -529,9 +560,8 @@ class RRS:
                             self.read(example, condition, c.prompts[pool[k % len(pool)]])
                             for k, (example, _) in enumerate(batch)
                         ]
-                        h = self.reader.last_hidden(prompts).float()  # [batch, hidden]
-                        goal = torch.stack([target for _, target in batch]).to(h.device)  # [batch, hidden]
-                        mse, penalty = loss(h, goal), self.lora.penalty()
+                        mse = objective(self.reader, prompts, [target for _, target in batch])
+                        penalty = self.lora.penalty()
                         total = mse + c.penalty * penalty
                         if not torch.isfinite(total):
                             names = [example.id for example, _ in batch]
@@ -710,13 +740,19 @@ class RRS:
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def generate(self, examples: Any, condition: str = "audio-text", *, max_new_tokens: int = 128) -> list[str]:
-        """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled."""
+    def generate(
+        self, examples: Any, condition: str = "audio-text", *, max_new_tokens: int = 128, refusal: bool = False
+    ) -> list[str]:
+        """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
+
+        Args:
+            refusal: append the refusal prompt.
+        """
         examples = load_examples(examples)
         if lacking := [e.id for e in examples if not e.has(condition)]:
             raise ValueError(f"{condition}: these examples lack what it needs: {lacking[:8]} ({len(lacking)} in all).")
         with self._quiet_model():
-            prompts = [self.read(e, condition) for e in examples]
+            prompts = [self.read(e, condition, refusal=refusal) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
 
     def evaluate(
@@ -726,6 +762,12 @@ class RRS:
         *,
         judge: Judge = judge_refusals,
         max_new_tokens: int = 64,
+        stages: Mapping[str, Stage] | None = None,
+        cache: str | Path | None = None,
+        stop_when_decided: bool = False,
+        usefulness: int = 64,
+        chat: Any = None,
+        scorer: PairScorer | None = None,
     ) -> Report:
         """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
 
@@ -736,6 +778,18 @@ class RRS:
             conditions: see `rrs.data.CONDITIONS`.
             judge: `(prompts, responses) -> verdicts`.
             max_new_tokens: per answer.
+            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
+                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
+                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
+            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
+                it stopped, with the same result; answers of another model, adapter, configuration or other data do not
+                match and stay unused.
+            stop_when_decided: end answers once their verdict is unlikely to change (`rrs.evaluate.decided`).
+            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
+                changed: see `Report.usefulness`; 0 skips it.
+            chat: chat-quality examples whose `text` is asked about their audio, with the reference answer in
+                `meta["answer_gt"]` (AIR-Bench-chat's rows); each stage's answers go to `scorer`.
+            scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
         """
         groups = {k: load_examples(v) for k, v in examples.items()} if isinstance(examples, Mapping) else {}
         if not groups:
@@ -745,20 +799,132 @@ class RRS:
                         f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} to evaluate()."
                     )
                 groups.setdefault(example.label, []).append(example)
+        if (chat is None) != (scorer is None):
+            raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
+        own_stages = stages is not None
+        if stages is None:
+            stages = {"before": lambda _: self.disabled()}
+            if self.lora is not None and self.lora.attached:
+                stages["after"] = lambda _: nullcontext()
+        log = AnswerLog(cache) if cache is not None else None
+        base = fingerprint(self.location) if log else ""
 
-        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            with self.disabled() if stage == "before" else self._as_is(), self._quiet_model():
-                prompts = [self.read(e, condition) for e in rows]
-                return self._answer(prompts, max_new_tokens, f"{stage} {condition}")
+        def answer(stage: str, condition: str, rows: Sequence[Example], instruction: bool = False) -> list[str]:
+            with self._quiet_model(), stages[stage](condition) as other:
+                who = other or self
+                keys = []
+                if log is not None:
+                    state = [
+                        stage,
+                        condition,
+                        base,
+                        who._state(own_stages),
+                        instruction,
+                        max_new_tokens,
+                        stop_when_decided,
+                    ]
+                    keys = [_hash(state, digest([e])) for e in rows]
+                    if all(key in log.known for key in keys):  # nothing is read, no clip encoded
+                        return [log.known[key] for key in keys]
+                prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
 
-        stages = ("before", "after") if self.lora is not None and self.lora.attached else ("before",)
-        report = answer_and_judge(groups, conditions, stages, answer, judge)
-        report.settings = {"max_new_tokens": max_new_tokens, "config": asdict(self.config), "versions": versions()}
+                def keep(new: dict[int, str]) -> None:
+                    log.add(
+                        {"key": keys[i], "stage": stage, "condition": condition, "id": rows[i].id, "response": response}
+                        for i, response in new.items()
+                    )
+
+                return who._answer(
+                    prompts,
+                    max_new_tokens,
+                    f"{stage} {condition}",
+                    known={i: log.known[key] for i, key in enumerate(keys) if key in log.known} if log else None,
+                    keep=keep if log else None,
+                    questions=[e.text or "" for e in rows] if stop_when_decided and not instruction else None,
+                )
+
+        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
+        report.settings = {
+            "max_new_tokens": max_new_tokens,
+            "stop_when_decided": stop_when_decided,
+            "config": asdict(self.config),
+            "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": fingerprint(self.location)},
+            "data": {group: {"n": len(rows), "sha256": digest(rows)} for group, rows in groups.items()},
+        }
+        benign = [e for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
+        for condition in conditions:
+            rows = [e for e in benign if e.has(condition)]
+            if rows and usefulness:
+                rows = rows[:: -(-len(rows) // usefulness)]
+                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens)
+        if chat is not None and scorer is not None:
+            rows = load_examples(chat)
+            if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
+                raise ValueError(f"chat examples need text, audio and meta['answer_gt']; not so {lacking[:8]}.")
+            for stage in stages:
+                answers = answer(stage, "audio-text", rows, instruction=True)
+                references = [str(e.meta["answer_gt"]) for e in rows]
+                report.quality[stage] = chat_quality(scorer, [str(e.text) for e in rows], references, answers)
         return report
 
-    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str) -> list[str]:
+    @torch.no_grad()
+    def _usefulness(
+        self, rows: Sequence[Example], condition: str, stages: Mapping[str, Stage], report: Report, limit: int
+    ) -> list[dict[str, Any]]:
+        """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers."""
+        out: list[dict[str, Any]] = []
+        first, vanilla = next(iter(stages)), None
+        answers = [a for a in report.answers if (a.condition, a.stage) == (condition, first)]
+        said = {a.id: a.response for a in answers if not a.group.startswith("harmful")}
+        own = [self.answer_ids(said[e.id], limit) for e in rows]
+        clusters = [e.cluster for e in rows]
+        for stage, enter in stages.items():
+            with self._quiet_model(), enter(condition) as other, self._bar(len(rows), f"usefulness {stage}") as bar:
+                who = other or self
+                prompts = [who.read(e, condition) for e in rows]
+                h = who.reader.represent(prompts)  # [n, hidden]
+                vanilla = h if vanilla is None else vanilla
+                kl, same = first_token_change(who.reader, vanilla, h)
+                longer = [p.extended(a.tolist()) for p, a in zip(prompts, own, strict=True)]
+                likelihood = torch.full((len(rows),), torch.nan)
+                for batch in who.reader.batches(longer):
+                    told = [i for i in batch if len(own[i])]
+                    if told:
+                        scores = log_likelihood(who.reader, [prompts[i] for i in told], [own[i] for i in told])
+                        likelihood[told] = scores.float().cpu()
+                    bar.update(len(batch))
+            spoken = ~likelihood.isnan()
+            out.append(
+                {
+                    "condition": condition,
+                    "stage": stage,
+                    "n": len(rows),
+                    "kl": asdict(Mean.of(kl.tolist(), clusters)),
+                    "same": asdict(Rate.of(same.tolist(), clusters)),
+                    "likelihood": asdict(Mean.of(likelihood[spoken].tolist())),
+                }
+            )
+        return out
+
+    def answer_ids(self, answer: str, limit: int) -> Tensor:
+        """Token ids `[length]` of a generated answer; the end token is in it unless `limit` tokens cut it off."""
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        model: Any = self.model
+        end = model.generation_config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return torch.tensor([*ids, end] if ids and len(ids) < limit and end is not None else ids, dtype=torch.long)
+
+    def _state(self, steered: bool) -> str:
+        """A hash of what answers depend on beside the base model and the input; `steered` takes in Δ ∘ mask."""
+        lora = self.lora.tensors() if self.lora is not None and self.lora.attached else {}
+        moves = [t.delta * t.mask for t in self.targets.values()] if steered else []
+        tensors = [v.float().numpy().tobytes() for v in [*lora.values(), *moves]]
+        return _hash([asdict(self.config), versions(), getattr(self.render, "system", None)], *tensors)
+
+    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
         with self._bar(len(prompts), what) as bar:
-            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update)
+            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 
@@ -785,10 +951,6 @@ class RRS:
         finally:
             if attached:
                 self.enable()
-
-    @contextmanager
-    def _as_is(self) -> Iterator[None]:
-        yield
 
     def merge(self) -> nn.Module:
         """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first."""
@@ -937,6 +1099,12 @@ def fingerprint(location: Location) -> str:
         sample = flat[:: max(1, len(flat) // 64)].float().cpu()
         digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _hash(value: Any, *more: str | bytes) -> str:
+    """16 hex digits of something JSON can write, and of texts or bytes."""
+    digests = [json.dumps(value).encode(), *(m.encode() if isinstance(m, str) else m for m in more)]
+    return hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in digests)).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
