@@ -1364,10 +1364,11 @@ def plot_representations(
     for ax, (panel, sets) in zip(grid, panels.items(), strict=False):
         for name in sets:
             x, y = next(points).T
-            ax.scatter(x, y, s=12, alpha=0.7, linewidths=0, color=colours[name], label=name)
+            ax.scatter(x, y, s=16, alpha=0.7, linewidths=0, color=colours[name], label=name)
         ax.set_title(panel)
-    for ax in grid[len(panels) :]:
-        ax.set_visible(False)
+    for i in range(len(panels), len(grid)):
+        grid[i].set_visible(False)
+        grid[i - columns].tick_params(labelbottom=True)
     grid[0].legend(frameon=False)
     names = ("PC 1", "PC 2") if method == "pca" else ("t-SNE 1", "t-SNE 2")
     figure.supxlabel(names[0])
@@ -1416,7 +1417,7 @@ def plot_categories(report: Report, condition: str, path: Path) -> list[Path]:
         return []
     bar = 0.8 / len(report.stages)
     longest = max(map(len, cells.values()))
-    figure = _figure(5.2 * len(cells), 1.2 + 0.22 * longest * max(2, len(report.stages)))
+    figure = _figure(5.2 * len(cells), 1.4 + 0.14 * longest * max(3, len(report.stages) + 1))
     for ax, (group, categories) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells.items(), strict=True):
         for i, stage in enumerate(report.stages):
             answers = report._select(group, condition, stage)
@@ -1428,7 +1429,8 @@ def plot_categories(report: Report, condition: str, path: Path) -> list[Path]:
         ax.set(title=f"{group} refused", xlim=(0, 1))
         ax.set_yticks(range(len(categories)), [c.replace("_", " ")[:34] for c in categories], fontsize="small")
         ax.invert_yaxis()
-    figure.axes[0].legend(frameon=False, fontsize="small")
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     figure.suptitle(condition)
     figure.savefig(path, dpi=150)
     return [path]

