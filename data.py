@@ -8,9 +8,10 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -30,8 +31,16 @@ the question typed in the paper's second form, `TEXT_CONTENT`."""
 TEXT_CONTENT = "The audio content is: {question}. {instruction}"
 
 
+# What one clip may take: files claim and compress what they like, so both are checked before memory is taken.
+MAX_SECONDS, MAX_BYTES = 3600.0, 2**30
+
+
 class DataError(ValueError):
     """Something is wrong with the data that was passed; the message names file and row, and says what to do."""
+
+
+class DataWarning(UserWarning):
+    """The data can be used, but something about it is likely a mistake."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,8 +78,54 @@ class Example:
     @property
     def clip(self) -> tuple[str, Callable[[int], Wave]]:
         """`(key, load)`: a key equal for equal clips, and a function from sampling rate to waveform."""
-        key = str(self.audio) if isinstance(self.audio, (str, Path)) else f"{self.id}@{id(self.audio)}"
-        return key, lambda rate: load_audio(self.audio, rate, name=self.id)
+        return self.audio_hash, lambda rate: load_audio(self.audio, rate, name=self.id)
+
+    @cached_property
+    def audio_hash(self) -> str:
+        """SHA-256 (hex) of the clip as it is stored, wherever that is; `""` without one."""
+        digest = hashlib.sha256()
+        if self.audio is None:
+            return ""
+        if isinstance(self.audio, (str, Path)):
+            try:
+                with open(_checked_size(self.audio, f"{self.id} ({self.audio})"), "rb") as file:
+                    while chunk := file.read(2**20):
+                        digest.update(chunk)
+            except OSError as error:
+                raise DataError(
+                    f"{self.id}: audio file {self.audio} can't be read ({error}); check the path."
+                ) from None
+        elif isinstance(self.audio, Mapping) and "array" in self.audio:
+            array = np.asarray(self.audio["array"])
+            digest.update(f"{self.audio.get('sampling_rate')} {array.dtype} {array.shape}".encode() + array.tobytes())
+        else:
+            digest.update(self.audio if isinstance(self.audio, bytes) else repr(self.audio).encode())
+        return digest.hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that training and evaluation use of the example."""
+        return hashlib.sha256(json.dumps([self.id, self.text, self.label, self.audio_hash]).encode()).hexdigest()
+
+
+def content_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 (hex) of examples in their order: equal for equal contents, wherever the files lie."""
+    return hashlib.sha256("\n".join(e.digest for e in examples).encode()).hexdigest()
+
+
+def shared(ours: Sequence[Example], others: Sequence[Example], *, twins: bool = False) -> list[str]:
+    """Ids of those of `ours` whose question (its text; without one, its clip) is also among `others`.
+
+    Args:
+        twins: count as well an example that names one of `others` as its `twin`, or is named by one.
+    """
+
+    def question(e: Example) -> str:
+        return " ".join(e.text.casefold().split()) if e.text else e.audio_hash
+
+    questions = {question(e) for e in others}
+    ids, named = {e.id for e in others}, {e.meta.get("twin") for e in others}
+    return [e.id for e in ours if question(e) in questions or (twins and (e.id in named or e.meta.get("twin") in ids))]
 
 
 class Format(NamedTuple):
@@ -117,7 +172,9 @@ LABELS: dict[Any, Label] = {"harmful": "harmful", "unsafe": "harmful", "benign":
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 
 
-def load_examples(source: Any, label: Label | None = None, *, format: str | None = None) -> list[Example]:
+def load_examples(
+    source: Any, label: Label | None = None, *, format: str | None = None, allow_outside: bool = False
+) -> list[Example]:
     """Examples from a file, a folder of audio, a list of `Example`s, or any iterable of dicts (`datasets` included).
 
     Files are recognised by content: JSON, JSONL, CSV or TSV whose columns fit one of `FORMATS`, or plain text with a
@@ -132,6 +189,7 @@ def load_examples(source: Any, label: Label | None = None, *, format: str | None
         label: given to rows that have none. Rows that carry the *other* label are left out, so that one file can
             serve as `harmful=` and as `benign=`.
         format: a name of `FORMATS`, "lines" (plain text) or "folder", where the content alone does not decide.
+        allow_outside: let a manifest name audio files that are not below its own folder (links are followed).
 
     Raises:
         DataError: names file and row; for an ambiguous file, what it could be.
@@ -141,7 +199,7 @@ def load_examples(source: Any, label: Label | None = None, *, format: str | None
     if isinstance(source, (str, Path)):
         path = Path(source)
         name, folder = str(path), path if path.is_dir() else path.parent
-        rows = _read_folder(path, format) if path.is_dir() else _read_file(path, format)
+        rows = _read_folder(path, format, allow_outside) if path.is_dir() else _read_file(path, format)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise DataError(f"Examples must be a path or an iterable of dicts, not {type(source).__name__}.")
     else:
@@ -154,7 +212,7 @@ def load_examples(source: Any, label: Label | None = None, *, format: str | None
     columns = {str(key).lower() for row in rows if isinstance(row, Mapping) for key in row}
     kind = _format(columns, name, format if format in FORMATS else None) if columns else FORMATS["rrs"]
     examples = [
-        row if isinstance(row, Example) else _example(row, kind, f"{name}, row {i}", i, folder)
+        row if isinstance(row, Example) else _example(row, kind, f"{name}, row {i}", i, folder, allow_outside)
         for i, row in enumerate(rows, 1)
     ]
     seen: dict[str, int] = {}
@@ -165,9 +223,10 @@ def load_examples(source: Any, label: Label | None = None, *, format: str | None
             )
         seen[example.id] = i
     if label:
-        examples = [replace(e, label=label) for e in examples if e.label in (None, label)]
+        examples = [e if e.label else replace(e, label=label) for e in examples if e.label in (None, label)]
     if not examples:
-        raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it.")
+        held = f": its rows are all of the other label; pass the file with the {label} ones" if seen and label else ""
+        raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it{held}.")
     return examples
 
 
@@ -195,7 +254,7 @@ def _format(columns: set[str], name: str, wanted: str | None) -> Format:
     return FORMATS[fit[0]]
 
 
-def _read_folder(path: Path, format: str | None) -> list[Any]:
+def _read_folder(path: Path, format: str | None, allow_outside: bool) -> list[Any]:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     clips = [p for p in files if p.suffix.lower() in AUDIO_SUFFIXES]
     tables = [p.name for p in files if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")]
@@ -206,19 +265,25 @@ def _read_folder(path: Path, format: str | None) -> list[Any]:
     rows = []
     for clip in clips:
         words, place = clip.with_suffix(".txt"), clip.relative_to(path)
-        text = words.read_text(encoding="utf-8-sig").strip() if words.is_file() else None
+        text = None
+        if words.is_file():
+            text = _read_text(_checked_path(words.relative_to(path), str(path), path, allow_outside)).strip()
         category = place.parent.as_posix() if place.parent.name else None
         rows.append({"id": place.with_suffix("").as_posix(), "text": text, "audio": str(place), "category": category})
     return rows
 
 
-def _read_file(path: Path, format: str | None) -> list[Any]:
+def _read_text(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read as UTF-8 text ({error}).") from None
+        raise DataError(f"{path}: can't be read as UTF-8 text ({error}); save it as UTF-8.") from None
+
+
+def _read_file(path: Path, format: str | None) -> list[Any]:
+    content = _read_text(path)
     if format != "lines":
         if content.lstrip()[:1] in ("[", "{") or path.suffix.lower() in (".json", ".jsonl"):
             return _read_json(path, content)
@@ -229,18 +294,19 @@ def _read_file(path: Path, format: str | None) -> list[Any]:
 
 def _read_json(path: Path, content: str) -> list[Any]:
     if content.lstrip().startswith("["):
-        try:
-            return list(json.loads(content))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    rows = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}); one object a line.") from None
-    return rows
+        return list(_json(content, str(path)))
+    lines = enumerate(content.split("\n"), 1)  # not splitlines(): U+2028 and the like may stand in a JSON string
+    return [_json(line, f"{path}, line {number}", "; one object a line") for number, line in lines if line.strip()]
+
+
+def _json(text: str, where: str, remedy: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where += "" if remedy else f", line {error.lineno}"
+        raise DataError(f"{where}: not valid JSON ({error.msg}){remedy}.") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise DataError(f"{where}: not JSON that can be read ({error}){remedy}.") from None
 
 
 def _read_table(path: Path, content: str, format: str | None) -> list[Any] | None:
@@ -269,7 +335,9 @@ def _read_table(path: Path, content: str, format: str | None) -> list[Any] | Non
     return None
 
 
-def _example(row: Mapping[str, Any], kind: Format, where: str, number: int, folder: Path | None) -> Example:
+def _example(
+    row: Mapping[str, Any], kind: Format, where: str, number: int, folder: Path | None, allow_outside: bool
+) -> Example:
     columns = {str(key).lower(): key for key in row}
     rest = {key: row[key] for key in row}
 
@@ -278,6 +346,10 @@ def _example(row: Mapping[str, Any], kind: Format, where: str, number: int, fold
         return None if isinstance(value, str) and not value.strip() else value
 
     text, audio, name = take(kind.text), take(kind.audio), take(kind.id)
+    if name is not None and not isinstance(name, (str, int)):
+        raise DataError(
+            f"{where}: {kind.id!r} must be a string or a number, not {name!r}; leave it out for 'row-{number}'."
+        )
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}: {kind.text!r} must be a string, not {type(text).__name__}.")
     if text and kind.context and (context := take(kind.context)):
@@ -285,43 +357,60 @@ def _example(row: Mapping[str, Any], kind: Format, where: str, number: int, fold
     label: Label | None = kind.label
     if kind.harmful:
         column, prefix = kind.harmful
+        if column not in columns:
+            raise DataError(f"{where}: no {column!r}, which tells the label; add it.")
         label = "harmful" if str(row[columns[column]]).startswith(prefix) else "benign"
     if (given := take("label")) is not None:
         if not isinstance(given, str) or given not in LABELS:
-            raise DataError(f"{where}: label {given!r} is none of {list(LABELS)}; rename the column if it is no label.")
+            raise DataError(
+                f"{where}: label {given!r} is neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe'); rename the "
+                "column if it is no label."
+            )
         label = LABELS[given]
     if hasattr(audio, "get_all_samples"):  # what `datasets` decodes to
         samples = audio.get_all_samples()
         audio = {"array": samples.data.numpy().T, "sampling_rate": samples.sample_rate}
-    elif isinstance(audio, Mapping) and not audio.keys() >= {"array", "sampling_rate"}:
-        audio = audio.get("bytes") or audio.get("path")
+    elif isinstance(audio, Mapping) and (not audio or ("array" not in audio and audio.keys() & {"bytes", "path"})):
+        audio = audio.get("bytes") or audio.get("path") or None
     if text is None and audio is None:
-        raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(columns)}.")
+        raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(columns)}; a row needs one of them.")
+    try:
+        f"{name}{text}".encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: 'id' or 'text' is no valid Unicode ({error.reason}); re-export the row.") from None
     if isinstance(audio, (str, Path)):
-        audio = Path(audio) if folder is None else folder / audio
-        if not audio.is_file():
-            raise DataError(f"{where}: audio file {audio} does not exist.")
-    category = take(kind.category) if isinstance(row.get(columns.get(kind.category)), str) else None
-    return Example(str(name) if name is not None else f"row-{number}", text, audio, label, category, rest)
+        audio = _checked_path(audio, where, folder, allow_outside)
+    elif audio is not None and not isinstance(audio, (bytes, Mapping)):
+        raise DataError(f"{where}: 'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
+    category = take(kind.category) if isinstance(row.get(columns.get(kind.category, "")), str) else None
+    return Example(f"row-{number}" if name is None else str(name), text, audio, label, category, rest)
 
 
-def digest(examples: Iterable[Example]) -> str:
-    """A short hash of questions, labels and audio, equal for equal data: 16 hex digits."""
-    total = hashlib.sha256()
-    for e in examples:
-        total.update(json.dumps([e.id, e.text, e.label]).encode())
-        if isinstance(e.audio, Mapping):
-            total.update(np.ascontiguousarray(e.audio["array"]).tobytes() + str(e.audio["sampling_rate"]).encode())
-        elif e.audio is not None:
-            total.update(e.audio if isinstance(e.audio, bytes) else Path(e.audio).read_bytes())
-    return total.hexdigest()[:16]
+def _checked_path(name: str | Path, where: str, folder: Path | None, allow_outside: bool) -> Path:
+    """The path that a row or a folder names; neither can lead to files outside its folder unless that is allowed."""
+    path = Path(name) if folder is None else folder / name
+    try:
+        inside = folder is None or allow_outside or path.resolve().is_relative_to(folder.resolve())
+        exists = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name of 10,000 characters
+        raise DataError(f"{where}: the path {str(name)[:200]!r} can't be followed ({error}); correct it.") from None
+    if not inside:
+        raise DataError(
+            f"{where}: {str(name)!r} lies outside the manifest's folder {folder}. Move it there; or, if you "
+            "trust the manifest, pass load_examples(path, label, allow_outside=True) instead of the path."
+        )
+    if not exists:
+        raise DataError(f"{where}: the file {path} does not exist, or is no ordinary file; correct the path.")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio
 
 
-def load_audio(source: Any, rate: int, *, name: str = "audio", max_seconds: float | None = None) -> Wave:
+def load_audio(
+    source: Any, rate: int, *, name: str = "audio", max_seconds: float = MAX_SECONDS, max_bytes: int = MAX_BYTES
+) -> Wave:
     """Any audio as mono float32 `[samples]` in [-1, 1] at `rate` Hz.
 
     Args:
@@ -329,35 +418,81 @@ def load_audio(source: Any, rate: int, *, name: str = "audio", max_seconds: floa
         rate: wanted sampling rate; the processors of transformers do not resample.
         name: how errors call the clip.
         max_seconds: longer clips raise.
+        max_bytes: larger files raise, and clips whose decoded mono samples take more.
 
     Raises:
-        DataError: unreadable, empty, non-finite or too long.
+        DataError: unreadable, empty, non-finite, too long or too large.
     """
     if isinstance(source, Mapping):
         if not {"array", "sampling_rate"} <= source.keys():
-            raise DataError(f"{name}: an audio dict needs 'array' and 'sampling_rate', it has {sorted(source)}.")
-        wave, source_rate = np.asarray(source["array"]), int(source["sampling_rate"])
-        if np.issubdtype(wave.dtype, np.integer):
-            wave = wave / -float(np.iinfo(wave.dtype).min or -np.iinfo(wave.dtype).max)
+            raise DataError(f"{name}: an audio dict needs 'array' and 'sampling_rate', it has {list(source)}.")
+        try:
+            wave, source_rate = np.asarray(source["array"]), int(source["sampling_rate"])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{name}: 'array' and 'sampling_rate' must be numbers ({error}).") from None
+        if wave.dtype.kind not in "iuf":
+            raise DataError(f"{name}: 'array' must hold integers or floats, not {wave.dtype}.")
+        if wave.dtype.kind in "iu":
+            full = (int(np.iinfo(wave.dtype).max) + 1) / (2 if wave.dtype.kind == "u" else 1)
+            wave = wave / full - (wave.dtype.kind == "u")  # unsigned samples are centred on half of their range
+        seconds = len(wave) / max(1, source_rate) if wave.ndim else 0.0
     else:
         name = f"{name} ({source})" if isinstance(source, (str, Path)) else name
         try:
-            file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-            wave, source_rate = soundfile.read(file, dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, OSError, TypeError, RuntimeError) as error:
-            raise DataError(f"{name}: can't be decoded as audio ({error}); re-encode it as WAV, FLAC or OGG.") from None
-    wave = wave.astype(np.float32)
-    if wave.ndim == 2:
+            wave, source_rate, seconds = _decode(source, name, max_seconds, max_bytes)
+        except (soundfile.LibsndfileError, OSError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{name}: can't be decoded as audio ({error}); re-encode it (or a video's sound) as WAV, FLAC or OGG."
+            ) from None
+    if seconds > max_seconds:
+        raise DataError(f"{name}: {seconds:.1f} s is longer than the {max_seconds:g} s allowed; cut it.")
+    if wave.ndim == 2 and wave.shape[1]:
         wave = wave.mean(axis=1)
     if wave.ndim != 1 or not len(wave):
-        raise DataError(f"{name}: no samples (shape {list(wave.shape)}).")
+        raise DataError(f"{name}: no samples (shape {list(wave.shape)}); re-export the clip.")
+    if source_rate <= 0 or rate <= 0:
+        raise DataError(f"{name}: sampling rates must be positive, got {source_rate} and {rate} Hz.")
+    if not 1_000 <= source_rate <= 1_000_000:
+        raise DataError(f"{name}: a sampling rate of {source_rate} Hz is no audio's; correct the clip's header.")
+    with np.errstate(over="ignore"):
+        wave = wave.astype(np.float32)
     if not np.isfinite(wave).all():
         raise DataError(f"{name}: NaN or infinite samples; re-export the clip.")
-    if max_seconds is not None and len(wave) > max_seconds * source_rate:
-        raise DataError(
-            f"{name}: {len(wave) / source_rate:.1f} s is longer than the {max_seconds:g} s the model hears; cut it."
-        )
+    flat = np.abs(wave) >= max(0.99, float(np.abs(wave).max()) - 1e-4)
+    if (flat[:-2] & flat[1:-1] & flat[2:]).mean() > 0.01 if len(wave) > 2 else False:
+        warnings.warn(f"{name}: clipped, its peaks are cut off flat; record it at a lower level.", DataWarning, 2)
     return resample(wave, source_rate, rate)
+
+
+def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple[Wave, int, float]:
+    """Mono samples, their rate, and the seconds that the file claims to hold or turned out to hold.
+
+    In blocks, with the channels averaged at once: memory is taken for what is there, never for what a header claims.
+    """
+    if isinstance(source, bytes) and len(source) > max_bytes:
+        raise DataError(f"{name}: {len(source)} bytes are more than max_bytes={max_bytes}; cut the clip.")
+    encoded = io.BytesIO(source) if isinstance(source, bytes) else str(_checked_size(source, name, max_bytes))
+    with soundfile.SoundFile(encoded) as file:
+        limit = min(max_seconds * file.samplerate, max_bytes / 4)
+        blocks, total, size = [], 0, max(1, 2**20 // file.channels)
+        while total <= limit and len(block := file.read(size, dtype="float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))
+            total += len(block)
+        seconds = total / max(1, file.samplerate)
+        if max_seconds * file.samplerate >= total > limit:
+            raise DataError(f"{name}: {seconds:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
+        return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate, seconds
+
+
+def _checked_size(path: str | Path, name: str, max_bytes: int = MAX_BYTES) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{name}: no such file, or no ordinary one; correct the path.")
+    if path.stat().st_size > max_bytes:
+        raise DataError(f"{name}: {path.stat().st_size} bytes are more than max_bytes={max_bytes}; cut the clip.")
+    return path
 
 
 def resample(wave: Wave, rate: int, new_rate: int, zeros: int = 24, rolloff: float = 0.945) -> Wave:
@@ -375,6 +510,8 @@ def resample(wave: Wave, rate: int, new_rate: int, zeros: int = 24, rolloff: flo
         return wave
     divisor = math.gcd(rate, new_rate)
     up, down = new_rate // divisor, rate // divisor
+    if up * down > 2**22:  # rates with hardly a common divisor, e.g. 44,101 Hz: the kernels would take gigabytes
+        return _resample_directly(wave, up, down, zeros, rolloff)
     kernels, width = _sinc_kernels(up, down, zeros, rolloff)
     padded = torch.nn.functional.pad(torch.from_numpy(np.ascontiguousarray(wave))[None, None], (width, width + down))
     # One strided convolution per output phase: [1, 1, samples] -> [1, up, frames] -> interleaved [frames * up]
@@ -391,11 +528,27 @@ def _sinc_kernels(up: int, down: int, zeros: int, rolloff: float) -> tuple[Tenso
     time = torch.arange(-width, width + down, dtype=torch.float64) - torch.arange(up, dtype=torch.float64)[:, None] * (
         down / up
     )
-    position = time * cutoff
+    return _windowed_sinc(time * cutoff, cutoff, zeros).float()[:, None], width
+
+
+def _windowed_sinc(position: Tensor, cutoff: float, zeros: int) -> Tensor:
     beta = torch.tensor(14.769656459379492, dtype=torch.float64)
     window = torch.i0(beta * (1 - (position / zeros) ** 2).clamp(min=0).sqrt()) / torch.i0(beta)
-    kernels = cutoff * torch.sinc(position) * window * (position.abs() <= zeros)
-    return kernels.float()[:, None], width
+    return cutoff * torch.sinc(position) * window * (position.abs() <= zeros)
+
+
+def _resample_directly(wave: Wave, up: int, down: int, zeros: int, rolloff: float) -> Wave:
+    """The same without a table of kernels: each output sample's own, in bounded memory."""
+    cutoff = min(up, down) * rolloff / down
+    width = math.ceil(zeros / cutoff)
+    taps = torch.arange(2 * width + 1)
+    padded = torch.nn.functional.pad(torch.from_numpy(np.ascontiguousarray(wave)), (width, width + 1))
+    out = []
+    for t in torch.arange(math.ceil(len(wave) * up / down)).split(max(1, 2**20 // len(taps))):
+        nearest, phase = t * down // up, (t * down % up).double() / up
+        kernels = _windowed_sinc((taps - width - phase[:, None]) * cutoff, cutoff, zeros).float()  # [outputs, taps]
+        out.append((padded[nearest[:, None] + taps] * kernels).sum(1))
+    return torch.cat(out).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,17 +6,20 @@ leaves the model bit-identical to before.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where things are
@@ -25,6 +28,14 @@ from torch.utils.hooks import RemovableHandle
 # error that lists what was seen, because a wrong layer trains without complaint and protects nothing.
 LAYER_LISTS = ("layers", "h", "blocks")
 FINAL_NORMS = ("norm", "norm_f", "ln_f", "final_layernorm", "final_layer_norm")
+
+# Classes that can't be served, each with the reason and what to do instead.
+REFUSED = {
+    "KyutaiSpeechToTextForConditionalGeneration": "its audio codes are part of input_ids and it takes no instruction",
+    "VoxtralRealtimeForConditionalGeneration": "it adds audio at every position and reads no text alone; use Voxtral",
+    "Qwen2_5OmniForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
+    "Qwen3OmniMoeForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ def locate(
     Raises:
         ValueError: a part is missing or ambiguous. The message lists the candidates and the argument that decides.
     """
+    if reason := REFUSED.get(type(model).__name__):
+        raise ValueError(f"{type(model).__name__} is not supported: {reason}.")
     paths = {id(module): path for path, module in model.named_modules()}  # first name wins, as in state_dict
 
     def given(path: str, argument: str) -> nn.Module:
@@ -258,6 +271,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 # Replay: the frozen audio tower runs once per clip, the decoder as often as training needs
 
 
+# What differs between model classes, as data.
+PER_TOKEN = ("per_layer_inputs",)  # decoder arguments that follow from the token ids (Gemma 3n, Gemma 4)
+FIXED_INPUTS = {"VibeVoiceAsrForConditionalGeneration": {"sample": False}}  # else its audio encoder draws noise
+OWN_AUDIO_LORA = ("GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration")
+# generate() from embeddings is not the same as from the model's own inputs: Gemma 3n can't pass per_layer_inputs on
+# after the first token, Granite Speech switches its own LoRA by the presence of input_features.
+GENERATES_FROM_INPUTS = ("Gemma3nForConditionalGeneration", *OWN_AUDIO_LORA)
+PER_TOKEN_INPUTS = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}  # and their values for text
+
+
 @dataclass(eq=False)
 class Prompt:
     """One prompt as the decoder sees it: token ids, and rows that replace their embeddings where the audio is."""
@@ -268,22 +291,29 @@ class Prompt:
     """Decoder-input rows `[n, hidden]` that are no token embeddings: the projected audio. Shared between prompts."""
     start: int = 0
     """Position of the first row."""
-    inputs: dict[str, Any] | None = field(default=None, repr=False)
-    """The model's own inputs, kept only where replay is not exact and the full model has to run."""
+    audio: bool = False
+    """Whether the prompt has audio."""
+    inputs: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
+    """Makes the model's own inputs; set only where the full model has to run (`Reader.exact`, `.from_embeddings`)."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def extended(self, tokens: Sequence[int]) -> Prompt:
         """The prompt with token ids appended: an answer that has already begun."""
-        ids = torch.cat([self.ids, torch.tensor(tokens, dtype=self.ids.dtype)])
-        inputs = None
-        if self.inputs is not None:
-            inputs = dict(self.inputs)
-            for name, fill in (("input_ids", torch.tensor(tokens)), ("attention_mask", torch.ones(len(tokens)))):
-                if name in inputs:
-                    inputs[name] = torch.cat([inputs[name], fill[None].to(inputs[name])], dim=1)
-        return Prompt(ids, self.rows, self.start, inputs)
+        more = torch.tensor(tokens, dtype=self.ids.dtype)
+        make = self.inputs
+
+        def inputs() -> dict[str, Any]:
+            assert make is not None
+            own = make()
+            for name, fill in {"input_ids": more, **PER_TOKEN_INPUTS}.items():
+                if name in own:
+                    tail = torch.ones_like(more) * fill
+                    own[name] = torch.cat([own[name], tail[None].to(own[name])], dim=1)
+            return own
+
+        return replace(self, ids=torch.cat([self.ids, more]), inputs=make and inputs)
 
 
 class Reader:
@@ -306,9 +336,11 @@ class Reader:
     ) -> None:
         self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
+        self.from_embeddings = True  # may generate() start from embeddings?
         self.share_prefix = True
-        self._texts: dict[str | None, Prompt] = {}
-        self._clips: dict[str, Tensor] = {}  # clip id -> projected audio [n, hidden]
+        self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head
+        self._per_token = False  # does the decoder take PER_TOKEN arguments?
+        self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
         self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # instruction -> ids before, ids after the audio
 
     @property
@@ -318,8 +350,8 @@ class Reader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoder's weights and activations."""
-        return next(self.location.decoder.parameters()).dtype
+        """Of the decoder's activations (and of its weights, unless they are quantised)."""
+        return next(p.dtype for p in self.location.decoder.parameters() if p.is_floating_point())
 
     @torch.no_grad()
     def read(self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None) -> Prompt:
@@ -332,91 +364,168 @@ class Reader:
                 further text only token ids are put together, since neither tower nor projector sees the text.
         """
         if clip is None:
-            if text not in self._texts:
-                prompt = self._run(text, None)
-                if prompt.inputs is not None or prompt.rows is not None:
-                    return prompt  # too large to keep
-                self._texts[text] = prompt
-            return self._texts[text]
+            return self._run(text, None)
         key, load = clip
         if key in self._clips and text in self._frames and self.exact is not False:
             before, after = self._frames[text]
-            rows = self._clips[key]
-            placeholder = before.new_full((len(rows),), -1)
-            return Prompt(torch.cat([before, placeholder, after]), rows, len(before))
-        prompt = self._run(text, load())
+            ids, rows = self._clips[key]
+            inputs = None if self.from_embeddings else lambda: self._inputs(text, load())
+            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, inputs)
+        prompt = self._run(text, load)
         if prompt.rows is None:
             return prompt
         end = prompt.start + len(prompt.rows)
         frame = (prompt.ids[: prompt.start], prompt.ids[end:])
-        known = self._frames.setdefault(text, frame)
-        if not all(torch.equal(a, b) for a, b in zip(known, frame, strict=True)):
-            # The ids around the audio depend on the clip: no composing, every pair goes through the processor.
+        known, clip_known = self._frames.setdefault(text, frame), self._clips.get(key)
+        same_ids = all(torch.equal(a, b) for a, b in zip(known, frame, strict=True))
+        if not same_ids or (clip_known is not None and not self._close(clip_known[1], prompt.rows)):
+            # The ids around the audio depend on the clip, or the projected audio on the text: no composing, every
+            # pair goes through the processor and the tower.
             self._frames = _Never()
-        self._clips[key] = prompt.rows
+        self._clips[key] = (prompt.ids[prompt.start : end], prompt.rows)
         return prompt
 
-    def _run(self, text: str | None, wave: Any) -> Prompt:
-        """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
-        inputs = {
+    def _inputs(self, text: str | None, wave: Any) -> dict[str, Any]:
+        """The model's own inputs of one prompt, on its device and in its dtype."""
+        inputs = {**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})}
+        return {
             k: v.to(self.device, self.dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
-            for k, v in self.render(text, wave).items()
+            for k, v in inputs.items()
         }
+
+    def _run(self, text: str | None, load: Callable[[], Any] | None) -> Prompt:
+        """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
+
+        def make() -> dict[str, Any]:
+            return self._inputs(text, load and load())
+
+        inputs, audio = make(), load is not None
         ids = inputs["input_ids"][0].cpu()
+        prompt, first = Prompt(ids, audio=audio, inputs=make), self.exact is None
+        if first and not all(_accepts(self.location.decoder, name) for name in ("inputs_embeds", "use_cache")):
+            self._fall_back("its forward takes no inputs_embeds or use_cache")
         if self.exact is False:
-            return Prompt(ids, inputs=inputs)
-        seen = None
-        with capture(self.model, self.location.decoder_path, where="input", stop=True) as record:
-            self.model(**inputs)
-        if record[self.location.decoder_path]:
-            seen = record[self.location.decoder_path][0][0]  # [length, hidden]
-        if seen is None or len(seen) != len(ids):
-            self.exact = False
-            return Prompt(ids, inputs=inputs)
-        plain = self._embed(ids)
-        differs = (seen != plain).any(-1).nonzero().flatten()
-        prompt = Prompt(ids)
-        if len(differs):
-            start, end = int(differs[0]), int(differs[-1]) + 1
-            prompt = Prompt(ids, seen[start:end].clone(), start)
-        if self.exact is None or (len(differs) and not self._clips):  # the first text and the first clip are checked
-            difference = self.check(prompt, inputs)
+            return prompt
+        if first or audio:
+            seen = self._decoder_inputs(inputs)
+            self._per_token = any(name in seen for name in PER_TOKEN)
+            embeds = seen["inputs_embeds"][0]  # [length, hidden]
+            if len(embeds) != len(ids):
+                self._fall_back(f"it sees {len(embeds)} positions for {len(ids)} token ids")
+                return prompt
+            if audio:
+                differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
+                start, end = int(differs[0]), int(differs[-1]) + 1
+                prompt = replace(prompt, rows=embeds[start:end].clone(), start=start)
+        if first or (audio and not self._clips):  # the first text and the first clip are checked
+            true = self._head_input(inputs, audio)[0, 0].float()
+            difference = self.check(prompt, true)
             if difference > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache
-                self.share_prefix = False
-                difference = self.check(prompt, inputs)
-            self.exact = difference <= self.tolerance
-            if not self.exact:
-                warnings.warn(
-                    f"Replaying {type(self.location.decoder).__name__} from cached inputs is off by {difference:.1e}; "
-                    "the full model runs for every prompt instead: correct, but slower.",
-                    stacklevel=2,
-                )
-                return Prompt(ids, inputs=inputs)
-        return prompt
+                self.share_prefix, self.scale = False, 1.0
+                difference = self.check(prompt, true)
+            if difference > self.tolerance:
+                self._fall_back(f"it is off by {difference:.1e}")
+                return Prompt(ids, audio=audio, inputs=make)
+            self.exact = True
+            self.from_embeddings = self.from_embeddings and self._generates_from_embeddings(prompt, true)
+        return replace(prompt, inputs=None) if self.from_embeddings else prompt
+
+    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
+        seen: dict[str, Tensor] = {}
+        names, first = ("inputs_embeds", *PER_TOKEN), f"{self.location.layers_path}.0"
+        handle = self.location.decoder.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.update({n: kwargs[n] for n in names if kwargs.get(n) is not None}),
+            with_kwargs=True,
+        )
+        try:
+            with capture(self.model, first, where="input", stop=True) as record:
+                self.model(**inputs)
+        finally:
+            handle.remove()
+        if not record[first]:
+            raise ValueError(f"{first} never ran in a forward pass; pass decoder='path' of the one that does.")
+        if "inputs_embeds" not in seen:  # given token ids, it merges the audio inside: Phi-4
+            seen["inputs_embeds"] = record[first][0]
+        return seen
+
+    def _fall_back(self, why: str) -> None:
+        self.exact = False
+        warnings.warn(
+            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
+            "for every prompt instead: correct, but slower.",
+            stacklevel=5,
+        )
+
+    def _head_input(self, inputs: Mapping[str, Any], audio: bool, last: int = 1) -> Tensor:
+        """`[batch, last, hidden]`: what the head multiplies at the last positions when the whole model runs."""
+        path, end = self.location.head_path, slice(-last, None)
+        with self.own_lora(audio), capture(self.model, path, where="input", position=end, stop=True) as record:
+            self.model(**inputs)
+        return record[path][0]
+
+    @contextmanager
+    def own_lora(self, audio: bool) -> Iterator[None]:
+        """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
+        layers: list[Any] = []
+        if type(self.model).__name__ in OWN_AUDIO_LORA:
+            layers = [m for m in self.model.modules() if hasattr(m, "lora_A") and hasattr(m, "enable_adapters")]
+        was_on = [not layer.disable_adapters for layer in layers]
+        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]  # PEFT sets this as well
+        try:
+            for layer in layers:
+                layer.enable_adapters(audio)
+            for p, flag in trainable:
+                p.requires_grad_(flag)
+            yield
+        finally:
+            for layer, on in zip(layers, was_on, strict=True):
+                layer.enable_adapters(on)
+            for p, flag in trainable:
+                p.requires_grad_(flag)
 
     @property
     def tolerance(self) -> float:
         """Largest relative difference between replay and full forward that is rounding: 1e-4 in float32, 0.05 else."""
         return 1e-4 if self.dtype == torch.float32 else 0.05
 
-    @torch.no_grad()
-    def check(self, prompt: Prompt, inputs: Mapping[str, Any]) -> float:
-        """Relative difference between the vector at the head and its replay, shared and padded: `|Δ|_max / |h|_max`."""
-        with capture(self.model, self.location.head_path, where="input", position=-1, stop=True) as record:
-            self.model(**inputs)
-        true = record[self.location.head_path][0][0].float()
-        longer = Prompt(torch.cat([prompt.ids, prompt.ids[-1:].expand(3)]), prompt.rows, prompt.start)
-        replayed = self._replay([longer, prompt])[1].float()
-        return float((replayed - true).abs().max() / true.abs().max())
+    def _close(self, a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and bool((a - b).abs().max() <= self.tolerance * b.abs().max())
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings `[length, hidden]`; audio placeholders (-1) embed as token 0 and are replaced later."""
-        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        return embedding(ids.clamp(min=0).to(self.device))
+    @torch.no_grad()
+    def check(self, prompt: Prompt, true: Tensor) -> float:
+        """Relative difference `|Δ|_max / |h|_max` between `true` `[hidden]`, what the head multiplied at the prompt's
+        end, and its replay, shared and padded. A constant factor between the two is found and kept in `scale`.
+        """
+        longer = prompt.extended([int(prompt.ids[-1])] * 3)
+        replayed = self._replay([longer, prompt])[1, 0].float()
+        difference, factor = (replayed - true).abs().max(), float(true @ replayed / (replayed @ replayed))
+        if difference > self.tolerance * true.abs().max():  # e.g. Inkling divides by a width multiplier
+            difference, self.scale = (factor * replayed - true).abs().max(), self.scale * factor
+        return float(difference / true.abs().max())
+
+    @torch.no_grad()
+    def _generates_from_embeddings(self, prompt: Prompt, true: Tensor) -> bool:
+        """Does the whole model, started from left-padded embeddings, end at the same vector?"""
+        prepare = getattr(self.model, "prepare_inputs_for_generation", None)
+        accepted = prepare and "inputs_embeds" in inspect.signature(prepare).parameters  # what generate() asks as well
+        if not accepted or type(self.model).__name__ in GENERATES_FROM_INPUTS:
+            return False
+        longer = prompt.extended([int(prompt.ids[-1])] * 3)
+        return self._close(self._head_input(self.collate([longer, prompt]), prompt.audio)[1, 0].float(), true)
+
+    @torch.no_grad()
+    def _embed(self, ids: Tensor) -> dict[str, Tensor]:
+        """Decoder inputs of token ids `[batch, length]`: `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN."""
+        embedding = _ask(self.model, "get_input_embeddings")
+        if embedding is None or self._per_token:
+            return self._decoder_inputs({"input_ids": ids.to(self.device)})
+        return {"inputs_embeds": embedding(ids.clamp(max=len(embedding.weight) - 1).to(self.device))}
 
     @torch.no_grad()
     def collate(self, prompts: Sequence[Prompt], skip: int = 0, side: str = "left") -> dict[str, Tensor]:
-        """Padded decoder inputs: `inputs_embeds` `[batch, length, hidden]`, `attention_mask` `[batch, length]`.
+        """Padded decoder inputs: `inputs_embeds` `[batch, length, hidden]`, `attention_mask` `[batch, length]`, and
+        PER_TOKEN `[batch, length, …]` where the decoder takes them.
 
         Args:
             skip: leave out this many leading positions.
@@ -430,55 +539,64 @@ class Reader:
             ids[i, offset : offset + len(prompt) - skip] = prompt.ids[skip:]
             mask[i, offset : offset + len(prompt) - skip] = 1
         mask = mask.to(self.device)
-        embeds = self._embed(ids) * mask.unsqueeze(-1)
+        inputs = self._embed(ids)
+        embeds = inputs["inputs_embeds"] * mask.unsqueeze(-1)
         for i, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True)):
             if prompt.rows is not None:
                 start = offset + prompt.start - skip
                 embeds[i, start : start + len(prompt.rows)] = prompt.rows.to(embeds)
-        return {"inputs_embeds": embeds, "attention_mask": mask}
+        return {**inputs, "inputs_embeds": embeds, "attention_mask": mask}
 
-    def _replay(self, prompts: Sequence[Prompt]) -> Tensor:
-        """`h(x)` `[batch, hidden]` from cached decoder inputs.
+    def _replay(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
+        """The last `last` positions' vectors `[batch, last, hidden]` from cached decoder inputs.
 
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
         prompts of the batch begin with (system prompt, opening of the turn) runs once and is shared through the
         key-value cache, gradients included: on short questions that is more than half of all positions.
         """
         decoder = self.location.decoder
-        shared = self._shared_prefix(prompts) if self.share_prefix else 0
-        embeds = self.collate(prompts, shared, side="right")["inputs_embeds"]
-        if shared:
-            cache = decoder(inputs_embeds=self._embed(prompts[0].ids[None, :shared]), use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(prompts))
-            out = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0]
-        else:
-            out = decoder(inputs_embeds=embeds, use_cache=False)[0]
-        last = torch.tensor([len(prompt) - shared - 1 for prompt in prompts])
-        return out[torch.arange(len(prompts)), last]
+        shared = self._shared_prefix(prompts, last) if self.share_prefix else 0
+        inputs = self.collate(prompts, shared, side="right")
+        del inputs["attention_mask"]
+        with self.own_lora(prompts[0].audio):
+            if shared:
+                prefix = decoder(**self._embed(prompts[0].ids[None, :shared]), use_cache=True)
+                cache = getattr(prefix, "past_key_values", None)
+                # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
+                if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
+                    self.share_prefix = False
+                    return self._replay(prompts, last)
+                cache.batch_repeat_interleave(len(prompts))
+                out = decoder(**inputs, past_key_values=cache, use_cache=True)[0]
+            else:
+                out = decoder(**inputs, use_cache=False)[0]
+        ends = torch.tensor([len(prompt) - shared for prompt in prompts])
+        h = out[torch.arange(len(prompts))[:, None], ends[:, None] + torch.arange(-last, 0)]
+        return h if self.scale == 1 else h * self.scale
 
     @staticmethod
-    def _shared_prefix(prompts: Sequence[Prompt]) -> int:
-        """How many leading token ids all prompts of a batch share; at least one position stays for each prompt."""
-        longest = min(min(len(p) - 1, p.start if p.rows is not None else len(p)) for p in prompts)
+    def _shared_prefix(prompts: Sequence[Prompt], last: int) -> int:
+        """How many leading token ids all prompts of a batch share; at least `last` positions stay for each prompt."""
+        longest = min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts)
         first = prompts[0].ids[:longest]
         for prompt in prompts[1:]:
             differs = (prompt.ids[: len(first)] != first).nonzero()
             first = first[: int(differs[0])] if len(differs) else first
         return len(first) if len(prompts) > 1 else 0
 
-    def last_hidden(self, prompts: Sequence[Prompt]) -> Tensor:
-        """`h(x)` of each prompt, `[batch, hidden]`: what the head multiplies at the last position.
+    def last_hidden(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
+        """What the head multiplies at the last `last` positions of each prompt, `[batch, last, hidden]`.
 
         One forward pass; gradients reach an attached `LoRA` if they are enabled.
         """
-        if all(prompt.inputs is None for prompt in prompts):
-            return self._replay(prompts)
+        if self.exact is not False and len({p.audio for p in prompts}) == 1:
+            return self._replay(prompts, last)
+        if self.exact is not False:  # Granite Speech's own LoRA is on with audio and off without
+            return torch.cat([self._replay([prompt], last) for prompt in prompts])
         rows = []
         for prompt in prompts:  # replay is not exact on this model: the full model runs, unpadded
-            inputs = prompt.inputs or {"input_ids": prompt.ids[None].to(self.device)}
-            with capture(self.model, self.location.head_path, where="input", position=-1, stop=True) as record:
-                self.model(**inputs)
-            rows.append(record[self.location.head_path][0][0])
+            inputs = prompt.inputs() if prompt.inputs else {"input_ids": prompt.ids[None].to(self.device)}
+            rows.append(self._head_input(inputs, prompt.audio, last)[0])
         return torch.stack(rows)
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -493,14 +611,27 @@ class Reader:
             yield batch
 
     @torch.no_grad()
-    def represent(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> Tensor:
-        """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients."""
-        out = torch.empty(len(prompts), self.location.head_weight.shape[1])
+    def represent(
+        self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None, last: int | None = None
+    ) -> Tensor:
+        """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
+
+        Args:
+            progress: called with the number of prompts done, batch by batch.
+            last: the vectors of that many last positions instead, `[n, last, hidden]`.
+        """
+        out = torch.empty(len(prompts), last or 1, self.location.head_weight.shape[1])
         for batch in self.batches(prompts):
-            out[batch] = self.last_hidden([prompts[i] for i in batch]).float().cpu()
+            out[batch] = self.last_hidden([prompts[i] for i in batch], last or 1).float().cpu()
             if progress:
                 progress(len(batch))
-        return out
+        return out if last else out[:, 0]
+
+
+def _accepts(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward takes an argument of that name."""
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class _Never(dict):  # type: ignore[type-arg]
@@ -528,6 +659,12 @@ class LoRA(nn.Module):
         paths: their exact dotted paths.
         r, alpha, dropout: as in LoRA (Hu et al. 2021); the update is scaled by `alpha / r`.
         seed: of A's initialisation (Kaiming uniform, as in PEFT); B starts at zero, so training starts at vanilla.
+
+    Attributes:
+        key: what dropout's masks derive from, with module and shape. Set it to something new, e.g. the step, before
+            each forward pass in training. The global random numbers play no part, so runs in two threads do not
+            disturb each other, a resumed run needs no generator's state, and a pass that activation checkpointing runs
+            again in backward gets the masks that it had.
     """
 
     def __init__(
@@ -537,12 +674,15 @@ class LoRA(nn.Module):
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
         self._modules_by_path = {path: model.get_submodule(path) for path in paths}
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.key: tuple[int, ...] | None = None
         generator = torch.Generator().manual_seed(seed)
         for path, module in self._modules_by_path.items():
             n_in, n_out = _features(path, module)
             bound = 1 / math.sqrt(n_in)  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(r, n_in, generator=generator) * 2 - 1) * bound
             device = weight_of(module).device
+            if device.type == "meta":
+                raise ValueError(f"{path}: its weights are offloaded; load the model with all of it on devices.")
             self.A.append(nn.Parameter(a.to(device)))
             self.B.append(nn.Parameter(torch.zeros(n_out, r, device=device)))
         self._handles: list[RemovableHandle] = []
@@ -550,8 +690,8 @@ class LoRA(nn.Module):
     def attach(self) -> LoRA:
         """Adds the update to every forward pass of the model. `detach()` undoes it."""
         if not self._handles:
-            for module, a, b in zip(self._modules_by_path.values(), self.A, self.B, strict=True):
-                self._handles.append(module.register_forward_hook(self._hook(a, b)))
+            for i, (module, a, b) in enumerate(zip(self._modules_by_path.values(), self.A, self.B, strict=True)):
+                self._handles.append(module.register_forward_hook(self._hook(i, a, b)))
         return self
 
     def detach(self) -> LoRA:
@@ -566,30 +706,41 @@ class LoRA(nn.Module):
         """Whether the model currently runs with the update."""
         return bool(self._handles)
 
-    def _hook(self, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = F.dropout(args[0], self.dropout, self.training)
+            x = self._drop(i, args[0]) if self.training and self.dropout else args[0]
             update = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
             return output + (update * self.scale).to(output.dtype)
 
         return add
+
+    def _drop(self, i: int, x: Tensor) -> Tensor:
+        """Dropout of module i's input `x`; see `key`."""
+        if self.key is None:
+            raise RuntimeError("Set lora.key, e.g. to (step,), before each forward pass in training: dropout needs it.")
+        generator = seeded(*self.key, i, *x.shape, device=x.device)
+        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return x * keep.div_(1 - self.dropout)
 
     def penalty(self) -> Tensor:
         """`Σ_modules ‖(α/r)·B·A‖_F²` (RRS, the loss's second term), a scalar.
 
         Through the r×r Gram matrices, `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`: exact, and BA is never formed.
         """
-        total = sum(((b.T @ b) * (a @ a.T)).sum() for a, b in zip(self.A, self.B, strict=True))
+        device = self.A[0].device  # a model may be spread over several
+        total = sum(((b.T @ b) * (a @ a.T)).sum().to(device) for a, b in zip(self.A, self.B, strict=True))
         return self.scale**2 * torch.as_tensor(total)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the update to the model's weights and detaches itself. It can't be undone exactly; keep a saved copy."""
-        for path, module in self._modules_by_path.items():
+        # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
+        inner = {path: getattr(module, "base_layer", module) for path, module in self._modules_by_path.items()}
+        for path, module in inner.items():
             weight = weight_of(module)
             if not weight.is_floating_point() or weight.dim() != 2:
                 raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
-        for module, a, b in zip(self._modules_by_path.values(), self.A, self.B, strict=True):
+        for module, a, b in zip(inner.values(), self.A, self.B, strict=True):
             update = self.scale * (b @ a)
             weight = weight_of(module)
             weight += (update.T if _is_conv1d(module) else update).to(weight.dtype)
@@ -622,25 +773,58 @@ class LoRA(nn.Module):
                 parameter.copy_(value)
 
 
+def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers depend on `key` alone."""
+    seed = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "big") >> 1)
+
+
+# Names under which some decoders hold the same projections: fused (Phi-4), or factored (multi-head latent attention).
+SAME_AS = {
+    "q_proj": ("qkv_proj", "q_a_proj", "q_b_proj"),
+    "k_proj": ("qkv_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    "v_proj": ("qkv_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj",),
+}
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
 def linear_paths(location: Location, names: Sequence[str]) -> list[str]:
     """Paths of the linears below the decoder's blocks whose last path component is one of `names`, exactly.
+
+    A name without a match stands for the names in `SAME_AS`. Mixtures of experts keep an MLP's weights in 3-D
+    parameters; there, and only there, the names of its projections may match nothing.
 
     Raises:
         ValueError: a name that matches nothing; the message lists the names that exist.
     """
-    found: dict[str, str] = {}
-    present: set[str] = set()
-    for path, module in location.layers.named_modules():
-        name = path.rpartition(".")[2]
-        if hasattr(module, "weight") and module.weight is not None and (_is_conv1d(module) or _is_linear(module)):
-            present.add(name)
-            if name in names:
-                found[f"{location.layers_path}.{path}"] = name
-    if unmatched := sorted(set(names) - set(found.values())):
+    linears = {
+        path: path.rpartition(".")[2]
+        for path, module in location.layers.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and (_is_conv1d(module) or _is_linear(module))
+    }
+    present, unmatched, wanted = set(linears.values()), [], set()
+    for name in names:
+        known = [n for n in (name, *SAME_AS.get(name, ())) if n in present]
+        wanted.update(known[:1] if known[:1] == [name] else known)
+        if not known and not (name in MLP and expert_parameters(location)):
+            unmatched.append(name)
+    if unmatched:
         raise ValueError(
-            f"target_modules {unmatched} match no linear below {location.layers_path}; there are {sorted(present)}."
+            f"target_modules {sorted(unmatched)} match no linear below {location.layers_path}; there are "
+            f"{sorted(present)}."
         )
-    return list(found)
+    return [f"{location.layers_path}.{path}" for path, name in linears.items() if name in wanted]
+
+
+def expert_parameters(location: Location) -> list[str]:
+    """Paths of 3-D MLP weights `[experts, …]` below the decoder's blocks, which no LoRA is added to."""
+    return [
+        f"{location.layers_path}.{path}"
+        for path, p in location.layers.named_parameters()
+        if p.dim() == 3 and path.rpartition(".")[2] in (*MLP, "gate_up_proj")
+    ]
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -13,21 +13,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -36,7 +43,7 @@ from tqdm.auto import tqdm
 # files copied into another repository): they can't collide with other packages of these names.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
-from rrs.data import CONDITIONS, Example, Renderer, digest, load_examples, user_turn
+from rrs.data import CONDITIONS, DataError, Example, Renderer, content_hash, load_examples, shared, user_turn
 from rrs.evaluate import (
     AnswerLog,
     Judge,
@@ -51,7 +58,7 @@ from rrs.evaluate import (
     judge_refusals,
     log_likelihood,
 )
-from rrs.hooks import Location, LoRA, Prompt, Reader, linear_paths, locate
+from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
 
 __version__ = "0.1.0"
 __all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
@@ -105,6 +112,10 @@ class RRSConfig:
 
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
+
+    keep_tokens: int = 0
+    """Answer tokens at whose positions training aims at vanilla vectors too: those of the model's own answer to benign
+    inputs, and of its own refusal, under the refusal prompt, of harmful ones. The paper, one token deep: 0."""
 
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
@@ -163,6 +174,8 @@ class RRSConfig:
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
+        if not isinstance(self.keep_tokens, int) or self.keep_tokens < 0:
+            raise ValueError(f"keep_tokens={self.keep_tokens!r} must be a whole number of at least 0.")
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
@@ -258,13 +271,6 @@ class Targets:
     harmful_examples: list[Example]
     benign_examples: list[Example]
 
-    def pairs(self) -> list[tuple[Example, Tensor]]:
-        """`(example, target [hidden])`, harmful ones first."""
-        return [
-            *zip(self.harmful_examples, self.harmful, strict=True),
-            *zip(self.benign_examples, self.benign, strict=True),
-        ]
-
 
 def make_targets(
     reps: Representations,
@@ -287,6 +293,17 @@ def make_targets(
     return Targets(
         delta, mask, reps.harmful + up * move, reps.benign - down * move, reps.harmful_examples, reps.benign_examples
     )
+
+
+@dataclass
+class Item:
+    """One training input: where its vectors shall go."""
+
+    example: Example
+    target: Tensor
+    """`[1 + keep_tokens, hidden]`: at the prompt's end, and at the answer tokens below."""
+    tokens: tuple[int, ...]
+    """The first `keep_tokens` tokens of its answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,6 +347,11 @@ class Preflight:
     token_target: Rate
     """The same at the targets: does arriving there start a refusal?"""
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preflight:
+        """From a saved one."""
+        return cls(**{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in values.items()})
+
 
 @dataclass
 class Opening:
@@ -348,7 +370,148 @@ class RRSWarning(UserWarning):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Nothing is lost: files that appear complete or not at all, checkpoints, signals
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears complete or not at all, also when the process or the machine dies."""
+    scratch = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} can't be written ({error.strerror}); make room or access there") from error
+    finally:
+        with suppress(OSError):  # the error above says more
+            scratch.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut, where folders can be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Checkpoints:
+    """The states of one training run on disk: `step-N.safetensors` with weights, AdamW's moments, and a JSON record.
+
+    Whatever else training needs is a function of seed and step, so that resuming is exact. The last two are kept.
+
+    Args:
+        folder: theirs; one run's only.
+        run: what makes the run what it is; a checkpoint of another one is refused.
+        resume: continue from what is in the folder, instead of refusing to mix.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, Any], resume: bool) -> None:
+        self.folder, self.run = Path(folder), json.loads(json.dumps(run))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.files() and not resume:
+            raise FileExistsError(
+                f"{self.folder} holds checkpoints of a run ({self.files()[-1].name}). Pass resume=True to go on with "
+                "it, or another checkpoint_dir to start a new one."
+            )
+
+    def files(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    @property
+    def last(self) -> str:
+        """How messages call the last good checkpoint."""
+        return f"The last good checkpoint is {self.files()[-1]}" if self.files() else "There is no checkpoint yet"
+
+    def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
+        """Writes the state after `step`; the ones before stay as they are until it is safely on disk."""
+        tensors = lora.tensors()
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
+        about = {"rrs": json.dumps({"run": self.run, **record})}
+        try:
+            _write(self.folder / f"step-{step:08}.safetensors", to_safetensors(tensors, about))
+            for path in (
+                *self.files()[:-2],
+                *self.folder.glob(".step-*"),
+            ):  # the latter from processes that were killed
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            message = f"step {step}: {error.strerror or error}. {self.last}; then fit(…, resume=True) goes on"
+            raise OSError(error.errno, message) from error
+
+    def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Fills in the newest state and returns its record; an empty one if there is none."""
+        if not (files := self.files()):
+            return {}
+        try:
+            with safe_open(files[-1], "pt") as file:
+                record = json.loads((file.metadata() or {})["rrs"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
+            raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
+        known = record.pop("run")
+        if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
+            values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
+            raise ValueError(
+                f"{files[-1]} belongs to another run: {'; '.join(values)}. Restore that, or change checkpoint_dir."
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in [n for n in tensors if n.startswith("optimizer.")]:
+            _, i, moment = name.split(".", 2)
+            state.setdefault(int(i), {})[moment] = tensors.pop(name)
+        lora.load_tensors(tensors)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return record
+
+
+@contextmanager
+def _postponed_signals(active: bool) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM wait inside the `with`, noted in the list; a second one goes through at once.
+
+    Handlers belong to the main thread: in another one, and if not `active`, nothing changes.
+    """
+    noted: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: Any) -> None:
+        restore()
+        noted.append(number)
+
+    if active and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                previous[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+        while noted:
+            signal.raise_signal(noted.pop())
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The public class
+
+# What `save` writes, and may therefore replace.
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rrs.json", "rrs.safetensors"}
 
 # Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
 THINKERS = {
@@ -389,10 +552,22 @@ class RRS:
         self.render = build_inputs or Renderer(processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = Reader(model, self.location, self.render)
+        rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
+        if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
+            raise ValueError(
+                f"The processor does not fit the model: its tokenizer has {ids} tokens, {type(model).__name__} has "
+                f"{rows}. Load both from the same checkpoint."
+            )
         self.lora: LoRA | None = None
         self.targets: dict[str, Targets] = {}
         self.checks: list[Preflight] = []
         self.history: list[dict[str, float]] = []
+        self.report: Report | None = None
+        """The last before/after evaluation of this adapter; `save` puts it on the model card."""
+        self.record: dict[str, Any] = {}
+        """What the adapter was trained with: config, data, base, versions."""
+        self._trained_on: list[Example] = []
+        self._vectors: dict[str, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -406,6 +581,8 @@ class RRS:
         verbose: bool = True,
     ) -> RRS:
         """Load model and processor by name or folder.
+
+        Weights are read from safetensors only, never unpickled.
 
         Args:
             device: default CUDA, else MPS, else CPU.
@@ -425,7 +602,9 @@ class RRS:
                     "Update transformers; or, if you trust the code in that checkpoint, pass trust_remote_code=True."
                 )
             model_class = transformers.AutoModelForCausalLM
-        model: Any = model_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: Any = model_class.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         return cls(model.to(device).eval(), processor, config, verbose=verbose)
 
@@ -447,16 +626,48 @@ class RRS:
         rate = getattr(self.render, "rate", 16000)
         return self.reader.read(text, (key, lambda: load(rate)))
 
+    def readable(
+        self, examples: Sequence[Example], conditions: Sequence[str], on_error: Literal["raise", "skip"] = "raise"
+    ) -> list[Example]:
+        """The examples, if their clips can be read; all that can't are named at once.
+
+        Args:
+            on_error: `"raise"`, or `"skip"` to leave them out and warn with their number.
+
+        Raises:
+            DataError: the full list of bad examples.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
+        spoken = next((c for c in conditions if not c.startswith("text")), None)
+        bad: dict[int, str] = {}
+        if spoken is not None:
+            with self.disabled(), self._quiet_model(), self._bar(len(examples), "read clips") as bar:
+                for i, example in enumerate(examples):
+                    try:
+                        if example.has(spoken):
+                            self.read(example, spoken)
+                    except DataError as error:
+                        bad[i] = str(error) if example.id in str(error) else f"{example.id}: {error}"
+                    bar.update()
+        if bad:
+            message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
+            if on_error == "raise":
+                raise DataError(f'{message}\nRepair or remove them, or pass on_error="skip".')
+            warnings.warn(f"{message}\nThey are left out.", RRSWarning, stacklevel=3)
+        return [e for i, e in enumerate(examples) if i not in bad]
+
     # -- the steps ----------------------------------------------------------------------------------------------------
 
-    def extract(self, harmful: Any, benign: Any) -> dict[str, Representations]:
+    def extract(self, harmful: Any, benign: Any, *, cache: str | Path | None = None) -> dict[str, Representations]:
         """Step 1: R_b, R_h and R_h+ of the vanilla model, in each of `config.conditions`.
 
         Args:
             harmful, benign: whatever `load_examples` takes.
+            cache: a folder that keeps the vectors, by a hash of all that they depend on.
 
         Raises:
-            ValueError: a condition for which one side has no example.
+            ValueError: a condition for which one side has no example; a model that gives NaN.
         """
         sides = {"harmful": load_examples(harmful, "harmful"), "benign": load_examples(benign, "benign")}
         out = {}
@@ -473,7 +684,14 @@ class RRS:
                 prompts = [self.read(e, condition) for e in b]
                 prompts += [self.read(e, condition) for e in h]
                 prompts += [self.read(e, condition, refusal=True) for e in h]
-                rows = self.reader.represent(prompts, bar.update)
+                compute = partial(self.reader.represent, prompts, bar.update)
+                rows = self._cached(cache, condition, [*b, *h], prompts, compute)
+            if not torch.isfinite(rows).all():
+                names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+                raise ValueError(
+                    f"{condition}: the model's last hidden state is NaN or infinite. "
+                    + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
+                )
             out[condition] = Representations(
                 benign=rows[: len(b)],
                 harmful=rows[len(b) : len(b) + len(h)],
@@ -482,6 +700,33 @@ class RRS:
                 harmful_examples=h,
             )
         return out
+
+    def _cached(
+        self,
+        folder: str | Path | None,
+        name: str,
+        examples: Sequence[Example],
+        prompts: Sequence[Prompt],
+        compute: Callable[[], Tensor],
+    ) -> Tensor:
+        """`compute()`, or what it gave for the same model, examples and prompts before."""
+        if folder is None:
+            return compute()
+        depends = [fingerprint(self.model), versions(), self.reader.device.type, content_hash(examples)]
+        key = hashlib.sha256(repr(depends).encode())
+        for prompt in prompts:  # the ids hold template, instruction, and how long the audio is
+            key.update(prompt.ids.numpy().tobytes())
+        path = Path(folder) / f"extract-{name}-{key.hexdigest()[:16]}.safetensors"
+        try:
+            return load_file(path)["rows"]
+        except FileNotFoundError:
+            pass
+        except (SafetensorError, KeyError, OSError) as error:
+            self._say(f"{path} is damaged ({error}); it is computed again")
+        rows = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, to_safetensors({"rows": rows}))
+        return rows
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
         """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition."""
@@ -496,105 +741,252 @@ class RRS:
         loss: Loss = F.mse_loss,
         objective: Objective | None = None,
         callbacks: Iterable[Callback] = (),
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 0,
+        resume: bool = False,
     ) -> RRS:
         """Step 5, in place: attaches a fresh LoRA and trains it towards the targets. `disable()` takes it off.
 
         `loss = MSE(h_θ(x), target) + penalty · Σ_modules ‖(α/r)·B·A‖_F²`, AdamW, linear decay, gradient clipping.
+        When memory runs out, the batch is run in halves: same sums, same result (dropout's masks differ).
 
         Args:
-            targets: from `make_targets`; or, for each condition, pairs of an example and its target.
-            loss: `(h [batch, hidden], target [batch, hidden]) -> scalar`, instead of the mean squared error.
-            objective: `(reader, prompts, targets) -> scalar`, instead of a `loss` on `h`: e.g. with token ids as
-                targets, and `rrs.evaluate.log_likelihood`, supervised fine-tuning in the same loop.
+            targets: from `make_targets`; or, for each condition, pairs of an example and its target: `[hidden]`, or
+                what `objective` takes.
+            loss: `(h [batch, hidden], target [batch, hidden]) -> scalar`, a mean over the batch, instead of the mean
+                squared error.
+            objective: `(reader, prompts, targets) -> scalar`, a mean over the batch, instead of a `loss` on `h`: e.g.
+                with token ids as targets, and `rrs.evaluate.log_likelihood`, supervised fine-tuning in the same loop.
             callbacks: called with a `Step` after each optimizer step.
+            checkpoint_dir, checkpoint_every, resume: as in `fit`.
 
         Raises:
-            FloatingPointError: the loss is not finite; the message names step and examples.
+            FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
+            Whatever is raised, the model and this object are as they were before.
         """
         c = self.config
         callbacks = list(callbacks)
-        items: dict[str, list[tuple[Example, Tensor]]] = {  # condition -> (example, target [hidden])
-            condition: t.pairs() if isinstance(t, Targets) else list(t) for condition, t in targets.items()
+        items: dict[str, list[Item]] = {
+            condition: self._items(condition, t)
+            if isinstance(t, Targets)
+            else [Item(example, goal if objective else goal[None], ()) for example, goal in t]
+            for condition, t in targets.items()
         }
-
-        def distance(reader: Reader, prompts: Sequence[Prompt], goals: Sequence[Tensor]) -> Tensor:
-            h = reader.last_hidden(prompts).float()  # [batch, hidden]
-            return loss(h, torch.stack(list(goals)).to(h.device))
-
-        objective = objective or distance
-        self.disable()
         paths = linear_paths(self.location, c.target_modules)
-        self.lora = LoRA(
-            self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed
-        ).attach()
-        optimizer = torch.optim.AdamW(
-            self.lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay
-        )
+        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
         batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
-        steps = c.epochs * -(-batches // c.accumulate)
-        trained = sum(p.numel() for p in self.lora.parameters())
+        per_epoch = -(-batches // c.accumulate)
+        steps = c.epochs * per_epoch
         self._say(
             f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, "
             f"{steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, "
-            f"{trained:,} parameters"
+            f"{sum(p.numel() for p in lora.parameters()):,} parameters"
         )
-        order = torch.Generator().manual_seed(c.seed)
-        self.history, step = [], 0
-        bar = self._bar(steps, "train")
-        with bar, self._quiet_model(), torch.random.fork_rng(self._cuda_devices()):
-            torch.manual_seed(c.seed)  # dropout
-            self.lora.train()
-            for epoch in range(c.epochs):
-                plan = _epoch(items, c.batch_size, order)
-                for start in range(0, len(plan), c.accumulate):
-                    group = plan[start : start + c.accumulate]
-                    # ------------------------------------------------------------------ a single training step
-                    for param_group in optimizer.param_groups:
-                        param_group["lr"] = c.learning_rate * (1 - step / steps)
-                    sums = torch.zeros(2)
-                    for condition, indices in group:
-                        # The pool is shuffled per batch, so that the instruction says nothing about the label.
-                        pool = torch.randperm(len(c.prompts), generator=order).tolist()
-                        batch = [items[condition][i] for i in indices]
-                        prompts = [
-                            self.read(example, condition, c.prompts[pool[k % len(pool)]])
-                            for k, (example, _) in enumerate(batch)
-                        ]
-                        mse = objective(self.reader, prompts, [target for _, target in batch])
-                        penalty = self.lora.penalty()
-                        total = mse + c.penalty * penalty
-                        if not torch.isfinite(total):
-                            names = [example.id for example, _ in batch]
-                            raise FloatingPointError(
-                                f"step {step + 1}: the loss is {total.item()} on {condition} {names}. Lower "
-                                f"learning_rate ({c.learning_rate}), or check the base model's weights for NaN."
-                            )
-                        (total / len(group)).backward()
-                        sums += torch.stack([mse.detach().cpu(), penalty.detach().cpu()]) / len(group)
-                    norm = nn.utils.clip_grad_norm_(self.lora.parameters(), c.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    step += 1
-                    # ----------------------------------------------------------------------------------------
-                    mse_value, penalty_value = sums.tolist()
-                    state = Step(
-                        rrs=self,
-                        epoch=epoch + 1,
-                        step=step,
-                        steps=steps,
-                        loss=mse_value + c.penalty * penalty_value,
-                        mse=mse_value,
-                        penalty=penalty_value,
-                        grad_norm=float(norm),
-                        learning_rate=optimizer.param_groups[0]["lr"],
+        found = Counter(path.rpartition(".")[2] for path in paths)
+        experts = expert_parameters(self.location)
+        self._say(
+            "LoRA on "
+            + ", ".join(f"{name} ×{n}" for name, n in found.items())
+            + (f"; none on {len(experts)} matrices of experts, which are 3-D parameters" if experts else "")
+        )
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        record: dict[str, Any] = {
+            "config": asdict(c),
+            "data": {condition: _describe(t) for condition, t in targets.items()},
+            "base": {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)},
+            "versions": versions(),
+        }
+        checkpoints = None
+        history: list[dict[str, float]] = []
+        micro = c.batch_size
+        plan: list[tuple[str, list[int]]] = []
+        if checkpoint_dir is not None:
+            run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
+            run["loss"] = getattr(loss, "__qualname__", type(loss).__name__)
+            run["objective"] = objective and getattr(objective, "__qualname__", type(objective).__name__)
+            checkpoints = Checkpoints(checkpoint_dir, run, resume)
+            saved = checkpoints.load(lora, optimizer)
+            history, micro = saved.get("history", []), saved.get("micro", micro)
+            if saved:
+                self.checks = [Preflight.from_dict(check) for check in saved["preflight"]]
+            if resume:
+                self._say(f"{checkpoints.last}: {len(history)} of {steps} steps are done")
+
+        with (
+            _postponed_signals(checkpoints is not None) as signals,
+            self._replacing(lora, history),
+            self._quiet_model(),
+            self._bar(steps, "train") as bar,
+        ):
+            bar.update(len(history))
+            for step in range(len(history), steps):
+                epoch, place = divmod(step, per_epoch)
+                if not plan or place == 0:
+                    plan = _epoch(items, c.batch_size, seeded(c.seed, "order", epoch))
+                # ---------------------------------------------------------------------- a single training step
+                for param_group in optimizer.param_groups:
+                    param_group["lr"] = c.learning_rate * (1 - step / steps)
+                drawn = seeded(c.seed, "instructions", step)
+                group = []
+                for condition, indices in plan[place * c.accumulate : (place + 1) * c.accumulate]:
+                    # The pool is shuffled per batch, so that the instruction says nothing about the label.
+                    pool = torch.randperm(len(c.prompts), generator=drawn).tolist()
+                    texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
+                    group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
+                try:
+                    micro, mse, penalty = self._gradients(group, loss, objective, micro, step)
+                    norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
+                    if not math.isfinite(norm):
+                        names = [item.example.id for _, batch in group for item, _ in batch]
+                        raise FloatingPointError(f"the gradient's norm is {norm} on {names}")
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"step {step + 1}: {error}. {checkpoints.last if checkpoints else 'There is no checkpoint'}. "
+                        f"Lower learning_rate ({c.learning_rate}), or check the base model's weights for NaN."
+                    ) from None
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                # --------------------------------------------------------------------------------------------
+                state = Step(
+                    rrs=self,
+                    epoch=epoch + 1,
+                    step=step + 1,
+                    steps=steps,
+                    loss=mse + c.penalty * penalty,
+                    mse=mse,
+                    penalty=penalty,
+                    grad_norm=norm,
+                    learning_rate=optimizer.param_groups[0]["lr"],
+                )
+                history.append(state.row())
+                bar.update()
+                bar.set_postfix(epoch=epoch + 1, loss=f"{state.loss:.4f}", mse=f"{mse:.4f}")
+                for callback in callbacks:
+                    callback(state)
+                if place == per_epoch - 1:
+                    self._check_divergence(history, per_epoch)
+                due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
+                if checkpoints and (due or signals):
+                    checks = [asdict(check) for check in self.checks]
+                    checkpoints.save(
+                        step + 1, lora, optimizer, {"history": history, "micro": micro, "preflight": checks}
                     )
-                    self.history.append(state.row())
-                    bar.update()
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{state.loss:.4f}", mse=f"{mse_value:.4f}")
-                    for callback in callbacks:
-                        callback(state)
-            self.lora.eval()
+                    if signals:
+                        self._say(f"signal {signals[-1]} in step {step + 1}. {checkpoints.last}; resume=True goes on")
+                        signal.raise_signal(signals.pop())  # whoever handled it before handles it now
+            lora.eval()
+        self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
+        self.report, self._vectors = None, {}
+        self._trained_on = [item.example for rows in items.values() for item in rows]
+        for condition, t in targets.items():
+            if isinstance(t, Targets):
+                self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         return self
+
+    def _items(self, condition: str, targets: Targets) -> list[Item]:
+        """What training visits in one condition: examples with their targets and, with `keep_tokens`, answers."""
+        c = self.config
+        examples, ends = [*targets.harmful_examples, *targets.benign_examples], [targets.harmful, targets.benign]
+        rows = torch.cat(ends)[:, None]  # [n, 1, hidden]
+        if not c.keep_tokens:
+            return [Item(e, row, ()) for e, row in zip(examples, rows, strict=True)]
+        eos = self.tokenizer.eos_token_id
+        with self.disabled(), self._quiet_model():
+            prompts = [self.read(e, condition, refusal=i < len(ends[0])) for i, e in enumerate(examples)]
+            answers = self._answer(prompts, c.keep_tokens, f"answers {condition}")
+            tokens = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+            tokens = [(t + c.keep_tokens * [eos])[: c.keep_tokens] for t in tokens]
+            prompts = [prompt.extended(t) for prompt, t in zip(prompts, tokens, strict=True)]
+            with self._bar(len(prompts), f"keep {condition}") as bar:
+                kept = self.reader.represent(prompts, bar.update, last=c.keep_tokens)  # [n, keep, hidden]
+        rows = torch.cat([rows, kept], dim=1)
+        return [Item(e, row, tuple(t)) for e, row, t in zip(examples, rows, tokens, strict=True)]
+
+    def _gradients(
+        self,
+        group: Sequence[tuple[str, list[tuple[Item, str]]]],
+        loss: Loss,
+        objective: Objective | None,
+        micro: int,
+        step: int,
+    ) -> tuple[int, float, float]:
+        """One step's gradients, at most `micro` prompts at a time, in fewer when memory runs out.
+
+        Args:
+            group: the step's batches: condition, and (item, instruction) of each prompt.
+
+        Returns:
+            `micro` as it now is, and the means of MSE and penalty.
+        """
+        assert self.lora is not None
+        while True:
+            try:
+                sums = torch.zeros(2)
+                for k, (condition, batch) in enumerate(group):
+                    for start in range(0, len(batch), micro):
+                        part = batch[start : start + micro]
+                        weight = len(part) / len(batch) / len(group)
+                        self.lora.key = (self.config.seed, step, k, start)  # of dropout
+                        prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
+                        goals = [item.target for item, _ in part]
+                        if objective:
+                            mse = objective(self.reader, prompts, goals)
+                        else:
+                            keep = len(part[0][0].tokens)
+                            h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
+                            goal = torch.stack(goals).to(h)  # [part, 1 + keep, hidden]
+                            mse = loss(h[:, 0], goal[:, 0])
+                            if keep:  # the positions that predict the answer's further tokens stay where they are
+                                mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
+                        penalty = self.lora.penalty()
+                        total = mse + self.config.penalty * penalty
+                        if not torch.isfinite(total):
+                            names = [item.example.id for item, _ in part]
+                            raise FloatingPointError(f"the loss is {total.item()} on {condition} {names}")
+                        (total * weight).backward()
+                        sums += weight * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
+                return micro, *sums.tolist()
+            except RuntimeError as error:
+                if micro == 1 or not _is_out_of_memory(error):
+                    raise
+            # Here, not in `except`: the error's traceback holds on to the activations.
+            self.lora.zero_grad(set_to_none=True)
+            micro = -(-micro // 2)
+            if self.reader.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"step {step + 1}: out of memory; from here on {micro} prompts at a time; the result is the same.",
+                RRSWarning,
+                stacklevel=3,
+            )
+
+    @contextmanager
+    def _replacing(self, lora: LoRA, history: list[dict[str, float]]) -> Iterator[None]:
+        """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
+        before, attached = (self.lora, self.history), self.lora is not None and self.lora.attached
+        self.disable()
+        self.lora, self.history = lora.attach().train(), history
+        try:
+            yield
+        except BaseException:
+            lora.detach()
+            self.lora, self.history = before
+            if attached:
+                self.enable()
+            raise
+
+    def _check_divergence(self, history: Sequence[Mapping[str, float]], per_epoch: int) -> None:
+        """Warns, after an epoch, the first time that its loss is far above the start's."""
+        epochs = [history[i : i + per_epoch] for i in range(0, len(history), per_epoch)]
+        high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
+        if high[-1] and not any(high[:-1]):
+            warnings.warn(
+                f"epoch {len(epochs)}: the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g}). "
+                f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha}).",
+                RRSWarning,
+                stacklevel=3,
+            )
 
     def fit(
         self,
@@ -605,28 +997,63 @@ class RRS:
         loss: Loss = F.mse_loss,
         callbacks: Iterable[Callback] = (),
         preflight: int = 32,
+        on_error: Literal["raise", "skip"] = "raise",
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 0,
+        resume: bool = False,
     ) -> RRS:
         """The whole method, in place: extract, select, targets, preflight, train. `disable()` brings vanilla back.
+
+        The same seed gives the same adapter, bit for bit, on the same machine, versions and number of threads, also
+        after interruptions. Not on another machine, nor on GPUs, whose kernels may add in another order unless
+        `torch.use_deterministic_algorithms(True)`; and not across a change of batch_size, as dropout's masks differ.
 
         Args:
             harmful, benign: a manifest's path, a list of `Example`, or an iterable of dicts. Without written answers.
             scorer: scores features for the selection, instead of the paper's `contribution`.
-            loss: distance to the target, instead of the mean squared error.
+            loss: distance to the target, a mean over the batch, instead of the mean squared error.
             callbacks: called with a `Step` after each optimizer step.
             preflight: harmful examples on which to check that refusing works at all before training; 0 skips it.
+            on_error: a clip that can't be read stops the run before training, with all such clips named; `"skip"`
+                leaves them out and warns.
+            checkpoint_dir: a folder of this run's own, for its state and extracted vectors (safetensors). Ctrl-C and
+                SIGTERM then write the state before they go through.
+            checkpoint_every: optimizer steps between two checkpoints; 0 is an epoch's.
+            resume: go on from the folder's newest checkpoint, if it has one, to the result of an uninterrupted run.
 
         Returns:
-            self.
+            self. After an error, model and adapter are as they were before.
         """
         harmful, benign = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         began = time.perf_counter()
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         self._say(f"config: {json.dumps(asdict(self.config))}")
-        reps = self.extract(harmful, benign)
+        # What can be wrong is found here, before hours of extraction.
+        self.token_id(self.config.refusal_token)
+        linear_paths(self.location, self.config.target_modules)
+        started = checkpoint_dir is not None and bool(Checkpoints(checkpoint_dir, {}, resume).files())
+        usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
+        harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
+        if both := shared(harmful, benign):
+            raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
+        if few := [f"{len(side)} {side[0].label}" for side in (harmful, benign) if 0 < len(side) < 8]:
+            warnings.warn(
+                f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each.",
+                RRSWarning,
+                stacklevel=2,
+            )
+        reps = self.extract(harmful, benign, cache=checkpoint_dir)
         self.targets = self.make_targets(reps, scorer)
-        if preflight:
+        if preflight and not started:
             self.preflight(reps, self.targets, preflight)
-        self.train(self.targets, loss=loss, callbacks=callbacks)
+        self.train(
+            self.targets,
+            loss=loss,
+            callbacks=callbacks,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        )
         self._say(f"done in {time.perf_counter() - began:.0f} s")
         return self
 
@@ -751,6 +1178,7 @@ class RRS:
         examples = load_examples(examples)
         if lacking := [e.id for e in examples if not e.has(condition)]:
             raise ValueError(f"{condition}: these examples lack what it needs: {lacking[:8]} ({len(lacking)} in all).")
+        self.readable(examples, [condition])
         with self._quiet_model():
             prompts = [self.read(e, condition, refusal=refusal) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
@@ -768,6 +1196,7 @@ class RRS:
         usefulness: int = 64,
         chat: Any = None,
         scorer: PairScorer | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> Report:
         """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
 
@@ -790,6 +1219,7 @@ class RRS:
             chat: chat-quality examples whose `text` is asked about their audio, with the reference answer in
                 `meta["answer_gt"]` (AIR-Bench-chat's rows); each stage's answers go to `scorer`.
             scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
+            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
         groups = {k: load_examples(v) for k, v in examples.items()} if isinstance(examples, Mapping) else {}
         if not groups:
@@ -807,7 +1237,16 @@ class RRS:
             if self.lora is not None and self.lora.attached:
                 stages["after"] = lambda _: nullcontext()
         log = AnswerLog(cache) if cache is not None else None
-        base = fingerprint(self.location) if log else ""
+        base = fingerprint(self.model)
+
+        notes = []
+        for group, rows in groups.items():
+            groups[group] = self.readable(rows, conditions, on_error)
+            if bad := len(rows) - len(groups[group]):
+                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+        if seen := shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True):
+            notes.append(f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …")
+            warnings.warn(f"{notes[-1]} Evaluate on others.", RRSWarning, stacklevel=2)
 
         def answer(stage: str, condition: str, rows: Sequence[Example], instruction: bool = False) -> list[str]:
             with self._quiet_model(), stages[stage](condition) as other:
@@ -823,8 +1262,8 @@ class RRS:
                         max_new_tokens,
                         stop_when_decided,
                     ]
-                    keys = [_hash(state, digest([e])) for e in rows]
-                    if all(key in log.known for key in keys):  # nothing is read, no clip encoded
+                    keys = [_hash(state, e.digest) for e in rows]
+                    if all(key in log.known for key in keys):  # no prompt is built
                         return [log.known[key] for key in keys]
                 prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
 
@@ -849,9 +1288,10 @@ class RRS:
             "stop_when_decided": stop_when_decided,
             "config": asdict(self.config),
             "versions": versions(),
-            "model": {"class": type(self.model).__name__, "fingerprint": fingerprint(self.location)},
-            "data": {group: {"n": len(rows), "sha256": digest(rows)} for group, rows in groups.items()},
+            "model": {"class": type(self.model).__name__, "fingerprint": base},
+            "data": {group: {"n": len(rows), "sha256": content_hash(rows)} for group, rows in groups.items()},
         }
+        report.notes += notes
         benign = [e for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
         for condition in conditions:
             rows = [e for e in benign if e.has(condition)]
@@ -859,13 +1299,15 @@ class RRS:
                 rows = rows[:: -(-len(rows) // usefulness)]
                 report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens)
         if chat is not None and scorer is not None:
-            rows = load_examples(chat)
+            rows = self.readable(load_examples(chat), ["audio-text"], on_error)
             if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
                 raise ValueError(f"chat examples need text, audio and meta['answer_gt']; not so {lacking[:8]}.")
             for stage in stages:
                 answers = answer(stage, "audio-text", rows, instruction=True)
                 references = [str(e.meta["answer_gt"]) for e in rows]
                 report.quality[stage] = chat_quality(scorer, [str(e.text) for e in rows], references, answers)
+        if list(stages) == ["before", "after"] and not own_stages:
+            self.report = report
         return report
 
     @torch.no_grad()
@@ -923,7 +1365,8 @@ class RRS:
         return _hash([asdict(self.config), versions(), getattr(self.render, "system", None)], *tensors)
 
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
-        with self._bar(len(prompts), what) as bar:
+        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
+        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
             return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
 
     # -- the adapter --------------------------------------------------------------------------------------------------
@@ -961,20 +1404,30 @@ class RRS:
         return self.model
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the adapter in PEFT's format, `rrs.json` (config, checks, history) and `rrs.safetensors` (Δ, masks).
+        """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks).
 
-        The folder appears complete or not at all.
+        The folder appears complete or not at all. What it replaces is deleted last, and only if it is an adapter.
 
         Raises:
-            FileExistsError: the folder has content and `overwrite` is off.
+            FileExistsError: the folder has content and `overwrite` is off, or content that is none of ours.
         """
         if self.lora is None:
             raise ValueError("There is nothing to save; call fit() first.")
-        directory = Path(directory)
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
-            raise FileExistsError(f"{directory} exists and is not empty; choose another folder or pass overwrite=True.")
+        directory = Path(directory).resolve()
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(f"{directory} is a file; choose a folder.")
+        if held := {path.name for path in directory.iterdir()} if directory.exists() else set():
+            if not overwrite:
+                raise FileExistsError(
+                    f"{directory} exists and is not empty; choose another folder or pass overwrite=True."
+                )
+            if foreign := sorted(held - FILES):
+                raise FileExistsError(
+                    f"{directory} holds what is no part of an adapter: {foreign[:4]}; it would be lost. Choose another "
+                    "folder, or move that away."
+                )
         directory.parent.mkdir(parents=True, exist_ok=True)
-        base = getattr(self.model.config, "_name_or_path", "") if hasattr(self.model, "config") else ""
+        base = self.record.get("base", {}).get("name")
         peft = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -986,31 +1439,94 @@ class RRS:
             "bias": "none",
             "inference_mode": True,
         }
-        record = {
-            "config": asdict(self.config),
-            "versions": versions(),
-            "base": {"class": type(self.model).__name__, "name": base, "fingerprint": fingerprint(self.location)},
-            "preflight": [asdict(check) for check in self.checks],
-            "history": self.history,
+        record = {**self.record, "history": self.history}
+        if self.report is not None:
+            record["evaluation"] = self.report.to_dict()["table"]
+        files = {
+            "adapter_model.safetensors": to_safetensors(self.lora.tensors(), {"format": "pt"}),
+            "adapter_config.json": json.dumps(peft, indent=2).encode(),
+            "rrs.json": json.dumps(record, indent=2).encode(),
+            "README.md": self._card().encode(),
         }
-        vectors: dict[str, Tensor] = {}
-        for condition, t in self.targets.items():
-            vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
+        if self._vectors:
+            files["rrs.safetensors"] = to_safetensors(self._vectors)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            save_file(self.lora.tensors(), scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-            if vectors:
-                save_file(vectors, scratch / "rrs.safetensors")
-            (scratch / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
-            (scratch / "rrs.json").write_text(json.dumps(record, indent=2) + "\n")
+            for name, content in files.items():
+                _write(scratch / name, content)
             scratch.chmod(0o755)
-            if directory.exists():
-                shutil.rmtree(directory)
-            os.replace(scratch, directory)
+            if held:  # both stay complete until the new one is in place
+                os.replace(directory, old := scratch.with_name(f"{scratch.name}-old"))
+                try:
+                    os.replace(scratch, directory)
+                except OSError:
+                    os.replace(old, directory)
+                    raise
+                shutil.rmtree(old)
+            else:
+                os.replace(scratch, directory)
+            _sync(directory.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         self._say(f"saved {directory}")
         return directory
+
+    def _card(self) -> str:
+        """The model card: what a reader of the adapter has to know, from the run's own record."""
+        record = self.record
+        base, config = record.get("base", {}), record.get("config", {})
+        name = str(base.get("name") or "")
+        public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
+        checks = "\n".join(
+            f"| {c.condition} | {c.refused} | {c.token_before} | {c.token_full} | {c.token_target} |"
+            for c in map(Preflight.from_dict, record.get("preflight", []))
+        )
+        data = "\n".join(
+            f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
+            for condition, sides in record.get("data", {}).items()
+            for label, side in sides.items()
+        )
+        versions_ = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
+        first, last = (f"{self.history[i]['loss']:.4g}" for i in (0, -1)) if self.history else ("–", "–")
+        return f"""---
+{f"base_model: {name}" if public else "# base_model: its name on the hub"}
+library_name: peft
+# license: yours to state
+tags: [rrs, lora, safety, refusal, audio]
+---
+
+# RRS adapter
+
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
+`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
+Space (arXiv 2505.19670). {len(self.history)} steps, loss {first} → {last}. {versions_}.
+
+Refusal token {config.get("refusal_token")!r}, refusal prompt {config.get("refusal_prompt")!r}.
+
+## Evaluation
+
+{self.report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+
+## Before training
+
+Refusals with the refusal prompt, and inputs at which the refusal token is the first choice.
+
+| condition | refused | token, vanilla | token, full Δ | token, targets |
+| --- | --- | --- | --- | --- |
+{checks or "| not checked | | | | |"}
+
+## Data
+
+| condition | side | examples | SHA-256 of their contents |
+| --- | --- | --- | --- |
+{data}
+
+## Configuration
+
+```json
+{json.dumps(config, indent=1, ensure_ascii=False)}
+```
+"""
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module, processor: Any, **kwargs: Any) -> RRS:
@@ -1026,28 +1542,38 @@ class RRS:
         missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (directory / n).is_file()]
         if missing:
             raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
-        peft = json.loads((directory / "adapter_config.json").read_text())
-        record = json.loads((directory / "rrs.json").read_text()) if (directory / "rrs.json").is_file() else {}
+        try:
+            peft, record, vectors = json.loads((directory / "adapter_config.json").read_text()), {}, {}
+            paths, r, alpha = list(peft["target_modules"]), int(peft["r"]), float(peft["lora_alpha"])
+            if (directory / "rrs.json").is_file():
+                record = json.loads((directory / "rrs.json").read_text())
+            if (directory / "rrs.safetensors").is_file():
+                vectors = load_file(directory / "rrs.safetensors")
+            tensors = load_file(directory / "adapter_model.safetensors")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again."
+            ) from None
         rrs = cls(model, processor, RRSConfig.from_dict(record.get("config", {})), **kwargs)
         known = dict(model.named_modules())
-        if unknown := [p for p in peft["target_modules"] if p not in known]:
+        if unknown := [p for p in paths if p not in known]:
             raise ValueError(
                 f"{directory} was made for another base ({record.get('base', {}).get('class', '?')}): "
                 f"{type(model).__name__} has no {unknown[:3]} …"
             )
-        rrs.lora = LoRA(
-            model, peft["target_modules"], r=peft["r"], alpha=peft["lora_alpha"], dropout=peft.get("lora_dropout", 0.0)
-        ).eval()
-        rrs.lora.load_tensors(load_file(directory / "adapter_model.safetensors"))
+        rrs.lora = LoRA(model, paths, r=r, alpha=alpha, dropout=peft.get("lora_dropout", 0.0)).eval()
+        rrs.lora.load_tensors(tensors)
         saved = record.get("base", {}).get("fingerprint")
-        if saved and saved != fingerprint(rrs.location):
+        if saved and saved != fingerprint(model):
             warnings.warn(
                 f"{directory} was trained on another base than the one it is loaded on ({record['base']}); its effect "
                 "is unknown. Evaluate before use.",
                 RRSWarning,
                 stacklevel=2,
             )
-        rrs.history = record.get("history", [])
+        rrs.history, rrs._vectors = record.pop("history", []), vectors
+        rrs.checks = [Preflight.from_dict(check) for check in record.get("preflight", [])]
+        rrs.record = {k: v for k, v in record.items() if k != "evaluation"}  # of what is saved next, not of this
         rrs.lora.attach()
         return rrs
 
@@ -1059,9 +1585,6 @@ class RRS:
 
     def _bar(self, total: int, what: str) -> tqdm[Any]:
         return tqdm(total=total, desc=what, disable=not self.verbose, leave=False, dynamic_ncols=True)
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return [self.reader.device] if self.reader.device.type == "cuda" else []
 
     @contextmanager
     def _quiet_model(self) -> Iterator[None]:
@@ -1089,16 +1612,26 @@ def _epoch(
     return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
 
 
+def _describe(targets: Targets | Sequence[tuple[Example, Tensor]]) -> dict[str, dict[str, Any]]:
+    if not isinstance(targets, Targets):
+        goals = _hash(None, *(goal.detach().float().cpu().numpy().tobytes() for _, goal in targets))
+        return {"pairs": {"n": len(targets), "sha256": content_hash(e for e, _ in targets), "targets": goals}}
+    sides = {"harmful": targets.harmful_examples, "benign": targets.benign_examples}
+    return {label: {"n": len(side), "sha256": content_hash(side)} for label, side in sides.items()}
+
+
 @torch.no_grad()
-def fingerprint(location: Location) -> str:
-    """A short hash of the decoder's and head's weights (a strided sample), equal for equal bases and dtypes."""
-    digest = hashlib.sha256()
-    named = [*location.decoder.named_parameters(), ("head", location.head_weight)]
-    for name, value in named:
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the model's weights (a strided sample of each), equal for equal models and dtypes.
+
+    Names play no part: versions of transformers differ in them.
+    """
+    samples = []
+    for value in model.parameters():
         flat = value.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].float().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
+        samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(samples))).hexdigest()[:16]
 
 
 def _hash(value: Any, *more: str | bytes) -> str:

@@ -155,9 +155,7 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
 def whisper_encoder(path: Path, positions: int) -> dict[str, torch.Tensor]:
     """Whisper's encoder weights under the names of Qwen2AudioEncoder, with the first `positions` position rows."""
     source = {name: torch.tensor(array.astype(np.float32)) for name, array in read_ctranslate2(path).items()}
-    state = {
-        f"{conv}.{kind}": source[f"encoder/{conv}/{kind}"] for conv in ("conv1", "conv2") for kind in ("weight", "bias")
-    }
+    state = {f"{conv}.{kind}": source[f"encoder/{conv}/{kind}"] for conv in ("conv1", "conv2") for kind in ("weight", "bias")}
     state["embed_positions.weight"] = source["encoder/position_encodings/encodings"][:positions]
     norms = {"layer_norm": "encoder/layer_norm"}
     layers = sum(f"encoder/layer_{i}/ffn/layer_norm/gamma" in source for i in range(100))
@@ -210,9 +208,7 @@ def assemble(cache: Path, weights: Path | None) -> tuple[Qwen2AudioForConditiona
         "encoder_ffn_dim": 1536,
         "max_source_positions": 500,  # 10 s of audio; the encoder always computes all positions, so fewer are faster
     }
-    config = Qwen2AudioConfig(
-        audio_config=audio_config, text_config=text_config, audio_token_index=audio_id, tie_word_embeddings=False
-    )
+    config = Qwen2AudioConfig(audio_config=audio_config, text_config=text_config, audio_token_index=audio_id, tie_word_embeddings=False)
     torch.manual_seed(0)  # the untrained projector is random, but the same for everybody
     model = Qwen2AudioForConditionalGeneration(config).float().eval()
 

@@ -322,6 +322,14 @@ def test_log_likelihood_equals_the_full_model(model, benign, exact):
         assert value.item() == pytest.approx(logp[range(len(answer)), answer].mean().item(), abs=1e-4)
 
 
+def test_log_likelihood_of_mixed_prompts(model, benign):
+    examples = load_examples(benign)[:2]
+    prompts = [model.read(e, c) for e in examples for c in ("audio-text", "text-only")]
+    answers = [torch.tensor([5 + i, 6]) for i in range(4)]
+    alone = [log_likelihood(model.reader, [p], [a]) for p, a in zip(prompts, answers, strict=True)]
+    assert torch.allclose(log_likelihood(model.reader, prompts, answers), torch.cat(alone), atol=1e-5)
+
+
 def test_usefulness_of_an_adapter(model, harmful, benign):
     model.fit(harmful, benign, preflight=0)
     report = model.evaluate([*harmful, *benign], ["text-only"], max_new_tokens=4)

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from conftest import RATE, tone
 
-from rrs.data import FORMATS, DataError, Example, digest, load_audio, load_examples
+from rrs.data import FORMATS, DataError, Example, content_hash, load_audio, load_examples
 
 # name -> (file name, content, expected (id, text, label, category, audio name)); rows are ours, columns are the sets'
 NATIVE = {
@@ -228,6 +228,37 @@ def test_ambiguous_folders(folder):
         load_examples(folder / "empty")
 
 
+OUTSIDE = {
+    "csv": ("m.csv", "prompt,path\nWhy?,{}\n"),
+    "sarsteer": ("s.json", '[{{"scenario": "Fraud", "audio_file": "{}", "question": "How?"}}]'),
+    "air-bench": ("chat.jsonl", '{{"path": "{}", "question": "What is said?", "answer_gt": "Hello."}}'),
+    "a dict": ("m.jsonl", '{{"text": "x", "audio": {{"bytes": null, "path": "{}"}}}}'),
+}
+
+
+@pytest.mark.parametrize("place", ["../a.wav", "link.wav", "absolute"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_no_format_reads_outside_its_folder(folder, name, place):
+    (folder / "data").mkdir()
+    (folder / "data" / "link.wav").symlink_to(folder / "a.wav")
+    file, content = OUTSIDE[name]
+    (folder / "data" / file).write_text(content.format(folder / "a.wav" if place == "absolute" else place))
+    with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
+        load_examples(folder / "data" / file)
+    assert load_examples(folder / "data" / file, allow_outside=True)[0].audio.read_bytes()[:4] == b"RIFF"
+
+
+@pytest.mark.parametrize("link", ["b.wav", "c.txt"])
+def test_no_folder_reads_outside_itself(folder, link):
+    (folder / "data").mkdir()
+    soundfile.write(folder / "data" / "c.wav", tone(0.2, 0), RATE)
+    (folder / "secret.txt").write_text("secret")
+    (folder / "data" / link).symlink_to(folder / ("a.wav" if link == "b.wav" else "secret.txt"))
+    with pytest.raises(DataError, match=rf"{link}' lies outside"):
+        load_examples(folder / "data")
+    assert load_examples(folder / "data", allow_outside=True)
+
+
 def test_every_format_can_win():
     """No format is shadowed by another one, and none needs a configuration on its own columns."""
     for name, kind in FORMATS.items():
@@ -239,10 +270,12 @@ def test_every_format_can_win():
 
 def test_digest_follows_the_data(folder):
     rows = [{"id": "a", "text": "x", "audio": {"array": tone(0.1, 0), "sampling_rate": RATE}}, {"id": "b", "text": "y"}]
-    base = digest(load_examples(rows))
-    assert base == digest(load_examples([dict(r) for r in rows]))
+    base = content_hash(load_examples(rows))
+    assert base == content_hash(load_examples([dict(r) for r in rows]))
     changed = [{**rows[0], "audio": {"array": tone(0.1, 1), "sampling_rate": RATE}}, rows[1]]
-    assert base != digest(load_examples(changed))
-    assert base != digest(load_examples(rows, "benign"))
+    assert base != content_hash(load_examples(changed))
+    assert base != content_hash(load_examples(rows, "benign"))
     soundfile.write(folder / "b.wav", tone(0.2, 1), RATE)
-    assert digest(load_examples([{"audio": folder / "a.wav"}])) != digest(load_examples([{"audio": folder / "b.wav"}]))
+    assert content_hash(load_examples([{"audio": folder / "a.wav"}])) != content_hash(
+        load_examples([{"audio": folder / "b.wav"}])
+    )

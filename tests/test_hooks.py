@@ -179,11 +179,11 @@ def test_inexact_replay_falls_back_to_the_full_model(tiny):
 
     model, processor = tiny
 
-    def halve(_module, _args, out):
-        out["last_hidden_state"] = out["last_hidden_state"] / 2
+    def bend(_module, _args, out):
+        out["last_hidden_state"] = out["last_hidden_state"].tanh()
         return out
 
-    model.model.register_forward_hook(halve)
+    model.model.register_forward_hook(bend)
     rrs = RRS(model, processor, verbose=False)
     with pytest.warns(UserWarning, match="the full model runs"):
         prompts = prompts_of(rrs, "audio-text", 2)
@@ -193,6 +193,24 @@ def test_inexact_replay_falls_back_to_the_full_model(tiny):
             model(**inputs)
         assert torch.equal(row, record["lm_head"][0][0])
     assert len(rrs.generate(rows("harmful", 2), max_new_tokens=4)) == 2
+
+
+def test_a_factor_between_decoder_and_head_is_replayed(tiny):
+    model, processor = tiny
+
+    def divide(_module, _args, out):
+        out["last_hidden_state"] = out["last_hidden_state"] / 24
+        return out
+
+    model.model.register_forward_hook(divide)
+    rrs = RRS(model, processor, verbose=False)
+    rows_ = rrs.reader.represent(prompts_of(rrs, "audio-text", 3))
+    assert rrs.reader.exact
+    assert rrs.reader.scale == pytest.approx(1 / 24, rel=1e-4)
+    for row, inputs in zip(rows_, full_inputs(rrs, "audio-text", 3), strict=True):
+        with torch.no_grad(), capture(model, "lm_head", where="input", position=-1, stop=True) as record:
+            model(**inputs)
+        assert torch.allclose(row, record["lm_head"][0][0], atol=1e-6)
 
 
 def lora_on(model, **kwargs):

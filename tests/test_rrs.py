@@ -221,9 +221,14 @@ def test_saving_never_mixes_runs(fitted, tmp_path):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         fitted.save(tmp_path / "full")
     assert (tmp_path / "full" / "other.txt").read_text() == "mine"
-    fitted.save(tmp_path / "full", overwrite=True)
-    assert not (tmp_path / "full" / "other.txt").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]  # no scratch folder left
+    with pytest.raises(FileExistsError, match=r"no part of an adapter: \['other.txt'\]"):  # nor is it deleted
+        fitted.save(tmp_path / "full", overwrite=True)
+    assert (tmp_path / "full" / "other.txt").read_text() == "mine"
+    fitted.save(tmp_path / "mine")
+    (tmp_path / "mine" / "rrs.safetensors").write_bytes(b"stale")
+    fitted.save(tmp_path / "mine", overwrite=True)
+    assert RRS.load(tmp_path / "mine", *tiny_qwen2_audio(), verbose=False).lora.tensors().keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "mine"]  # no scratch folder left
 
 
 def test_loading_errors(fitted, tmp_path):
@@ -326,3 +331,76 @@ def test_one_side_without_examples(tiny, harmful):
     silent = [{"text": "no audio here", "label": "benign"}]
     with pytest.raises(ValueError, match="audio-text: none of the 1 benign examples"):
         r.fit(harmful, silent)
+
+
+def test_pairs_train_as_targets_do(harmful, benign):
+    """Examples with vectors of one's own are trained on in the same loop, bit for bit."""
+    adapters = []
+    for plain in (False, True):
+        r = RRS(*tiny_qwen2_audio(), small(), verbose=False)
+        targets = r.make_targets(r.extract(harmful, benign))
+        pairs = {
+            c: [
+                (e, x)
+                for s in ("harmful", "benign")
+                for e, x in zip(getattr(t, f"{s}_examples"), getattr(t, s), strict=True)
+            ]
+            for c, t in targets.items()
+        }
+        adapters.append(r.train(pairs if plain else targets).lora.tensors())
+    assert all(torch.equal(x, adapters[1][name]) for name, x in adapters[0].items())
+
+
+def test_a_resumed_run_keeps_its_objective(tiny, harmful, tmp_path):
+    def near(reader, prompts, targets):
+        return F.mse_loss(reader.last_hidden(prompts)[:, 0], torch.stack(list(targets)))
+
+    def far(*args):
+        return -near(*args)
+
+    r = RRS(*tiny, small(epochs=1), verbose=False)
+    pairs = {"audio-text": [(e, torch.ones(32)) for e in load_examples(harmful)]}
+    r.train(pairs, objective=near, checkpoint_dir=tmp_path)
+    again = RRS(*tiny_qwen2_audio(), small(epochs=1), verbose=False)
+    with pytest.raises(ValueError, match=r"another run: objective .*near.* there, .*far.* here"):
+        again.train(pairs, objective=far, checkpoint_dir=tmp_path, resume=True)
+    other = {"audio-text": [(e, 2 * x) for e, x in pairs["audio-text"]]}
+    with pytest.raises(ValueError, match="another run: data"):
+        again.train(other, objective=near, checkpoint_dir=tmp_path, resume=True)
+    again.train(pairs, objective=near, checkpoint_dir=tmp_path, resume=True)
+    assert all(torch.equal(x, again.lora.tensors()[name]) for name, x in r.lora.tensors().items())
+
+
+def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, benign):
+    """Beyond the first token: the vanilla vectors along its answer to benign, its refusal of harmful inputs."""
+    config = small(keep_tokens=3, lora_dropout=0.0, prompts=(RRSConfig().instruction,))
+    r = RRS(*tiny, config, verbose=False)
+    targets = r.make_targets(r.extract(harmful, benign))
+    items = r._items("audio-text", targets["audio-text"])
+    assert [i.example.id for i in items] == [x["id"] for x in (*harmful, *benign)]
+    assert torch.equal(torch.stack([i.target[0] for i in items[:6]]), targets["audio-text"].harmful)
+    assert torch.equal(torch.stack([i.target[0] for i in items[6:]]), targets["audio-text"].benign)
+    for i, item in enumerate(items):
+        text = r.config.instruction + (f" {r.config.refusal_prompt}" if i < 6 else "")
+        inputs = r.render(text, item.example.clip[1](16000))
+        ids = torch.cat([inputs["input_ids"], torch.tensor([item.tokens])], dim=1)
+        full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            hidden = r.model(**full, output_hidden_states=True).hidden_states[-1][0]
+        assert torch.allclose(item.target[1:], hidden[-3:], atol=1e-4)
+
+
+def test_training_keeps_tokens(harmful, benign):
+    """Trained with keep_tokens, the vectors along those answers come closer to their targets than without."""
+    distance = []
+    for keep in (0, 3):
+        one = (RRSConfig().instruction,)
+        config = small(keep_tokens=keep, lora_dropout=0.0, prompts=one, epochs=12)
+        r = RRS(*tiny_qwen2_audio(), config, verbose=False).fit(harmful, benign, preflight=0)
+        probe = RRS(r.model, r.processor, small(keep_tokens=3), verbose=False)
+        with r.disabled():
+            items = probe._items("audio-text", r.targets["audio-text"])
+        prompts = [r.read(i.example, "audio-text").extended(i.tokens) for i in items]
+        now = r.reader.represent(prompts, last=3)
+        distance.append(F.mse_loss(now, torch.stack([i.target[1:] for i in items])).item())
+    assert distance[1] < 0.7 * distance[0]

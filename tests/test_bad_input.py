@@ -1,0 +1,327 @@
+"""What users get wrong: each case stops with one clear error that names the file, row or argument, and the remedy."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import RATE, rows, tone
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rrs import RRS, RRSConfig, RRSWarning
+from rrs.data import DataError, DataWarning, load_audio, load_examples, resample
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only .* examples:rrs.RRSWarning")
+
+
+def wav(wave, rate=RATE, **kwargs):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, **{"format": "WAV", **kwargs})
+    return buffer.getvalue()
+
+
+def flac_claiming(frames):
+    """A FLAC whose header claims another number of samples (36 bits at bit 108 of STREAMINFO)."""
+    data = bytearray(wav(tone(0.2, 0), format="FLAC"))
+    data[21] = (data[21] & 0xF0) | (frames >> 32)
+    data[22:26] = struct.pack(">I", frames & 0xFFFFFFFF)
+    return bytes(data)
+
+
+GOOD = wav(tone(0.2, 0))
+MP4 = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"isom", 512, b"isom", b"mp42") + b"\0" * 64  # a video's first bytes
+
+# name -> (content of clip.wav, arguments of load_audio, words of the error)
+AUDIO = {
+    "missing": (None, {}, ["q7", "clip.wav", "no such file", "correct the path"]),
+    "empty": (b"", {}, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
+    "a text file": (b"This is a text.", {}, ["q7", "clip.wav", "can't be decoded", "WAV, FLAC or OGG"]),
+    "a video": (MP4, {}, ["q7", "clip.wav", "a video's sound", "re-encode"]),
+    "corrupt": (b"RIFF" + bytes(range(256)), {}, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
+    "only a header": (GOOD[:44], {}, ["q7", "clip.wav", "no samples", "re-export"]),
+    "zero length": (wav(np.zeros(0)), {}, ["q7", "clip.wav", "no samples", "re-export"]),
+    "NaN": (wav(np.array([0.0, np.nan]), subtype="FLOAT"), {}, ["q7", "clip.wav", "NaN", "re-export"]),
+    "infinite": (wav(np.array([0.0, np.inf]), subtype="FLOAT"), {}, ["q7", "clip.wav", "infinite", "re-export"]),
+    "too long": (wav(tone(2, 0)), {"max_seconds": 1}, ["q7", "clip.wav", "longer than the 1 s", "cut it"]),
+    "too large": (GOOD, {"max_bytes": 999}, ["q7", "clip.wav", "max_bytes=999", "cut the clip"]),
+    "decodes to too much": (
+        wav(np.zeros(9 * RATE), format="FLAC"),
+        {"max_bytes": 99_999},
+        ["clip.wav", "decode to more than max_bytes=99999"],
+    ),
+    "a rate of 7 Hz": (wav(np.zeros(99), rate=7), {}, ["q7", "clip.wav", "7 Hz", "correct the clip's header"]),
+    "claims 2^36 frames": (flac_claiming(2**36 - 1), {}, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
+}
+
+
+@pytest.mark.parametrize("case", AUDIO)
+def test_audio(case, tmp_path):
+    content, arguments, words = AUDIO[case]
+    if content is not None:
+        (tmp_path / "clip.wav").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_audio(tmp_path / "clip.wav", RATE, name="q7", **arguments)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# name -> (an audio dict or the like, words)
+ARRAYS = {
+    "strings": ({"array": ["a"], "sampling_rate": RATE}, ["q7", "'array'", "integers or floats"]),
+    "ragged": ({"array": [[0.0], [0.0, 1.0]], "sampling_rate": RATE}, ["q7", "'array'", "numbers"]),
+    "no rate": ({"array": np.zeros(9)}, ["q7", "needs 'array' and 'sampling_rate'"]),
+    "a rate in words": ({"array": np.zeros(9), "sampling_rate": "cd"}, ["q7", "'sampling_rate' must be numbers"]),
+    "negative rate": ({"array": np.zeros(9), "sampling_rate": -1}, ["q7", "must be positive"]),
+    "three dimensions": ({"array": np.zeros((9, 1, 1)), "sampling_rate": RATE}, ["q7", "no samples", "[9, 1, 1]"]),
+    "a number": (5, ["q7", "can't be decoded", "no such file"]),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays(case):
+    content, words = ARRAYS[case]
+    with pytest.raises(DataError) as error:
+        load_audio(content, RATE, name="q7")
+    assert any(word in str(error.value) for word in words[1:]), error.value
+    assert words[0] in str(error.value)
+
+
+def test_eight_channels_at_96_khz_are_fine():
+    assert len(load_audio(wav(np.stack([tone(0.6, 1)] * 8, 1), rate=96_000), RATE)) == 0.6 * RATE * RATE / 96_000
+
+
+def test_a_rate_without_common_divisor_is_fine_and_small():
+    """44,101 Hz: a table of kernels would take 5 GB."""
+    wave = np.sin(2 * np.pi * 440 * np.arange(4411) / 44_101).astype(np.float32)
+    expected = np.sin(2 * np.pi * 440 * np.arange(1601) / RATE)
+    assert np.abs(resample(wave, 44_101, RATE) - expected)[100:-100].max() < 2e-3
+
+
+def test_clipping_warns():
+    with pytest.warns(DataWarning, match=r"q7: clipped.*lower level"):
+        load_audio(wav(np.clip(5 * tone(0.5, 0), -1, 1)), RATE, name="q7")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_audio(wav(tone(0.5, 0) / np.abs(tone(0.5, 0)).max()), RATE)  # as loud as can be is not clipped
+
+
+def line(**row):
+    return json.dumps(row).encode()
+
+
+AB = line(id="a", text="x", label="harmful") + b"\n" + line(id="b", text="y", label="benign")
+# name -> (content of m.jsonl, label asked for, words)
+MANIFESTS = {
+    "missing": (None, None, ["m.jsonl", "no such file"]),
+    "wrong JSON": (AB + b"\n{'id': 3}", None, ["m.jsonl, line 3", "not valid JSON", "one object a line"]),
+    "a list that is cut off": (b'[{"text": "x"}', None, ["m.jsonl, line 1", "not valid JSON"]),
+    "100,000 brackets": (b"[" * 100_000, None, ["m.jsonl", "not JSON that can be read"]),
+    "a number of 5,000 digits": (b'{"id": ' + b"1" * 5000 + b"}", None, ["m.jsonl, line 1", "one object a line"]),
+    "not an object": (b"5\n", None, ["m.jsonl, row 1", "expected an object"]),
+    "UTF-16": ('{"text": "x"}'.encode("utf-16"), None, ["m.jsonl", "save it as UTF-8"]),
+    "Latin-1": ('{"text": "Käse"}'.encode("latin-1"), None, ["m.jsonl", "save it as UTF-8"]),
+    "a lone surrogate": (b'{"text": "\\ud800"}', None, ["m.jsonl, row 1", "no valid Unicode", "re-export"]),
+    "duplicate ids": (AB + b"\n" + line(id="a", text="z"), None, ["m.jsonl", "rows 1 and 3", "'a'", "must differ"]),
+    "an id that is a list": (line(id=["a"], text="x"), None, ["m.jsonl, row 1", "'id' must be", "leave it out"]),
+    "unknown label": (line(text="x", label="bad"), None, ["m.jsonl, row 1", "'bad'", "'harmful' nor 'benign'"]),
+    "text of a wrong type": (line(text=["x"]), None, ["m.jsonl, row 1", "'text' must be a string"]),
+    "neither text nor audio": (line(id="a", text=" "), None, ["m.jsonl, row 1", "needs one of them"]),
+    "audio of a wrong type": (line(audio=[1, 2]), None, ["m.jsonl, row 1", "'audio' must be a path"]),
+    "no rows": (b"\n\n", None, ["m.jsonl", "no examples"]),
+    "one class only": (line(text="x", label="benign"), "harmful", ["m.jsonl", "no harmful", "pass the file with"]),
+    "missing audio": (line(audio="gone.wav"), None, ["m.jsonl, row 1", "gone.wav", "correct the path"]),
+    "audio above the folder": (line(audio="../a.wav"), None, ["m.jsonl, row 1", "outside", "allow_outside=True"]),
+    "absolute audio": (line(audio="/etc/hostname"), None, ["m.jsonl, row 1", "outside", "allow_outside=True"]),
+    "a link that leads outside": (line(audio="out.wav"), None, ["m.jsonl, row 1", "outside", "allow_outside=True"]),
+    "a link to itself": (line(audio="loop.wav"), None, ["m.jsonl, row 1", "loop.wav", "correct"]),
+    "a NUL in the path": (line(audio="a\0.wav"), None, ["m.jsonl, row 1", "correct"]),
+    "a path of 9,000 letters": (line(audio="a" * 9000), None, ["m.jsonl, row 1", "correct"]),
+    "a pipe": (line(audio="pipe.wav"), None, ["m.jsonl, row 1", "no ordinary file", "correct the path"]),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifests(case, tmp_path):
+    content, label, words = MANIFESTS[case]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "a.wav").write_bytes(GOOD)
+    (folder / "out.wav").symlink_to(tmp_path / "a.wav")
+    (folder / "loop.wav").symlink_to(folder / "loop.wav")
+    os.mkfifo(folder / "pipe.wav")
+    if content is not None:
+        (folder / "m.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_examples(folder / "m.jsonl", label)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_manifests_that_are_fine(tmp_path):
+    (tmp_path / "a.wav").write_bytes(GOOD)
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "m.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + line(text="one") + b"\r\n" + '{"text": "two\u2028lines"}'.encode() + b"\r\n")
+    assert [(e.id, e.text) for e in load_examples(path)] == [("row-1", "one"), ("row-2", "two\u2028lines")]
+    path.write_bytes(line(audio="../a.wav") + b"\n" + line(audio=str(tmp_path / "a.wav")))
+    assert len({e.audio_hash for e in load_examples(path, allow_outside=True)}) == 1
+
+
+def fit(tiny, harmful=None, benign=None, config=None, **kwargs):
+    config = config or RRSConfig(epochs=1, lora_r=2)
+    harmful, benign = (
+        rows("harmful", 3) if harmful is None else harmful,
+        rows("benign", 3) if benign is None else benign,
+    )
+    return RRS(*tiny, config, verbose=False).fit(harmful, benign, preflight=0, **kwargs)
+
+
+def with_nan(tiny):
+    with torch.no_grad():
+        tiny[0].model.language_model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    return fit(tiny)
+
+
+def small_vocabulary(tiny):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    return RRS(model, tiny[1])
+
+
+def damaged(tiny, tmp_path, name, content):
+    r = fit(tiny)
+    r.save(tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(content)
+    return RRS.load(tmp_path / "a", *tiny)
+
+
+BOTH = [{**rows("benign", 1)[0], "text": "HARMFUL  question ?"}]
+# name -> (call, exception, words)
+CALLS = {
+    "processor of another model": (
+        lambda t, _: small_vocabulary(t),
+        ValueError,
+        ["256 tokens", "100", "same checkpoint"],
+    ),
+    "no head": (lambda t, _: RRS(t[0].model, t[1]), ValueError, ["Qwen2AudioModel", "head='path.to.head'"]),
+    "several tokens": (
+        lambda t, _: fit(t, config=RRSConfig(refusal_token="Sorry")),
+        ValueError,
+        ["refusal_token='Sorry' is 5 tokens", "find_refusal_token"],
+    ),
+    "top 0": (lambda *_: RRSConfig(top=0), ValueError, ["top=0", "'positive'"]),
+    "top 101": (lambda *_: RRSConfig(top=101), ValueError, ["top=101", "(0, 100]"]),
+    "top abc": (lambda *_: RRSConfig(top="abc"), ValueError, ["top='abc'", "'positive'"]),
+    "NaN in the base": (
+        lambda t, _: with_nan(t),
+        ValueError,
+        ["layers.1.mlp.up_proj.weight", "load the checkpoint again"],
+    ),
+    "LoRA on nothing": (
+        lambda t, _: fit(t, config=RRSConfig(target_modules=("query",))),
+        ValueError,
+        ["target_modules ['query']", "q_proj"],
+    ),
+    "no example": (lambda t, _: fit(t, harmful=[]), DataError, ["no harmful examples"]),
+    "harmful and benign at once": (
+        lambda t, _: fit(t, benign=BOTH),
+        DataError,
+        ["harmful and benign at once", "harmful-0", "on one side"],
+    ),
+    "unknown on_error": (lambda t, _: fit(t, on_error="ignore"), ValueError, ["on_error='ignore'", "'skip'"]),
+    "adapter of another base": (
+        lambda t, p: damaged(t, p, "adapter_config.json", b'{"target_modules": ["x.q"], "r": 2, "lora_alpha": 4}'),
+        ValueError,
+        ["another base", "x.q"],
+    ),
+    "cut-off adapter": (
+        lambda t, p: damaged(t, p, "adapter_model.safetensors", b"\x10\0\0\0\0\0\0\0{"),
+        ValueError,
+        ["is damaged", "copy it again"],
+    ),
+    "adapter of a wrong rank": (
+        lambda t, p: damaged(t, p, "adapter_config.json", b"[]"),
+        ValueError,
+        ["is damaged", "copy it again"],
+    ),
+    "unknown setting in an adapter": (
+        lambda t, p: damaged(t, p, "rrs.json", b'{"config": {"learning_rat": 1}}'),
+        ValueError,
+        ["no fields ['learning_rat']"],
+    ),
+    "no adapter": (lambda t, p: RRS.load(p, *t), FileNotFoundError, ["holds no adapter", "adapter_config.json"]),
+    "nothing to save": (lambda t, p: RRS(*t).save(p / "a"), ValueError, ["call fit() first"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Replaying:UserWarning")  # with NaN in the weights
+@pytest.mark.parametrize("case", CALLS)
+def test_calls(case, tiny, tmp_path):
+    call, exception, words = CALLS[case]
+    with pytest.raises(exception) as error:
+        call(tiny, tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def bad_rows(tmp_path):
+    """Six harmful rows, the second, fourth and fifth of which can't be used."""
+    out = rows("harmful", 6)
+    (tmp_path / "text.wav").write_text("no audio")
+    out[1]["audio"] = tmp_path / "text.wav"
+    out[3]["audio"] = {"array": np.full(99, np.nan), "sampling_rate": RATE}
+    out[4]["audio"] = {"array": np.zeros(9 * RATE), "sampling_rate": RATE}  # longer than the processor's window
+    return out
+
+
+def test_all_bad_rows_are_named_before_training(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(RRS, "train", lambda *_, **__: pytest.fail("training has begun"))
+    with pytest.raises(DataError) as error:
+        fit(tiny, harmful=bad_rows(tmp_path))
+    words = ["3 of 9 examples", "harmful-1", "text.wav", "harmful-3", "NaN", "harmful-4", "9.00 s", 'on_error="skip"']
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_bad_rows_are_skipped_and_counted(tiny, tmp_path):
+    harmful = bad_rows(tmp_path)
+    with pytest.warns(RRSWarning, match=r"3 of 9 examples can't be read"):
+        r = fit(tiny, harmful=harmful, on_error="skip")
+    assert r.record["data"]["audio-text"]["harmful"]["n"] == 3
+    with pytest.warns(RRSWarning, match="can't be read"):
+        report = r.evaluate({"harmful": harmful}, ("audio-text",), max_new_tokens=2, on_error="skip")
+    assert "3 harmful examples whose clips can't be read" in str(report)
+    with pytest.raises(DataError, match="3 of 6 examples"):
+        r.generate(harmful)
+
+
+def test_evaluating_on_the_training_set_or_its_twins_warns(tiny):
+    r = fit(tiny)
+    other = [{"id": "t", "text": "new", "twin": "benign-1", "label": "harmful"}]
+    with pytest.warns(RRSWarning, match=r"1 examples, or their twins, are in the training set: t .*Evaluate on others"):
+        report = r.evaluate(other, ("text-only",), max_new_tokens=2)
+    assert "in the training set" in str(report)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_examples_warn(tiny, n):
+    with pytest.warns(RRSWarning, match=rf"Only {n} harmful and {n} benign examples: .*at least 32"):
+        fit(tiny, rows("harmful", n), rows("benign", n), RRSConfig(epochs=1, lora_r=2, conditions=("text-only",)))
+
+
+def test_tied_heads_and_top_100_are_fine(tiny):
+    model, _ = tiny
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    r = fit(tiny, config=RRSConfig(epochs=1, lora_r=2, top=100))
+    assert r.targets["audio-text"].mask.all()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_there_are_enough_cases():
+    assert sum(map(len, (AUDIO, ARRAYS, MANIFESTS, CALLS))) >= 40

@@ -1,0 +1,161 @@
+"""Every public call leaves the user's model, processor and process as they were, also when it fails half-way."""
+
+from __future__ import annotations
+
+import copy
+import random
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows, tiny_qwen2_audio
+
+from rrs import RRS, RRSConfig
+from rrs.hooks import Reader, capture
+
+pytestmark = pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+CONFIG = {"epochs": 1, "lora_r": 2, "conditions": ("audio-text", "text-only"), "penalty": 1e-3, "learning_rate": 1e-2}
+HOOKS = [n for n in vars(torch.nn.Module()) if n.endswith("_hooks")]
+
+
+def snapshot(model, processor):
+    """Everything that can be seen of model, processor and process; hashable parts compare by value."""
+    tokenizer = processor.tokenizer
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "hooks": [(n, h, list(getattr(m, h))) for n, m in model.named_modules() for h in HOOKS],
+        "forwards": [n for n, m in model.named_modules() if "forward" in vars(m)],
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [p.grad is None for p in model.parameters()],
+        "generation": model.generation_config.to_dict(),
+        "config": model.config.to_dict(),
+        "padding": (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id),
+        "fast tokenizer": (str(tokenizer._tokenizer.padding), str(tokenizer._tokenizer.truncation)),
+        "template": (processor.chat_template, tokenizer.chat_template),
+        "extractor": copy.deepcopy(vars(processor.feature_extractor)),
+        "rng": [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()],
+        "cuda rng": [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "torch": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
+        "warnings": list(warnings.filters),
+        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+    }
+
+
+def assert_unchanged(before, after):
+    for key, value in before.items():
+        if key == "weights":
+            assert all(torch.equal(value[k], after[key][k]) for k in value.keys() | after[key].keys())
+        else:
+            assert np.array_equal(repr(value), repr(after[key])), key
+
+
+HARMFUL, BENIGN = rows("harmful", 4), rows("benign", 4)
+CALLS = {
+    "RRS": lambda r, _: RRS(r.model, r.processor, verbose=False),
+    "extract": lambda r, _: r.make_targets(r.extract(HARMFUL, BENIGN)),
+    "fit": lambda r, p: r.fit(HARMFUL, BENIGN, preflight=2, checkpoint_dir=p / "run"),
+    "generate": lambda r, _: r.generate(HARMFUL, max_new_tokens=2),
+    "evaluate": lambda r, _: r.evaluate([*HARMFUL, *BENIGN], ("audio-text", "text-only"), max_new_tokens=2),
+    "find_refusal_token": lambda r, _: r.find_refusal_token(HARMFUL, n=2),
+    "save and load": lambda r, p: (
+        r.fit(HARMFUL, BENIGN, preflight=0).save(p / "a"),
+        RRS.load(p / "a", r.model, r.processor, verbose=False).disable(),
+    ),
+    "disabled": lambda r, _: r.disabled().__enter__(),
+}
+
+
+@pytest.fixture
+def user():
+    """A model in the user's own, odd state."""
+    model, processor = tiny_qwen2_audio()
+    model.train()
+    model.model.audio_tower.eval()
+    model.lm_head.requires_grad_(False)
+    processor.tokenizer.padding_side = "right"
+    model.generation_config.do_sample = True
+    torch.manual_seed(5)
+    return RRS(model, processor, RRSConfig(**CONFIG), verbose=False)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_changes_nothing(call, user, tmp_path):
+    before = snapshot(user.model, user.processor)
+    CALLS[call](user, tmp_path)
+    user.disable()
+    assert_unchanged(before, snapshot(user.model, user.processor))
+
+
+class Broken(Exception):  # noqa: N818
+    """Injected."""
+
+
+# Where it breaks: (what is replaced, how many calls go well before)
+BREAKS = {
+    "the processor": (lambda r: (r.processor.feature_extractor, "_np_extract_fbank_features"), 2),
+    "the decoder": (lambda r: (Reader, "last_hidden"), 0),
+    "training": (lambda r: (torch.optim.AdamW, "step"), 1),
+    "generation": (lambda r: (r.model, "generate"), 0),
+}
+
+
+@pytest.mark.parametrize("where", BREAKS)
+@pytest.mark.parametrize("call", ["extract", "fit", "generate", "evaluate", "find_refusal_token"])
+def test_a_call_that_fails_changes_nothing(call, where, user, tmp_path, monkeypatch):
+    choose, well = BREAKS[where]
+    owner, name = choose(user)
+    original, calls = getattr(owner, name), []
+
+    def breaking(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > well:
+            raise Broken
+        return original(*args, **kwargs)
+
+    before = snapshot(user.model, user.processor)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, breaking)
+        try:
+            CALLS[call](user, tmp_path)
+        except Broken:
+            pass
+        else:
+            assert len(calls) <= well  # this call does not get there
+    assert user.lora is None or call == "fit"
+    user.disable()
+    assert_unchanged(before, snapshot(user.model, user.processor))
+
+
+def test_a_capture_that_fails_changes_nothing(user):
+    before = snapshot(user.model, user.processor)
+    with pytest.raises(Broken), capture(user.model, ["lm_head", "model"]):
+        raise Broken
+    assert_unchanged(before, snapshot(user.model, user.processor))
+
+
+def test_two_threads_two_models_same_results():
+    """Dropout, order and instructions come from generators of their own."""
+
+    def train(seed, into):
+        r = RRS(*tiny_qwen2_audio(seed), RRSConfig(**{**CONFIG, "epochs": 3, "seed": seed}), verbose=False)
+        into[seed] = r.fit(HARMFUL, BENIGN, preflight=0).lora.tensors()
+
+    one, two = {}, {}
+    for seed in (1, 2):
+        train(seed, one)
+    models = {seed: tiny_qwen2_audio(seed) for seed in (1, 2)}  # building draws global random numbers: not in threads
+
+    def train_in_thread(seed):
+        r = RRS(*models[seed], RRSConfig(**{**CONFIG, "epochs": 3, "seed": seed}), verbose=False)
+        two[seed] = r.fit(HARMFUL, BENIGN, preflight=0).lora.tensors()
+
+    threads = [threading.Thread(target=train_in_thread, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(value, two[seed][k]) for seed in one for k, value in one[seed].items())
