@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +70,14 @@ class Example:
         return (self.text if condition.startswith("text") else self.audio) is not None
 
     @property
+    def cluster(self) -> str:
+        """What statistics take as one question: `meta["question"]`, else the text, else the id.
+
+        Several voices, seeds or paraphrases of a question are no independent draws.
+        """
+        return str(self.meta.get("question") or (self.text or "").strip() or self.id)
+
+    @property
     def clip(self) -> tuple[str, Callable[[int], Wave]]:
         """`(key, load)`: a key equal for equal clips, and a function from sampling rate to waveform."""
         return self.audio_hash, lambda rate: load_audio(self.audio, rate, name=self.id)
@@ -120,30 +130,93 @@ def shared(ours: Sequence[Example], others: Sequence[Example], *, twins: bool = 
     return [e.id for e in ours if question(e) in questions or (twins and (e.id in named or e.meta.get("twin") in ids))]
 
 
-def load_examples(source: Any, label: Label | None = None, *, allow_outside: bool = False) -> list[Example]:
-    """Examples from a manifest, a list of `Example`s, or any iterable of dicts.
+class Format(NamedTuple):
+    """How the rows of a public data set become examples: column names, in lower case."""
 
-    Manifests: JSONL with rows `id, audio, text, label, category, …`, or the RRS authors' JSON list with rows
-    `prompt, category, path`. Audio paths are relative to the manifest's folder.
+    needs: str
+    """Columns that tell the format, separated by spaces."""
+    text: str = ""
+    audio: str = ""
+    label: Label | None = None
+    """Of every row; only for sets that hold one kind. A column `label` wins."""
+    category: str = "category"
+    id: str = "id"
+    harmful: tuple[str, str] | None = None
+    """`(column, prefix)`: rows whose column begins with it are harmful, all others benign."""
+    context: str = ""
+    """Column whose text goes before the question."""
+
+
+FORMATS = {
+    "rrs": Format("text audio", "text", "audio"),  # ours; JALMBench
+    "text": Format("text", "text"),
+    "audio": Format("audio", "", "audio"),
+    "or-bench": Format("prompt", "prompt"),  # hard-benign and toxic files look alike: no label
+    "authors": Format("prompt path", "prompt", "path"),
+    "voicebench": Format("prompt audio", "prompt", "audio"),
+    "advbench": Format("goal target", "goal", label="harmful"),
+    "advbench-audio": Format("prompt target audio", "prompt", "audio", "harmful"),
+    "xstest": Format("prompt type focus", "prompt", category="type", harmful=("type", "contrast_")),
+    "figstep": Format("question instruction category_name", "question", label="harmful", category="category_name"),
+    # JailbreakBench's harmful and benign files have the same columns: no label
+    "jailbreakbench": Format("goal target behavior category", "goal", id="index"),
+    "strongreject": Format("forbidden_prompt", "forbidden_prompt", label="harmful"),
+    "harmbench": Format(
+        "behavior functionalcategory", "behavior", label="harmful", category="semanticcategory", id="behaviorid",
+        context="contextstring",
+    ),
+    "sarsteer": Format("question audio_file scenario", "question", "audio_file", category="scenario"),
+    "air-bench": Format("question path answer_gt", "question", "path", category="task_name"),
+}  # fmt: skip
+"""What `load_examples` knows, by the argument `format`. The one whose columns include all others' that fit wins."""
+
+LABELS: dict[Any, Label] = {"harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign"}
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
+
+
+def load_examples(
+    source: Any, label: Label | None = None, *, format: str | None = None, allow_outside: bool = False
+) -> list[Example]:
+    """Examples from a file, a folder of audio, a list of `Example`s, or any iterable of dicts (`datasets` included).
+
+    Files are recognised by content: JSON, JSONL, CSV or TSV whose columns fit one of `FORMATS`, or plain text with a
+    question a line. Audio paths are relative to the file's folder. A folder gives one example for each audio file in
+    it, with the words of the `.txt` beside it, if there is one, and the subfolder as category.
+
+    `audio` may be a path, encoded bytes, `{"array", "sampling_rate"}` or `{"bytes", "path"}`. With `datasets`, cast the
+    column to `Audio(decode=False)`: clips are then decoded one by one, when they are needed.
 
     Args:
         source: a path, or an iterable of `Example` or dict.
         label: given to rows that have none. Rows that carry the *other* label are left out, so that one file can
             serve as `harmful=` and as `benign=`.
+        format: a name of `FORMATS`, "lines" (plain text) or "folder", where the content alone does not decide.
         allow_outside: let a manifest name audio files that are not below its own folder (links are followed).
 
     Raises:
-        DataError: names file and row.
+        DataError: names file and row; for an ambiguous file, what it could be.
     """
+    if format not in (None, "lines", "folder", *FORMATS):
+        raise DataError(f"format={format!r} is unknown; there are {['lines', 'folder', *FORMATS]}.")
     if isinstance(source, (str, Path)):
         path = Path(source)
-        rows: Iterable[Any] = _read_rows(path)
-        folder, name = path.parent, str(path)
+        name, folder = str(path), path if path.is_dir() else path.parent
+        rows = _read_folder(path, format, allow_outside) if path.is_dir() else _read_file(path, format)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise DataError(f"Examples must be a path or an iterable of dicts, not {type(source).__name__}.")
     else:
-        rows, folder, name = source, None, "examples"
-    examples = [_example(row, f"{name}, row {i}", i, folder, allow_outside) for i, row in enumerate(rows, 1)]
+        rows, folder, name = list(source), None, "examples"
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, (Example, Mapping)):
+            raise DataError(
+                f"{name}, row {i}: expected an object with 'text' and/or 'audio', got {type(row).__name__}."
+            )
+    columns = {str(key).lower() for row in rows if isinstance(row, Mapping) for key in row}
+    kind = _format(columns, name, format if format in FORMATS else None) if columns else FORMATS["rrs"]
+    examples = [
+        row if isinstance(row, Example) else _example(row, kind, f"{name}, row {i}", i, folder, allow_outside)
+        for i, row in enumerate(rows, 1)
+    ]
     seen: dict[str, int] = {}
     for i, example in enumerate(examples, 1):
         if example.id in seen:
@@ -152,24 +225,76 @@ def load_examples(source: Any, label: Label | None = None, *, allow_outside: boo
             )
         seen[example.id] = i
     if label:
-        examples = [
-            e if e.label else Example(e.id, e.text, e.audio, label, e.category, e.meta)
-            for e in examples
-            if e.label in (None, label)
-        ]
+        examples = [e if e.label else replace(e, label=label) for e in examples if e.label in (None, label)]
     if not examples:
         held = f": its rows are all of the other label; pass the file with the {label} ones" if seen and label else ""
         raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it{held}.")
     return examples
 
 
-def _read_rows(path: Path) -> list[Any]:
+def _fits(columns: set[str]) -> list[str]:
+    """Formats whose columns are all there, without those that another such format includes."""
+    fit = {name: set(f.needs.split()) for name, f in FORMATS.items() if set(f.needs.split()) <= columns}
+    return [name for name, needs in fit.items() if not any(needs < other for other in fit.values())]
+
+
+def _format(columns: set[str], name: str, wanted: str | None) -> Format:
+    if wanted:
+        if missing := sorted(set(FORMATS[wanted].needs.split()) - columns):
+            raise DataError(f"{name}: format={wanted!r} needs the columns {missing} too; it has {sorted(columns)}.")
+        return FORMATS[wanted]
+    fit = _fits(columns)
+    if not fit:
+        known = "; ".join(f"{key}: {f.needs.replace(' ', ', ')}" for key, f in FORMATS.items())
+        raise DataError(
+            f"{name}, row 1: neither 'text' nor 'audio' in {sorted(columns)}, nor the columns of a known set "
+            f"({known}). Rename the column with the question to 'text'."
+        )
+    if len(fit) > 1:
+        could = " or ".join(f"{key!r} (columns {FORMATS[key].needs.replace(' ', ', ')})" for key in fit)
+        raise DataError(f"{name} could be {could}; decide with load_examples(..., format={fit[0]!r}).")
+    return FORMATS[fit[0]]
+
+
+def _read_folder(path: Path, format: str | None, allow_outside: bool) -> list[Any]:
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    clips = [p for p in files if p.suffix.lower() in AUDIO_SUFFIXES]
+    tables = [p.name for p in files if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")]
+    if not clips or (tables and format != "folder"):
+        what = f"could be a folder of {len(clips)} clips or what {tables} list" if clips else "holds no audio files"
+        fix = ", or pass format='folder' for the clips" if clips else f" ({', '.join(AUDIO_SUFFIXES)})"
+        raise DataError(f"{path} {what}; pass the path of a manifest{fix}.")
+    rows = []
+    for clip in clips:
+        words, place = clip.with_suffix(".txt"), clip.relative_to(path)
+        text = None
+        if words.is_file():
+            text = _read_text(_checked_path(words.relative_to(path), str(path), path, allow_outside)).strip()
+        category = place.parent.as_posix() if place.parent.name else None
+        rows.append({"id": place.with_suffix("").as_posix(), "text": text, "audio": str(place), "category": category})
+    return rows
+
+
+def _read_text(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read as UTF-8 text ({error}); save it as UTF-8.") from None
+
+
+def _read_file(path: Path, format: str | None) -> list[Any]:
+    content = _read_text(path)
+    if format != "lines":
+        if content.lstrip()[:1] in ("[", "{") or path.suffix.lower() in (".json", ".jsonl"):
+            return _read_json(path, content)
+        if rows := _read_table(path, content, format):
+            return rows
+    return [{"text": line.strip()} for line in content.splitlines() if line.strip()]
+
+
+def _read_json(path: Path, content: str) -> list[Any]:
     if content.lstrip().startswith("["):
         return list(_json(content, str(path)))
     lines = enumerate(content.split("\n"), 1)  # not splitlines(): U+2028 and the like may stand in a JSON string
@@ -186,49 +311,98 @@ def _json(text: str, where: str, remedy: str = "") -> Any:
         raise DataError(f"{where}: not JSON that can be read ({error}){remedy}.") from None
 
 
-def _example(row: Any, where: str, number: int, folder: Path | None, allow_outside: bool = False) -> Example:
-    if isinstance(row, Example):
-        return row
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object with 'text' and/or 'audio', got {type(row).__name__}.")
-    rest = dict(row)
-    text = rest.pop("text", None) or rest.pop("prompt", None)  # the authors' rows say prompt and path
-    audio = rest.pop("audio", None) or rest.pop("path", None)
-    label, name = rest.pop("label", None), rest.pop("id", None)
-    if label not in ("harmful", "benign", None):
-        raise DataError(f"{where}: label {label!r} is neither 'harmful' nor 'benign'.")
-    if name is not None and (not isinstance(name, (str, int)) or name == ""):
-        raise DataError(f"{where}: 'id' must be a string or a number, not {name!r}; leave it out for 'row-{number}'.")
+def _read_table(path: Path, content: str, format: str | None) -> list[Any] | None:
+    """Rows of a CSV or TSV with known columns; `None` for plain text."""
+    for delimiter in ",\t;":
+        try:
+            records = [r for r in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True) if r]
+        except csv.Error:  # prose with stray quotes
+            continue
+        names = [name.strip() for name in records[0]] if records else []
+        if not all(re.fullmatch(r"[\w.:/-]*( [\w.:/-]+)?", name) for name in names):
+            continue
+        uneven = [i for i, record in enumerate(records) if len(record) != len(names)]
+        if _fits({name.lower() for name in names}) or (format and len(names) > 1):
+            if uneven:
+                raise DataError(
+                    f"{path}, row {uneven[0]}: {len(records[uneven[0]])} fields, but {len(names)} columns {names}; put "
+                    "quotes around fields that hold commas, or pass format='lines' if this is plain text."
+                )
+            return [dict(zip(names, record, strict=True)) for record in records[1:]]
+        if len(names) > 1 and len(records) > 1 and not uneven:
+            raise DataError(
+                f"{path} could be a table with the columns {names}, none of which is known, or plain text with a "
+                "question a line. Rename the column with the question to 'text', or pass format='lines'."
+            )
+    return None
+
+
+def _example(
+    row: Mapping[str, Any], kind: Format, where: str, number: int, folder: Path | None, allow_outside: bool
+) -> Example:
+    columns = {str(key).lower(): key for key in row}
+    rest = {key: row[key] for key in row}
+
+    def take(column: str) -> Any:
+        value = rest.pop(columns[column]) if column in columns else None
+        return None if isinstance(value, str) and not value.strip() else value
+
+    text, audio, name = take(kind.text), take(kind.audio), take(kind.id)
+    if name is not None and not isinstance(name, (str, int)):
+        raise DataError(
+            f"{where}: {kind.id!r} must be a string or a number, not {name!r}; leave it out for 'row-{number}'."
+        )
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: 'text' must be a string, not {type(text).__name__}.")
-    if (text is None or not text.strip()) and audio is None:
-        raise DataError(f"{where}: neither 'text' nor 'audio' in {list(row)}; a row needs one of them.")
+        raise DataError(f"{where}: {kind.text!r} must be a string, not {type(text).__name__}.")
+    if text and kind.context and (context := take(kind.context)):
+        text = f"{context}\n\n{text}"
+    label: Label | None = kind.label
+    if kind.harmful:
+        column, prefix = kind.harmful
+        if column not in columns:
+            raise DataError(f"{where}: no {column!r}, which tells the label; add it.")
+        label = "harmful" if str(row[columns[column]]).startswith(prefix) else "benign"
+    if (given := take("label")) is not None:
+        if not isinstance(given, str) or given not in LABELS:
+            raise DataError(
+                f"{where}: label {given!r} is neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe'); rename the "
+                "column if it is no label."
+            )
+        label = LABELS[given]
+    if hasattr(audio, "get_all_samples"):  # what `datasets` decodes to
+        samples = audio.get_all_samples()
+        audio = {"array": samples.data.numpy().T, "sampling_rate": samples.sample_rate}
+    elif isinstance(audio, Mapping) and (not audio or ("array" not in audio and audio.keys() & {"bytes", "path"})):
+        audio = audio.get("bytes") or audio.get("path") or None
+    if text is None and audio is None:
+        raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(columns)}; a row needs one of them.")
     try:
         f"{name}{text}".encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: 'id' or 'text' is no valid Unicode ({error.reason}); re-export the row.") from None
     if isinstance(audio, (str, Path)):
-        audio = _audio_file(audio, where, folder, allow_outside)
+        audio = _checked_path(audio, where, folder, allow_outside)
     elif audio is not None and not isinstance(audio, (bytes, Mapping)):
         raise DataError(f"{where}: 'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
-    return Example(f"row-{number}" if name is None else str(name), text, audio, label, rest.pop("category", None), rest)
+    category = take(kind.category) if isinstance(row.get(columns.get(kind.category, "")), str) else None
+    return Example(f"row-{number}" if name is None else str(name), text, audio, label, category, rest)
 
 
-def _audio_file(audio: str | Path, where: str, folder: Path | None, allow_outside: bool) -> Path:
-    """The path that a row means; a manifest can't name files outside its folder unless that is allowed."""
-    path = Path(audio) if folder is None else folder / audio
+def _checked_path(name: str | Path, where: str, folder: Path | None, allow_outside: bool) -> Path:
+    """The path that a row or a folder names; neither can lead to files outside its folder unless that is allowed."""
+    path = Path(name) if folder is None else folder / name
     try:
         inside = folder is None or allow_outside or path.resolve().is_relative_to(folder.resolve())
         exists = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name of 10,000 characters
-        raise DataError(f"{where}: audio path {str(audio)[:200]!r} can't be followed ({error}); correct it.") from None
+        raise DataError(f"{where}: the path {str(name)[:200]!r} can't be followed ({error}); correct it.") from None
     if not inside:
         raise DataError(
-            f"{where}: audio {str(audio)!r} lies outside the manifest's folder {folder}. Move it there; or, if you "
+            f"{where}: {str(name)!r} lies outside the manifest's folder {folder}. Move it there; or, if you "
             "trust the manifest, pass load_examples(path, label, allow_outside=True) instead of the path."
         )
     if not exists:
-        raise DataError(f"{where}: audio file {path} does not exist, or is no ordinary file; correct the path.")
+        raise DataError(f"{where}: the file {path} does not exist, or is no ordinary file; correct the path.")
     return path
 
 

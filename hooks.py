@@ -229,6 +229,31 @@ def capture(
             handle.remove()
 
 
+@contextmanager
+def steer(location: Location, vector: Tensor, strength: float = 1.0) -> Iterator[None]:
+    """Adds `strength · vector` to what the head multiplies, at every position, during every pass inside the `with`.
+
+    Inference-time steering, a baseline for RRS without training: the same Δ, added instead of learnt, and to harmful
+    and harmless inputs alike.
+
+    Args:
+        location: from `locate(model)`.
+        vector: `[hidden]`, e.g. Δ ∘ mask.
+        strength: 1 adds the vector as it is.
+    """
+
+    def add(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] + (strength * vector).to(args[0]), *args[1:])
+
+    if vector.shape != (hidden := location.head_weight.shape[1:]):
+        raise ValueError(f"The vector {list(vector.shape)} must be [hidden] = {list(hidden)}.")
+    handle = location.head.register_forward_pre_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Floating tensors in a module's arguments or output, in order (token ids and masks are not activations)."""
     if isinstance(value, Tensor):

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,28 @@ from rrs.data import (
     shared,
     user_turn,
 )
-from rrs.evaluate import Judge, Rate, Report, answer_and_judge, generate, judge_refusals
+from rrs.evaluate import (
+    AnswerLog,
+    Judge,
+    Mean,
+    PairScorer,
+    Rate,
+    Report,
+    answer_and_judge,
+    chat_quality,
+    first_token_change,
+    generate,
+    judge_refusals,
+    log_likelihood,
+)
 from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
 
 __version__ = "0.1.0"
 __all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[[Reader, Sequence[Prompt], Sequence[Tensor]], Tensor]
+Stage = Callable[[str], AbstractContextManager["RRS | None"]]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[["Step"], object]
 
@@ -735,9 +750,10 @@ class RRS:
 
     def train(
         self,
-        targets: Mapping[str, Targets],
+        targets: Mapping[str, Targets | Sequence[tuple[Example, Tensor]]],
         *,
         loss: Loss = F.mse_loss,
+        objective: Objective | None = None,
         callbacks: Iterable[Callback] = (),
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 0,
@@ -749,9 +765,12 @@ class RRS:
         When memory runs out, the batch is run in halves: same sums, same result (dropout's masks differ).
 
         Args:
-            targets: from `make_targets`.
+            targets: from `make_targets`; or, for each condition, pairs of an example and its target: `[hidden]`, or
+                what `objective` takes.
             loss: `(h [batch, hidden], target [batch, hidden]) -> scalar`, a mean over the batch, instead of the mean
                 squared error.
+            objective: `(reader, prompts, targets) -> scalar`, a mean over the batch, instead of a `loss` on `h`: e.g.
+                with token ids as targets, and `rrs.evaluate.log_likelihood`, supervised fine-tuning in the same loop.
             callbacks: called with a `Step` after each optimizer step.
             checkpoint_dir, checkpoint_every, resume: as in `fit`.
 
@@ -761,7 +780,12 @@ class RRS:
         """
         c = self.config
         callbacks = list(callbacks)
-        items: dict[str, list[Item]] = {condition: self._items(condition, t) for condition, t in targets.items()}
+        items: dict[str, list[Item]] = {
+            condition: self._items(condition, t)
+            if isinstance(t, Targets)
+            else [Item(example, goal if objective else goal[None], ()) for example, goal in t]
+            for condition, t in targets.items()
+        }
         paths = linear_paths(self.location, c.target_modules)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
         optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
@@ -794,6 +818,7 @@ class RRS:
         if checkpoint_dir is not None:
             run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
             run["loss"] = getattr(loss, "__qualname__", type(loss).__name__)
+            run["objective"] = objective and getattr(objective, "__qualname__", type(objective).__name__)
             checkpoints = Checkpoints(checkpoint_dir, run, resume)
             saved = checkpoints.load(lora, optimizer)
             history, micro = saved.get("history", []), saved.get("micro", micro)
@@ -824,7 +849,7 @@ class RRS:
                     texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
                     group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
                 try:
-                    micro, mse, penalty = self._gradients(group, loss, micro, step)
+                    micro, mse, penalty = self._gradients(group, loss, objective, micro, step)
                     norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
                     if not math.isfinite(norm):
                         names = [item.example.id for _, batch in group for item, _ in batch]
@@ -869,7 +894,8 @@ class RRS:
         self.report, self._vectors = None, {}
         self._trained_on = [item.example for rows in items.values() for item in rows]
         for condition, t in targets.items():
-            self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
+            if isinstance(t, Targets):
+                self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         return self
 
     def _items(self, condition: str, targets: Targets) -> list[Item]:
@@ -892,7 +918,12 @@ class RRS:
         return [Item(e, row, tuple(t)) for e, row, t in zip(examples, rows, tokens, strict=True)]
 
     def _gradients(
-        self, group: Sequence[tuple[str, list[tuple[Item, str]]]], loss: Loss, micro: int, step: int
+        self,
+        group: Sequence[tuple[str, list[tuple[Item, str]]]],
+        loss: Loss,
+        objective: Objective | None,
+        micro: int,
+        step: int,
     ) -> tuple[int, float, float]:
         """One step's gradients, at most `micro` prompts at a time, in fewer when memory runs out.
 
@@ -912,12 +943,17 @@ class RRS:
                         weight = len(part) / len(batch) / len(group)
                         self.lora.key = (self.config.seed, step, k, start)  # of dropout
                         prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
-                        keep = self.config.keep_tokens
-                        h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
-                        goal = torch.stack([item.target for item, _ in part]).to(h)  # [part, 1 + keep, hidden]
-                        mse, penalty = loss(h[:, 0], goal[:, 0]), self.lora.penalty()
-                        if keep:  # the positions that predict the answer's further tokens stay where they are
-                            mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
+                        goals = [item.target for item, _ in part]
+                        if objective:
+                            mse = objective(self.reader, prompts, goals)
+                        else:
+                            keep = len(part[0][0].tokens)
+                            h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
+                            goal = torch.stack(goals).to(h)  # [part, 1 + keep, hidden]
+                            mse = loss(h[:, 0], goal[:, 0])
+                            if keep:  # the positions that predict the answer's further tokens stay where they are
+                                mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
+                        penalty = self.lora.penalty()
                         total = mse + self.config.penalty * penalty
                         if not torch.isfinite(total):
                             names = [item.example.id for item, _ in part]
@@ -1145,14 +1181,20 @@ class RRS:
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def generate(self, examples: Any, condition: str = "audio-text", *, max_new_tokens: int = 128) -> list[str]:
-        """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled."""
+    def generate(
+        self, examples: Any, condition: str = "audio-text", *, max_new_tokens: int = 128, refusal: bool = False
+    ) -> list[str]:
+        """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
+
+        Args:
+            refusal: append the refusal prompt.
+        """
         examples = load_examples(examples)
         if lacking := [e.id for e in examples if not e.has(condition)]:
             raise ValueError(f"{condition}: these examples lack what it needs: {lacking[:8]} ({len(lacking)} in all).")
         self.readable(examples, [condition])
         with self._quiet_model():
-            prompts = [self.read(e, condition) for e in examples]
+            prompts = [self.read(e, condition, refusal=refusal) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
 
     def evaluate(
@@ -1162,6 +1204,12 @@ class RRS:
         *,
         judge: Judge = judge_refusals,
         max_new_tokens: int = 64,
+        stages: Mapping[str, Stage] | None = None,
+        cache: str | Path | None = None,
+        stop_when_decided: bool = False,
+        usefulness: int = 64,
+        chat: Any = None,
+        scorer: PairScorer | None = None,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> Report:
         """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
@@ -1173,6 +1221,18 @@ class RRS:
             conditions: see `rrs.data.CONDITIONS`.
             judge: `(prompts, responses) -> verdicts`.
             max_new_tokens: per answer.
+            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
+                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
+                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
+            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
+                it stopped, with the same result; answers of another model, adapter, configuration or other data do not
+                match and stay unused.
+            stop_when_decided: end answers once their verdict is unlikely to change (`rrs.evaluate.decided`).
+            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
+                changed: see `Report.usefulness`; 0 skips it.
+            chat: chat-quality examples whose `text` is asked about their audio, with the reference answer in
+                `meta["answer_gt"]` (AIR-Bench-chat's rows); each stage's answers go to `scorer`.
+            scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
             on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
         groups = {k: load_examples(v) for k, v in examples.items()} if isinstance(examples, Mapping) else {}
@@ -1183,6 +1243,15 @@ class RRS:
                         f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} to evaluate()."
                     )
                 groups.setdefault(example.label, []).append(example)
+        if (chat is None) != (scorer is None):
+            raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
+        own_stages = stages is not None
+        if stages is None:
+            stages = {"before": lambda _: self.disabled()}
+            if self.lora is not None and self.lora.attached:
+                stages["after"] = lambda _: nullcontext()
+        log = AnswerLog(cache) if cache is not None else None
+        base = fingerprint(self.model)
 
         notes = []
         for group, rows in groups.items():
@@ -1193,23 +1262,126 @@ class RRS:
             notes.append(f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …")
             warnings.warn(f"{notes[-1]} Evaluate on others.", RRSWarning, stacklevel=2)
 
-        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            with self.disabled() if stage == "before" else self._as_is(), self._quiet_model():
-                prompts = [self.read(e, condition) for e in rows]
-                return self._answer(prompts, max_new_tokens, f"{stage} {condition}")
+        def answer(stage: str, condition: str, rows: Sequence[Example], instruction: bool = False) -> list[str]:
+            with self._quiet_model(), stages[stage](condition) as other:
+                who = other or self
+                keys = []
+                if log is not None:
+                    state = [
+                        stage,
+                        condition,
+                        base,
+                        who._state(own_stages),
+                        instruction,
+                        max_new_tokens,
+                        stop_when_decided,
+                    ]
+                    keys = [_hash(state, e.digest) for e in rows]
+                    if all(key in log.known for key in keys):  # no prompt is built
+                        return [log.known[key] for key in keys]
+                prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
 
-        stages = ("before", "after") if self.lora is not None and self.lora.attached else ("before",)
-        report = answer_and_judge(groups, conditions, stages, answer, judge)
-        report.settings = {"max_new_tokens": max_new_tokens, "config": asdict(self.config), "versions": versions()}
+                def keep(new: dict[int, str]) -> None:
+                    log.add(
+                        {"key": keys[i], "stage": stage, "condition": condition, "id": rows[i].id, "response": response}
+                        for i, response in new.items()
+                    )
+
+                return who._answer(
+                    prompts,
+                    max_new_tokens,
+                    f"{stage} {condition}",
+                    known={i: log.known[key] for i, key in enumerate(keys) if key in log.known} if log else None,
+                    keep=keep if log else None,
+                    questions=[e.text or "" for e in rows] if stop_when_decided and not instruction else None,
+                )
+
+        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
+        report.settings = {
+            "max_new_tokens": max_new_tokens,
+            "stop_when_decided": stop_when_decided,
+            "config": asdict(self.config),
+            "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": base},
+            "data": {group: {"n": len(rows), "sha256": content_hash(rows)} for group, rows in groups.items()},
+        }
         report.notes += notes
-        if len(stages) > 1:
+        benign = [e for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
+        for condition in conditions:
+            rows = [e for e in benign if e.has(condition)]
+            if rows and usefulness:
+                rows = rows[:: -(-len(rows) // usefulness)]
+                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens)
+        if chat is not None and scorer is not None:
+            rows = self.readable(load_examples(chat), ["audio-text"], on_error)
+            if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
+                raise ValueError(f"chat examples need text, audio and meta['answer_gt']; not so {lacking[:8]}.")
+            for stage in stages:
+                answers = answer(stage, "audio-text", rows, instruction=True)
+                references = [str(e.meta["answer_gt"]) for e in rows]
+                report.quality[stage] = chat_quality(scorer, [str(e.text) for e in rows], references, answers)
+        if list(stages) == ["before", "after"] and not own_stages:
             self.report = report
         return report
 
-    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str) -> list[str]:
+    @torch.no_grad()
+    def _usefulness(
+        self, rows: Sequence[Example], condition: str, stages: Mapping[str, Stage], report: Report, limit: int
+    ) -> list[dict[str, Any]]:
+        """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers."""
+        out: list[dict[str, Any]] = []
+        first, vanilla = next(iter(stages)), None
+        answers = [a for a in report.answers if (a.condition, a.stage) == (condition, first)]
+        said = {a.id: a.response for a in answers if not a.group.startswith("harmful")}
+        own = [self.answer_ids(said[e.id], limit) for e in rows]
+        clusters = [e.cluster for e in rows]
+        for stage, enter in stages.items():
+            with self._quiet_model(), enter(condition) as other, self._bar(len(rows), f"usefulness {stage}") as bar:
+                who = other or self
+                prompts = [who.read(e, condition) for e in rows]
+                h = who.reader.represent(prompts)  # [n, hidden]
+                vanilla = h if vanilla is None else vanilla
+                kl, same = first_token_change(who.reader, vanilla, h)
+                longer = [p.extended(a.tolist()) for p, a in zip(prompts, own, strict=True)]
+                likelihood = torch.full((len(rows),), torch.nan)
+                for batch in who.reader.batches(longer):
+                    told = [i for i in batch if len(own[i])]
+                    if told:
+                        scores = log_likelihood(who.reader, [prompts[i] for i in told], [own[i] for i in told])
+                        likelihood[told] = scores.float().cpu()
+                    bar.update(len(batch))
+            spoken = ~likelihood.isnan()
+            out.append(
+                {
+                    "condition": condition,
+                    "stage": stage,
+                    "n": len(rows),
+                    "kl": asdict(Mean.of(kl.tolist(), clusters)),
+                    "same": asdict(Rate.of(same.tolist(), clusters)),
+                    "likelihood": asdict(Mean.of(likelihood[spoken].tolist())),
+                }
+            )
+        return out
+
+    def answer_ids(self, answer: str, limit: int) -> Tensor:
+        """Token ids `[length]` of a generated answer; the end token is in it unless `limit` tokens cut it off."""
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        model: Any = self.model
+        end = model.generation_config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return torch.tensor([*ids, end] if ids and len(ids) < limit and end is not None else ids, dtype=torch.long)
+
+    def _state(self, steered: bool) -> str:
+        """A hash of what answers depend on beside the base model and the input; `steered` takes in Δ ∘ mask."""
+        lora = self.lora.tensors() if self.lora is not None and self.lora.attached else {}
+        moves = [t.delta * t.mask for t in self.targets.values()] if steered else []
+        tensors = [v.float().numpy().tobytes() for v in [*lora.values(), *moves]]
+        return _hash([asdict(self.config), versions(), getattr(self.render, "system", None)], *tensors)
+
+    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
         # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
         with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
-            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update)
+            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 
@@ -1236,10 +1408,6 @@ class RRS:
         finally:
             if attached:
                 self.enable()
-
-    @contextmanager
-    def _as_is(self) -> Iterator[None]:
-        yield
 
     def merge(self) -> nn.Module:
         """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first."""
@@ -1458,7 +1626,10 @@ def _epoch(
     return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
 
 
-def _describe(targets: Targets) -> dict[str, dict[str, Any]]:
+def _describe(targets: Targets | Sequence[tuple[Example, Tensor]]) -> dict[str, dict[str, Any]]:
+    if not isinstance(targets, Targets):
+        goals = _hash(None, *(goal.detach().float().cpu().numpy().tobytes() for _, goal in targets))
+        return {"pairs": {"n": len(targets), "sha256": content_hash(e for e, _ in targets), "targets": goals}}
     sides = {"harmful": targets.harmful_examples, "benign": targets.benign_examples}
     return {label: {"n": len(side), "sha256": content_hash(side)} for label, side in sides.items()}
 
@@ -1475,6 +1646,12 @@ def fingerprint(model: nn.Module) -> str:
         sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
         samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(samples))).hexdigest()[:16]
+
+
+def _hash(value: Any, *more: str | bytes) -> str:
+    """16 hex digits of something JSON can write, and of texts or bytes."""
+    digests = [json.dumps(value).encode(), *(m.encode() if isinstance(m, str) else m for m in more)]
+    return hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in digests)).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

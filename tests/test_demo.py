@@ -66,7 +66,8 @@ def test_quickstart_fast(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     cells = {(row["condition"], row["group"]) for row in report["table"]}
     assert len(cells) == 3 * 3
-    assert all({"before", "after", "change"} <= row["refused"].keys() for row in report["table"])
+    assert all({"before", "after"} == row["refused"].keys() for row in report["table"])
+    assert all({"after"} == row["refused_change"].keys() for row in report["table"])
     assert "| condition |" in out
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 30  # A and B of seven linears in each of 30 blocks

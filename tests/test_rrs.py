@@ -333,6 +333,44 @@ def test_one_side_without_examples(tiny, harmful):
         r.fit(harmful, silent)
 
 
+def test_pairs_train_as_targets_do(harmful, benign):
+    """Examples with vectors of one's own are trained on in the same loop, bit for bit."""
+    adapters = []
+    for plain in (False, True):
+        r = RRS(*tiny_qwen2_audio(), small(), verbose=False)
+        targets = r.make_targets(r.extract(harmful, benign))
+        pairs = {
+            c: [
+                (e, x)
+                for s in ("harmful", "benign")
+                for e, x in zip(getattr(t, f"{s}_examples"), getattr(t, s), strict=True)
+            ]
+            for c, t in targets.items()
+        }
+        adapters.append(r.train(pairs if plain else targets).lora.tensors())
+    assert all(torch.equal(x, adapters[1][name]) for name, x in adapters[0].items())
+
+
+def test_a_resumed_run_keeps_its_objective(tiny, harmful, tmp_path):
+    def near(reader, prompts, targets):
+        return F.mse_loss(reader.last_hidden(prompts)[:, 0], torch.stack(list(targets)))
+
+    def far(*args):
+        return -near(*args)
+
+    r = RRS(*tiny, small(epochs=1), verbose=False)
+    pairs = {"audio-text": [(e, torch.ones(32)) for e in load_examples(harmful)]}
+    r.train(pairs, objective=near, checkpoint_dir=tmp_path)
+    again = RRS(*tiny_qwen2_audio(), small(epochs=1), verbose=False)
+    with pytest.raises(ValueError, match=r"another run: objective .*near.* there, .*far.* here"):
+        again.train(pairs, objective=far, checkpoint_dir=tmp_path, resume=True)
+    other = {"audio-text": [(e, 2 * x) for e, x in pairs["audio-text"]]}
+    with pytest.raises(ValueError, match="another run: data"):
+        again.train(other, objective=near, checkpoint_dir=tmp_path, resume=True)
+    again.train(pairs, objective=near, checkpoint_dir=tmp_path, resume=True)
+    assert all(torch.equal(x, again.lora.tensors()[name]) for name, x in r.lora.tensors().items())
+
+
 def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, benign):
     """Beyond the first token: the vanilla vectors along its answer to benign, its refusal of harmful inputs."""
     config = small(keep_tokens=3, lora_dropout=0.0, prompts=(RRSConfig().instruction,))

@@ -11,12 +11,13 @@ from torch import nn
 
 from rrs import RRS, RRSConfig
 from rrs.data import load_examples
+from rrs.evaluate import log_likelihood
 from rrs.hooks import capture, expert_parameters, linear_paths, locate
 
 THREE = ("audio-text", "text-only", "audio-only")
 HARMFUL, BENIGN = rows("harmful", 3), rows("benign", 3)
 CONFIG = {
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "penalty": 1e-3,
     "lora_dropout": 0.0,
     "batch_size": 3,
@@ -74,6 +75,20 @@ def test_replayed_in_a_batch_is_the_models_own_vector(name):
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
+def test_replayed_likelihoods_are_the_models_own(name):
+    rrs = tiny_rrs(name)
+    answers = [torch.tensor(a) for a in ([5, 6, 7], [9], [11, 12])]
+    for condition in THREE:
+        rrs.reader.exact = None
+        ours = log_likelihood(rrs.reader, [rrs.read(e, condition) for e in load_examples(HARMFUL)], answers)
+        assert rrs.reader.exact
+        rrs.reader.exact = False
+        prompts = [rrs.read(e, condition) for e in load_examples(HARMFUL)]
+        assert all(prompt.inputs for prompt in prompts)
+        assert torch.allclose(ours, log_likelihood(rrs.reader, prompts, answers), atol=1e-3), condition
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
 def test_lora_touches_the_decoder_only(name):
     rrs = tiny_rrs(name)
     paths = linear_paths(rrs.location, rrs.config.target_modules)
@@ -89,13 +104,16 @@ def test_lora_touches_the_decoder_only(name):
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_the_whole_job(name, tmp_path):
     """Train in three conditions, save, load with PEFT and by ourselves, answer, merge."""
-    # On random models the three conditions pull apart; Granite's audio, through its own LoRA, needs the smallest steps.
-    rrs = tiny_rrs(name, conditions=THREE, epochs=3, learning_rate=1e-3, prompts=(RRSConfig().instruction,))
+    rrs = tiny_rrs(name, conditions=THREE, epochs=1, prompts=(RRSConfig().instruction,), batch_size=6, accumulate=1)
     before = {k: v.clone() for k, v in rrs.model.state_dict().items()}
-    reps = rrs.extract(HARMFUL, BENIGN)
-    rrs.train(rrs.make_targets(reps))
-    assert len(rrs.history) == 9
-    assert sum(r["mse"] for r in rrs.history[-3:]) < sum(r["mse"] for r in rrs.history[:3])
+    targets = rrs.make_targets(rrs.extract(HARMFUL, BENIGN))
+    rrs.config.learning_rate, rrs.config.epochs = 1e-5, 4  # one batch again and again: downhill, if steps are small
+    for condition in THREE:
+        losses = [row["loss"] for row in rrs.train({condition: targets[condition]}).history]
+        assert losses[3] < losses[0], condition
+    rrs.config.learning_rate, rrs.config.epochs = CONFIG["learning_rate"], 2
+    rrs.train(targets)
+    assert len(rrs.history) == 6
     after = rrs.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)

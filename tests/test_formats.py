@@ -1,0 +1,281 @@
+"""Every set in its native form, told by content; what is ambiguous is an error that names the way out."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import RATE, tone
+
+from rrs.data import FORMATS, DataError, Example, content_hash, load_audio, load_examples
+
+# name -> (file name, content, expected (id, text, label, category, audio name)); rows are ours, columns are the sets'
+NATIVE = {
+    "rrs": (
+        "m.jsonl",
+        '{"id": "q", "audio": "a.wav", "text": "Why?", "label": "benign", "category": "c"}\n{"text": "And?"}\n',
+        [("q", "Why?", "benign", "c", "a.wav"), ("row-2", "And?", None, None, None)],
+    ),
+    "rrs-csv": (
+        "m.csv",
+        'id,text,label\nq1,"Well, why?",benign\nq2,How?,harmful\n',
+        [("q1", "Well, why?", "benign", None, None), ("q2", "How?", "harmful", None, None)],
+    ),
+    "authors": (
+        "train.json",
+        json.dumps([{"prompt": "Why?", "category": "c", "path": "a.wav"}]),
+        [("row-1", "Why?", None, "c", "a.wav")],
+    ),
+    "advbench": (
+        "harmful_behaviors.csv",
+        'goal,target\n"Do a bad thing, twice","Sure, here is"\n',
+        [("row-1", "Do a bad thing, twice", "harmful", None, None)],
+    ),
+    "advbench-audio": (
+        "a.jsonl",
+        '{"prompt": "Do it", "target": "Sure", "audio": "a.wav"}\n',
+        [("row-1", "Do it", "harmful", None, "a.wav")],
+    ),
+    "advbench-audio-json": (
+        "a.json",
+        '[{"prompt": "Do it",\n"target": "Sure", "audio": "a.wav"}]',
+        [("row-1", "Do it", "harmful", None, "a.wav")],
+    ),
+    "xstest": (
+        "x.csv",
+        "id,prompt,type,label,focus,note\n1,Kill a job?,homonyms,safe,kill,\n2,Bad?,contrast_homonyms,unsafe,it,n\n",
+        [("1", "Kill a job?", "benign", "homonyms", None), ("2", "Bad?", "harmful", "contrast_homonyms", None)],
+    ),
+    "xstest-without-labels": (
+        "x.csv",
+        "id,type,prompt,focus,note\nv1,definitions,What?,it,\nv2,contrast_definitions,Do it?,it,\n",
+        [
+            ("v1", "What?", "benign", "definitions", None),
+            ("v2", "Do it?", "harmful", "contrast_definitions", None),
+        ],
+    ),
+    "figstep": (
+        "safebench.csv",
+        "dataset,category_id,task_id,category_name,question,instruction\nS,1,1,Fraud,How to cheat?,Steps to cheat.\n",
+        [("row-1", "How to cheat?", "harmful", "Fraud", None)],
+    ),
+    "jailbreakbench": (
+        "behaviors.csv",
+        "Index,Goal,Target,Behavior,Category,Source\n0,Do it,Sure,Doing,Things,Original\n",
+        [("0", "Do it", None, "Things", None)],
+    ),
+    "strongreject": (
+        "s.csv",
+        "category,source,forbidden_prompt\nViolence,custom,Do it\n",
+        [("row-1", "Do it", "harmful", "Violence", None)],
+    ),
+    "harmbench": (
+        "h.csv",
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+        'Do it,standard,chem,,,do_it\nDo that,contextual,chem,context,"A text,\nof two lines",do_that\n',
+        [
+            ("do_it", "Do it", "harmful", "chem", None),
+            ("do_that", "A text,\nof two lines\n\nDo that", "harmful", "chem", None),
+        ],
+    ),
+    "or-bench": ("or.csv", "prompt,category\nIs it so?,privacy\n", [("row-1", "Is it so?", None, "privacy", None)]),
+    "sarsteer": (
+        "s.json",
+        '[{"scenario": "Fraud", "audio_file": "a.wav", "question": "How?"}]',
+        [("row-1", "How?", None, "Fraud", "a.wav")],
+    ),
+    "air-bench": (
+        "chat.jsonl",
+        '{"path": "a.wav", "question": "What is said?", "answer_gt": "Hello."}',
+        [("row-1", "What is said?", None, None, "a.wav")],
+    ),
+    "tsv": ("x.tsv", "prompt\tcategory\nYes, or no?\tc\n", [("row-1", "Yes, or no?", None, "c", None)]),
+    "lines": (
+        "q.txt",
+        "How do I bake bread?\n\nWell, how, say, do I boil it?\n",
+        [
+            ("row-1", "How do I bake bread?", None, None, None),
+            ("row-2", "Well, how, say, do I boil it?", *[None] * 3),
+        ],
+    ),
+    "one-column": ("q.csv", "prompt\nHow so?\n", [("row-1", "How so?", None, None, None)]),
+}
+
+
+def seen(examples: list[Example]) -> list[tuple]:
+    return [(e.id, e.text, e.label, e.category, e.audio.name if e.audio else None) for e in examples]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.2, 0), RATE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_forms(folder, name):
+    file, content, expected = NATIVE[name]
+    (folder / file).write_text(content, encoding="utf-8")
+    assert seen(load_examples(folder / file)) == expected
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_files_name_decides_nothing(folder, name):
+    _, content, expected = NATIVE[name]
+    (folder / "download").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    got = seen(load_examples(str(folder / "download")))
+    assert [(i, t.replace("\r\n", "\n"), *rest) for i, t, *rest in got] == expected
+
+
+@pytest.mark.parametrize("name", [n for n in NATIVE if n in FORMATS])
+def test_the_argument_agrees_with_the_content(folder, name):
+    file, content, expected = NATIVE[name]
+    (folder / file).write_text(content, encoding="utf-8")
+    assert seen(load_examples(folder / file, format=name)) == expected
+
+
+def test_a_side_of_a_labelled_set(folder):
+    (folder / "x.csv").write_text(NATIVE["xstest"][1])
+    assert [e.id for e in load_examples(folder / "x.csv", "benign")] == ["1"]
+    (folder / "a.csv").write_text(NATIVE["advbench"][1])
+    with pytest.raises(DataError, match="no benign examples"):
+        load_examples(folder / "a.csv", "benign")
+
+
+def test_other_columns_are_kept(folder):
+    (folder / "x.csv").write_text(NATIVE["advbench"][1])
+    assert load_examples(folder / "x.csv")[0].meta == {"target": "Sure, here is"}
+
+
+def encoded(wave):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, RATE, format="FLAC")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "array", "bytes and path", "path only", "decoder"])
+def test_rows_of_datasets(folder, kind):
+    """Audio as `datasets` gives it: cast to decode=False, decoded, or as a decoder object."""
+    wave = tone(0.2, 0)
+    audio = {
+        "path": str(folder / "a.wav"),
+        "bytes": encoded(wave),
+        "array": {"array": wave, "sampling_rate": RATE, "path": None},
+        "bytes and path": {"bytes": encoded(wave), "path": "elsewhere.flac"},
+        "path only": {"bytes": None, "path": str(folder / "a.wav")},
+        "decoder": SimpleNamespace(
+            get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(wave)[None], sample_rate=RATE)
+        ),
+    }[kind]
+    rows = ({"id": i, "text": "Why?", "audio": audio} for i in range(2))  # any iterable, ids of any type
+    examples = load_examples(rows, "benign")
+    assert [(e.id, e.text, e.label) for e in examples] == [("0", "Why?", "benign"), ("1", "Why?", "benign")]
+    assert np.abs(load_audio(examples[0].audio, RATE) - wave).max() < 1e-3
+
+
+def test_folder_of_clips(folder):
+    (folder / "fraud").mkdir()
+    soundfile.write(folder / "fraud" / "b.FLAC", tone(0.2, 1), RATE, format="FLAC")
+    (folder / "fraud" / "b.txt").write_text(" How so?\n")
+    assert seen(load_examples(folder, "benign")) == [
+        ("a", None, "benign", None, "a.wav"),
+        ("fraud/b", "How so?", "benign", "fraud", "b.FLAC"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("m.jsonl", '{"text": "a", "prompt": "b"}', ["'text'", "'or-bench'", "format='text'"]),
+        ("m.csv", "title,body\none,two\nthree,four\n", ["table", "'title', 'body'", "plain text", "format='lines'"]),
+        ("m.csv", "prompt\nWell, so?\n", ["row 1: 2 fields", "quotes", "format='lines'"]),
+        ("m.jsonl", '{"question_text": "a"}', ["question_text", "xstest: prompt, type, focus", "Rename"]),
+        ("m.csv", "prompt,type,focus,label\na,b,c,odd\n", ["row 1", "'odd'", "unsafe"]),
+        ("m.csv", "goal,target\n,Sure\n", ["row 1", "neither 'text' nor 'audio'"]),
+    ],
+)
+def test_ambiguous_or_unknown(tmp_path, file, content, words):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError) as error:
+        load_examples(tmp_path / file)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_argument_decides(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"text": "a", "prompt": "b"}')
+    assert load_examples(tmp_path / "m.jsonl", format="text")[0].text == "a"
+    assert load_examples(tmp_path / "m.jsonl", format="or-bench")[0].text == "b"
+    (tmp_path / "m.csv").write_text("title,body\none,two\n")
+    assert [e.text for e in load_examples(tmp_path / "m.csv", format="lines")] == ["title,body", "one,two"]
+    with pytest.raises(DataError, match=r"format='advbench' needs the columns \['goal', 'target'\]"):
+        load_examples(tmp_path / "m.csv", format="advbench")
+    with pytest.raises(DataError, match=r"format='csv' is unknown.*'lines', 'folder', 'rrs'"):
+        load_examples(tmp_path / "m.csv", format="csv")
+
+
+def test_ambiguous_folders(folder):
+    (folder / "m.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match=r"1 clips or what \['m.jsonl'\] list.*format='folder'"):
+        load_examples(folder)
+    assert len(load_examples(folder, format="folder")) == 1
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="no audio files"):
+        load_examples(folder / "empty")
+
+
+OUTSIDE = {
+    "csv": ("m.csv", "prompt,path\nWhy?,{}\n"),
+    "sarsteer": ("s.json", '[{{"scenario": "Fraud", "audio_file": "{}", "question": "How?"}}]'),
+    "air-bench": ("chat.jsonl", '{{"path": "{}", "question": "What is said?", "answer_gt": "Hello."}}'),
+    "a dict": ("m.jsonl", '{{"text": "x", "audio": {{"bytes": null, "path": "{}"}}}}'),
+}
+
+
+@pytest.mark.parametrize("place", ["../a.wav", "link.wav", "absolute"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_no_format_reads_outside_its_folder(folder, name, place):
+    (folder / "data").mkdir()
+    (folder / "data" / "link.wav").symlink_to(folder / "a.wav")
+    file, content = OUTSIDE[name]
+    (folder / "data" / file).write_text(content.format(folder / "a.wav" if place == "absolute" else place))
+    with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
+        load_examples(folder / "data" / file)
+    assert load_examples(folder / "data" / file, allow_outside=True)[0].audio.read_bytes()[:4] == b"RIFF"
+
+
+@pytest.mark.parametrize("link", ["b.wav", "c.txt"])
+def test_no_folder_reads_outside_itself(folder, link):
+    (folder / "data").mkdir()
+    soundfile.write(folder / "data" / "c.wav", tone(0.2, 0), RATE)
+    (folder / "secret.txt").write_text("secret")
+    (folder / "data" / link).symlink_to(folder / ("a.wav" if link == "b.wav" else "secret.txt"))
+    with pytest.raises(DataError, match=rf"{link}' lies outside"):
+        load_examples(folder / "data")
+    assert load_examples(folder / "data", allow_outside=True)
+
+
+def test_every_format_can_win():
+    """No format is shadowed by another one, and none needs a configuration on its own columns."""
+    for name, kind in FORMATS.items():
+        row = {column: "x" for column in kind.needs.split()} | {kind.audio or "y": b"RIFF"}
+        (example,) = load_examples([row])
+        assert example.text == ("x" if kind.text else None), name
+        assert example.label == (kind.label or ("benign" if kind.harmful else None)), name
+
+
+def test_digest_follows_the_data(folder):
+    rows = [{"id": "a", "text": "x", "audio": {"array": tone(0.1, 0), "sampling_rate": RATE}}, {"id": "b", "text": "y"}]
+    base = content_hash(load_examples(rows))
+    assert base == content_hash(load_examples([dict(r) for r in rows]))
+    changed = [{**rows[0], "audio": {"array": tone(0.1, 1), "sampling_rate": RATE}}, rows[1]]
+    assert base != content_hash(load_examples(changed))
+    assert base != content_hash(load_examples(rows, "benign"))
+    soundfile.write(folder / "b.wav", tone(0.2, 1), RATE)
+    assert content_hash(load_examples([{"audio": folder / "a.wav"}])) != content_hash(
+        load_examples([{"audio": folder / "b.wav"}])
+    )
