@@ -9,7 +9,8 @@ Without manifests of your own it trains on the demo's questions, which is enough
 Memory, by `expected_memory` below, in bfloat16, with prompts of up to 400 positions (15 s of audio at 25 positions a
 second, and the text): 16.8 GB of weights (8.4 billion parameters), 0.6 GB for the LoRA with its gradients and AdamW's
 moments (40 million parameters), 12.2 GB of activations: 30 GB, plus what the CUDA context and the allocator keep. The
-computation was not checked on a GPU; the script prints at its end what was really used.
+activations were checked tensor by tensor on a small copy of the decoder on a CPU, the whole was not checked on a GPU;
+the script prints at its end what was really used.
 """
 
 from __future__ import annotations

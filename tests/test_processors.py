@@ -403,6 +403,26 @@ def test_offloaded_weights_are_refused():
         )
 
 
+def test_the_memory_that_the_examples_state():
+    """The figures in their docstrings, from models of the released sizes without storage."""
+    from types import SimpleNamespace
+
+    from qwen2_audio import expected_memory
+
+    from rrs.hooks import locate
+
+    audio = {"model_type": "qwen2", "vocab_size": 156032, "hidden_size": 4096, "intermediate_size": 11008}
+    vision = {"hidden_size": 1280}
+    with torch.device("meta"):
+        models = (
+            tf.Qwen2AudioForConditionalGeneration(tf.Qwen2AudioConfig(text_config=audio)),
+            tf.Qwen2_5OmniThinkerForConditionalGeneration(tf.Qwen2_5OmniThinkerConfig(vision_config=vision)),
+        )
+    for model, stated in zip(models, ([16.8, 0.6, 12.2], [17.9, 0.6, 12.5]), strict=True):
+        rrs = SimpleNamespace(model=model, config=RRSConfig(), location=locate(model))
+        assert [round(gb, 1) for gb in expected_memory(rrs).values()] == stated
+
+
 # -- checkpoints on disk -----------------------------------------------------------------------------------------------
 
 
