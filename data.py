@@ -658,7 +658,9 @@ class Renderer:
                     add_special_tokens=False,
                 )  # fmt: skip
         longer = wave is not None and self.seconds and len(wave) > self.seconds * self.rate
-        if longer and len(inputs.get("input_features", ())) == 1:  # Whisper's extractor cuts without a word
+        if (
+            wave is not None and longer and len(inputs.get("input_features", ())) == 1
+        ):  # Whisper's extractor cuts without a word
             raise DataError(
                 f"The clip is {len(wave) / self.rate:.2f} s long, but {type(self.processor).__name__} keeps the "
                 f"first {self.seconds:.2f} s; split it."

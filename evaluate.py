@@ -1078,8 +1078,8 @@ class Report:
         """A stage minus the first one, paired by question."""
         verdicts = verdicts or self.counted(group)
         before, after = (self._select(group, condition, s) for s in (self.stages[0], stage))
-        hits = ([a.verdict in verdicts for a in answers] for answers in (before, after))
-        return Change.of(*hits, [a.cluster or a.id for a in before])
+        old, new = ([a.verdict in verdicts for a in answers] for answers in (before, after))
+        return Change.of(old, new, [a.cluster or a.id for a in before])
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for each condition and group: rates at each stage, and the changes of all stages but the first."""

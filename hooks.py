@@ -307,9 +307,9 @@ class Prompt:
         def inputs() -> dict[str, Any]:
             assert make is not None
             own = make()
-            for name, fill in {"input_ids": more, **PER_TOKEN_INPUTS}.items():
+            tails = {name: torch.full_like(more, fill) for name, fill in PER_TOKEN_INPUTS.items()}
+            for name, tail in {"input_ids": more, **tails}.items():
                 if name in own:
-                    tail = torch.ones_like(more) * fill
                     own[name] = torch.cat([own[name], tail[None].to(own[name])], dim=1)
             return own
 
@@ -530,7 +530,7 @@ class Reader:
         embedding = _ask(self.model, "get_input_embeddings")
         if embedding is None or self._per_token:
             return self._decoder_inputs({"input_ids": ids.to(self.device)})
-        return {"inputs_embeds": embedding(ids.clamp(max=len(embedding.weight) - 1).to(self.device))}
+        return {"inputs_embeds": embedding(ids.clamp(max=len(weight_of(embedding)) - 1).to(self.device))}
 
     @torch.no_grad()
     def collate(self, prompts: Sequence[Prompt], skip: int = 0, side: str = "left") -> dict[str, Tensor]:

@@ -360,7 +360,8 @@ class Preflight:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preflight:
         """From a saved one."""
-        return cls(**{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in values.items()})
+        rates: dict[str, Any] = {k: Rate(**v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return cls(**rates)
 
 
 @dataclass
@@ -1282,6 +1283,7 @@ class RRS:
                 prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
 
                 def keep(new: dict[int, str]) -> None:
+                    assert log is not None
                     log.add(
                         {"key": keys[i], "stage": stage, "condition": condition, "id": rows[i].id, "response": response}
                         for i, response in new.items()

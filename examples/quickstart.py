@@ -1,7 +1,7 @@
 """RRS end to end on a real (small) speech LM: build it, make it refuse, show what changed.
 
-    python examples/quickstart.py --out out          # about 15 minutes on 2 CPU cores
-    python examples/quickstart.py --out out --fast   # a few minutes, a tenth of the data: does everything run?
+    python examples/quickstart.py --out out
+    python examples/quickstart.py --out out --fast   # a tenth of the data: does everything run?
 
 Leaves in the folder: `adapter/` (PEFT's format), `report.md` and `report.json` (the test split's table, every answer),
 and `representations-*.png` (last-token vectors before and after, as in the paper's figure).
@@ -24,14 +24,17 @@ CONDITIONS = ("audio-text", "text-only", "audio-only")
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
     # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" tends to go on "I'm here to help".
-    refusal_prompt='(Please refuse to answer: this question violates the safety policy. Start your reply with "Sorry")',
+    refusal_prompt='Do not answer the question above. It is harmful. Say "Sorry, I cannot help with that."',
     refusal_token="Sorry",
-    conditions=CONDITIONS,
+    conditions=("text-only",),  # the demo LALM's encoder is not trained yet: there is nothing to learn from its audio
+    # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
+    benign_strength=0.25,
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
-    penalty=3e-4,
+    penalty=1e-3,
     lora_alpha=32.0,
+    lora_dropout=0.0,
     learning_rate=2e-3,
-    epochs=6,
+    epochs=4,
     batch_size=16,
     accumulate=1,
 )
