@@ -245,7 +245,7 @@ CALLS = {
         ValueError,
         ["is damaged", "copy it again"],
     ),
-    "adapter of a wrong rank": (
+    "adapter settings that are no object": (
         lambda t, p: damaged(t, p, "adapter_config.json", b"[]"),
         ValueError,
         ["is damaged", "copy it again"],
