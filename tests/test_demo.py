@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from rrs import RRS, load_examples
+from rrs import RRS, RRSConfig, load_examples
 
 EXAMPLES = ROOT / "examples"
 
@@ -48,6 +48,33 @@ def test_demo_reads_text_like_its_language_model(demo):
     prompt = processor.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert "<|im_start|>user\nHi<|im_end|>" in prompt
     assert "AUDIO" not in prompt
+
+
+def test_demo_hears(demo):
+    """Asked to repeat, it says the words: half of them, of three clips, would be a broken ear."""
+    from quickstart import word_error_rate
+
+    config = RRSConfig(instruction="Repeat what is said in the audio.")
+    examples = load_examples(EXAMPLES / "data" / "dev.jsonl")[3:6]
+    said = RRS(*demo, config, verbose=False).generate(examples, "audio-text", max_new_tokens=24)
+    errors = [word_error_rate(e.text, answer) for e, answer in zip(examples, said, strict=True)]
+    assert sum(errors) / len(errors) < 0.5, said
+
+
+def test_the_ear_stops_at_silence_and_at_loops(demo):
+    """States past the last word are the end state, in every slot; batched or alone, they are the same."""
+    model, processor = demo
+    examples = load_examples(EXAMPLES / "data" / "dev.jsonl")[:3]
+    waves = [e.clip[1](16000) for e in examples]
+    features = processor.feature_extractor(waves, sampling_rate=16000, return_tensors="pt")["input_features"]
+    tower = model.model.audio_tower
+    together = tower(features).last_hidden_state
+    alone = torch.cat([tower(row[None]).last_hidden_state for row in features])
+    assert torch.allclose(together, alone, atol=1e-2)
+    ends = (together - together[:, -1:]).norm(dim=-1) < 1e-4  # [clips, slots]
+    assert ends.any(1).all()
+    assert all(row[int(row.int().argmax()) :].all() for row in ends)
+    assert not ends[:, :4].any()
 
 
 def test_replay_is_exact_on_the_demo(demo):
