@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from pathlib import Path
 
 from demo_lalm import load_demo
@@ -26,7 +27,7 @@ CONFIG = RRSConfig(
     # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" tends to go on "I'm here to help".
     refusal_prompt='Do not answer the question above. It is harmful. Say "Sorry, I cannot help with that."',
     refusal_token="Sorry",
-    conditions=("text-only",),  # the demo LALM's encoder is not trained yet: there is nothing to learn from its audio
+    conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
     benign_strength=0.25,
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
@@ -60,7 +61,9 @@ def what_it_hears(rrs: RRS, examples: list[Example]) -> str:
         )
     rates = [word_error_rate(e.text or "", answer) for e, answer in zip(examples, answers, strict=True)]
     wer = sum(rates) / len(rates)
-    return f"What the demo LALM hears: asked to repeat {len(rates)} test clips, its word error rate is {wer:.0%}."
+    voices = Counter(str(e.meta["voice"]) for e in examples)
+    spoken = ", ".join(f"{n} by {voice}" for voice, n in sorted(voices.items()))
+    return f"What the demo LALM hears: asked to repeat {len(rates)} clips ({spoken}), its word error rate is {wer:.0%}."
 
 
 def main() -> None:
@@ -75,7 +78,8 @@ def main() -> None:
     config = RRSConfig.from_dict({**vars(CONFIG), "seed": args.seed, **({"epochs": 1} if args.fast else {})})
     rrs = RRS(model, processor, config)
 
-    train = {label: load_examples(DATA / "train.jsonl", label) for label in ("harmful", "benign")}
+    questions = load_examples(DATA / "train.jsonl") + load_examples(DATA / "train_text.jsonl")
+    train = {label: [e for e in questions if e.label == label] for label in ("harmful", "benign")}
     test = {
         "harmful": load_examples(DATA / "test.jsonl", "harmful"),
         "benign": load_examples(DATA / "test.jsonl", "benign"),
@@ -88,14 +92,14 @@ def main() -> None:
     rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8 if args.fast else 16)
     rrs.save(args.out / "adapter", overwrite=True)
 
-    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 40)
+    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=28)
     report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 8]))
     report.save(args.out)
     try:
-        for condition in CONDITIONS:
+        for condition in ("text-only", "audio-only"):
             panels = {stage: {} for stage in ("before", "after")}
             for group, examples in test.items():
-                prompts = [rrs.read(e, condition) for e in examples]
+                prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 2]]
                 panels["after"][group] = rrs.reader.represent(prompts)
                 with rrs.disabled():
                     panels["before"][group] = rrs.reader.represent(prompts)

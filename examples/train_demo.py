@@ -463,7 +463,7 @@ def synth(args: argparse.Namespace) -> None:
         for index in range(math.ceil(args.clips / 250)):
             rng = random.Random(1000 + index)
             texts = []
-            for _ in range(250):
+            for _ in range(min(250, args.clips - 250 * index)):
                 kind = rng.random()
                 if kind < 0.25 and len(sampled) > 100:
                     texts.append(rng.choice(sampled))
@@ -507,9 +507,9 @@ class Student(nn.Module):
         end = model.model.multi_modal_projector.values.weight[:, Listener.END]
         self.embeddings = nn.Parameter(torch.stack([self.table[-2], self.table[-1], end]))
         chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "|"}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": "@@"}], add_generation_prompt=True, tokenize=False
         )
-        self.before, self.after = (self.ids(part) for part in chat.split("|"))
+        self.before, self.after = (self.ids(part) for part in chat.split("@@"))
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -609,8 +609,8 @@ def train_worker(rank: int, args: argparse.Namespace) -> None:
     model.requires_grad_(False)
     student = Student(model, processor.tokenizer)
     examples = read_shards(args.work)
-    held_out = examples[:: len(examples) // 64]
-    examples = [e for e in examples if e not in held_out]
+    every = max(8, len(examples) // 64)
+    held_out, examples = examples[::every], [e for i, e in enumerate(examples) if i % every]
     starts = range(0, len(examples) - args.batch, args.batch)
     groups = [{"params": list(student.lora.parameters())}, {"params": [student.embeddings]}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -637,7 +637,7 @@ def train_worker(rank: int, args: argparse.Namespace) -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        rows.append([float(value) for value in losses.values()])
+        rows.append([value.item() for value in losses.values()])
         if rank == 0 and (step + 1) % 10 == 0:
             mean = dict(zip(losses, np.mean(rows, 0).round(4).tolist(), strict=True))
             log(args, {"step": step + 1, "minutes": round((time.time() - began) / 60, 1), **mean})
