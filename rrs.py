@@ -25,7 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -123,9 +123,13 @@ class RRSConfig:
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
+    depth: int = 1
+    """Positions with a Δ and a selection of their own: 1 (the paper) is the prompt's end alone, k goes on along the
+    first k − 1 tokens of the model's own refusal (of harmful inputs, under the refusal prompt) or answer (benign)."""
+
     keep_tokens: int = 0
-    """Answer tokens at whose positions training aims at vanilla vectors too: those of the model's own answer to benign
-    inputs, and of its own refusal, under the refusal prompt, of harmful ones. The paper, one token deep: 0."""
+    """Tokens of the same answers at which training aims, beyond `depth`, at vanilla vectors as they are: the answer's
+    for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
 
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
@@ -178,7 +182,7 @@ class RRSConfig:
         for name in ("prompts", "conditions", "target_modules", "refusal_token", "refusal_prompt", "instruction"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty.")
-        for name in ("lora_r", "epochs", "batch_size", "accumulate"):
+        for name in ("depth", "lora_r", "epochs", "batch_size", "accumulate"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
@@ -191,6 +195,11 @@ class RRSConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+
+    @property
+    def answer_tokens(self) -> int:
+        """How far along the answers targets go: the tokens that `depth` and `keep_tokens` need."""
+        return max(self.depth - 1, self.keep_tokens)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RRSConfig:
@@ -249,7 +258,7 @@ def select_features(
 
 @dataclass
 class Representations:
-    """Last-token vectors `h(x)` of the vanilla model in one condition, float32 on the CPU."""
+    """Vectors `h(x)` of the vanilla model at one position in one condition, float32 on the CPU."""
 
     benign: Tensor
     """R_b `[benign, hidden]`."""
@@ -259,6 +268,10 @@ class Representations:
     """R_h+ `[harmful, hidden]`: harmful with the refusal prompt appended."""
     benign_examples: list[Example]
     harmful_examples: list[Example]
+    later: list[Representations] = field(default_factory=list)
+    """The same after each of the `tokens`; empty one token deep."""
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    """How harmful inputs are refused, then how benign ones are answered: the first `config.answer_tokens` tokens."""
 
     @property
     def delta(self) -> Tensor:
@@ -280,6 +293,10 @@ class Targets:
     """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
+    later: list[Targets] = field(default_factory=list)
+    """The same after each of the `tokens`; empty one token deep."""
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    """The answers' first tokens, of harmful inputs, then of benign ones; see `Representations.tokens`."""
 
 
 def make_targets(
@@ -289,7 +306,7 @@ def make_targets(
     scorer: Scorer = contribution,
     strengths: tuple[float, float] = (1.0, 1.0),
 ) -> Targets:
-    """Targets of one condition: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
+    """Targets of one position: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
 
     Args:
         reps: the vanilla representations.
@@ -311,9 +328,9 @@ class Item:
 
     example: Example
     target: Tensor
-    """`[1 + keep_tokens, hidden]`: at the prompt's end, and at the answer tokens below."""
+    """`[1 + tokens, hidden]`: at the prompt's end, and after each of the answer tokens below."""
     tokens: tuple[int, ...]
-    """The first `keep_tokens` tokens of its answer."""
+    """The first `config.answer_tokens` tokens of its answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,22 +716,29 @@ class RRS:
                 prompts = [self.read(e, condition) for e in b]
                 prompts += [self.read(e, condition) for e in h]
                 prompts += [self.read(e, condition, refusal=True) for e in h]
-                compute = partial(self.reader.represent, prompts, bar.update)
+                answers, refusals = self._begun(prompts[: len(b)]), self._begun(prompts[len(b) + len(h) :])
+                prompts = [p.extended(t) for p, t in zip(prompts, [*answers, *refusals, *refusals], strict=True)]
+                positions = 1 + self.config.answer_tokens
+                compute = partial(self.reader.represent, prompts, bar.update, positions)
                 rows = self._cached(cache, condition, [*b, *h], prompts, compute)
+                rows = rows.reshape(len(prompts), positions, -1)  # [b + h + h, positions, hidden]
             if not torch.isfinite(rows).all():
                 names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            out[condition] = Representations(
-                benign=rows[: len(b)],
-                harmful=rows[len(b) : len(b) + len(h)],
-                refused=rows[len(b) + len(h) :],
-                benign_examples=b,
-                harmful_examples=h,
-            )
+            steps = [Representations(*r.split([len(b), len(h), len(h)]), b, h) for r in rows.unbind(1)]
+            out[condition] = steps[0]
+            out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
         return out
+
+    def _begun(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """The first `config.answer_tokens` tokens of the answers; short ones are filled up with the end token."""
+        n = self.config.answer_tokens
+        answers = self._answer(prompts, n, "answers") if n else [""] * len(prompts)
+        ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] if a else [] for a in answers]
+        return [tuple((i + n * [self.tokenizer.eos_token_id])[:n]) for i in ids]
 
     def _cached(
         self,
@@ -744,10 +768,30 @@ class RRS:
         return rows
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
-        """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition."""
-        c = self.config
+        """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition.
+
+        Beyond the first position (`config.depth`, `config.keep_tokens`), what the refusals go on with takes the place
+        of the refusal token: features are selected by the mean of those tokens' head rows.
+        """
+        c, out = self.config, {}
         row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
-        return {condition: make_targets(r, row, c.top, scorer, strengths) for condition, r in reps.items()}
+        for condition, r in reps.items():
+            if len(r.later) < c.answer_tokens:
+                raise ValueError(
+                    f"{condition}: depth={c.depth} and keep_tokens={c.keep_tokens} need {c.answer_tokens} answer "
+                    f"tokens, these representations have {len(r.later)}; extract them again with this config."
+                )
+            out[condition] = make_targets(r, row, c.top, scorer, strengths)
+            for k, rep in enumerate(r.later[: c.answer_tokens], 1):
+                if k < c.depth:
+                    said = self.location.head_weight[self._first_choice(rep.refused)].float().cpu().mean(0)  # [hidden]
+                    goal = make_targets(rep, said, c.top, scorer, strengths)
+                else:
+                    still = torch.zeros_like(row)
+                    goal = Targets(still, still > 0, rep.refused, rep.benign, r.harmful_examples, r.benign_examples)
+                out[condition].later.append(goal)
+            out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
+        return out
 
     def train(
         self,
@@ -781,8 +825,13 @@ class RRS:
         """
         c = self.config
         callbacks = list(callbacks)
+        if wrong := [k for k, t in targets.items() if isinstance(t, Targets) and len(t.later) != c.answer_tokens]:
+            raise ValueError(
+                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, as config.depth and "
+                "config.keep_tokens say; make them by extract and make_targets with this config."
+            )
         items: dict[str, list[Item]] = {
-            condition: self._items(condition, t)
+            condition: _items(t)
             if isinstance(t, Targets)
             else [Item(example, goal if objective else goal[None], ()) for example, goal in t]
             for condition, t in targets.items()
@@ -899,25 +948,6 @@ class RRS:
                 self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         return self
 
-    def _items(self, condition: str, targets: Targets) -> list[Item]:
-        """What training visits in one condition: examples with their targets and, with `keep_tokens`, answers."""
-        c = self.config
-        examples, ends = [*targets.harmful_examples, *targets.benign_examples], [targets.harmful, targets.benign]
-        rows = torch.cat(ends)[:, None]  # [n, 1, hidden]
-        if not c.keep_tokens:
-            return [Item(e, row, ()) for e, row in zip(examples, rows, strict=True)]
-        eos = self.tokenizer.eos_token_id
-        with self.disabled(), self._quiet_model():
-            prompts = [self.read(e, condition, refusal=i < len(ends[0])) for i, e in enumerate(examples)]
-            answers = self._answer(prompts, c.keep_tokens, f"answers {condition}")
-            tokens = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
-            tokens = [(t + c.keep_tokens * [eos])[: c.keep_tokens] for t in tokens]
-            prompts = [prompt.extended(t) for prompt, t in zip(prompts, tokens, strict=True)]
-            with self._bar(len(prompts), f"keep {condition}") as bar:
-                kept = self.reader.represent(prompts, bar.update, last=c.keep_tokens)  # [n, keep, hidden]
-        rows = torch.cat([rows, kept], dim=1)
-        return [Item(e, row, tuple(t)) for e, row, t in zip(examples, rows, tokens, strict=True)]
-
     def _gradients(
         self,
         group: Sequence[tuple[str, list[tuple[Item, str]]]],
@@ -948,11 +978,11 @@ class RRS:
                         if objective:
                             mse = objective(self.reader, prompts, goals)
                         else:
-                            keep = len(part[0][0].tokens)
-                            h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
-                            goal = torch.stack(goals).to(h)  # [part, 1 + keep, hidden]
+                            later = len(part[0][0].tokens)
+                            h = self.reader.last_hidden(prompts, 1 + later).float()  # [part, 1 + later, hidden]
+                            goal = torch.stack(goals).to(h)  # [part, 1 + later, hidden]
                             mse = loss(h[:, 0], goal[:, 0])
-                            if keep:  # the positions that predict the answer's further tokens stay where they are
+                            if later:  # together they weigh as much as the first
                                 mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
                         penalty = self.lora.penalty()
                         total = mse + self.config.penalty * penalty
@@ -1615,6 +1645,14 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
                 module.training = mode
             for p, grad in grads.items():
                 p.requires_grad_(grad)
+
+
+def _items(targets: Targets) -> list[Item]:
+    """What training visits in one condition."""
+    examples = [*targets.harmful_examples, *targets.benign_examples]
+    steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
+    tokens = targets.tokens or [()] * len(examples)
+    return [Item(e, row, t) for e, row, t in zip(examples, torch.stack(steps, 1), tokens, strict=True)]
 
 
 def _epoch(

@@ -39,6 +39,7 @@ def fitted(tiny, harmful, benign):
         ({"conditions": "audio-text"}, "conditions"),
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
+        ({"depth": 0}, "depth=0"),
         ({"epochs": 1.5}, "epochs=1.5"),
         ({"learning_rate": 0}, "learning_rate=0"),
         ({"penalty": -1}, "penalty=-1"),
@@ -376,7 +377,7 @@ def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, beni
     config = small(keep_tokens=3, lora_dropout=0.0, prompts=(RRSConfig().instruction,))
     r = RRS(*tiny, config, verbose=False)
     targets = r.make_targets(r.extract(harmful, benign))
-    items = r._items("audio-text", targets["audio-text"])
+    items = rrs._items(targets["audio-text"])
     assert [i.example.id for i in items] == [x["id"] for x in (*harmful, *benign)]
     assert torch.equal(torch.stack([i.target[0] for i in items[:6]]), targets["audio-text"].harmful)
     assert torch.equal(torch.stack([i.target[0] for i in items[6:]]), targets["audio-text"].benign)
@@ -399,8 +400,54 @@ def test_training_keeps_tokens(harmful, benign):
         r = RRS(*tiny_qwen2_audio(), config, verbose=False).fit(harmful, benign, preflight=0)
         probe = RRS(r.model, r.processor, small(keep_tokens=3), verbose=False)
         with r.disabled():
-            items = probe._items("audio-text", r.targets["audio-text"])
+            items = rrs._items(probe.make_targets(probe.extract(harmful, benign))["audio-text"])
         prompts = [r.read(i.example, "audio-text").extended(i.tokens) for i in items]
         now = r.reader.represent(prompts, last=3)
         distance.append(F.mse_loss(now, torch.stack([i.target[1:] for i in items])).item())
     assert distance[1] < 0.7 * distance[0]
+
+
+def test_deeper_targets_are_the_papers_at_each_position(tiny, harmful, benign):
+    """depth=3, keep_tokens=4: Δ and mask of their own at 3 positions along refusal and answer, 2 more as they are."""
+    r = RRS(*tiny, small(depth=3, keep_tokens=4), verbose=False)
+    reps = r.extract(harmful, benign)["audio-text"]
+    target = r.make_targets({"audio-text": reps})["audio-text"]
+    refusals, answers = (
+        r.generate(rows_, max_new_tokens=4, refusal=refusal) for rows_, refusal in ((harmful, True), (benign, False))
+    )
+    for tokens, said in zip(target.tokens, [*refusals, *answers], strict=True):  # a random model says half characters
+        assert r.tokenizer.decode(tokens).strip() == said or "\ufffd" in said
+
+    def vanilla(rows_, tokens, refusal=False):  # one at a time, [n, hidden]
+        prompts = [r.read(e, "audio-text", refusal=refusal) for e in load_examples(rows_)]
+        return torch.cat([r.reader.represent([p.extended(t)]) for p, t in zip(prompts, tokens, strict=True)])
+
+    for k, (goal, rep) in enumerate(zip([target, *target.later], [reps, *reps.later], strict=True)):
+        begun = [t[:k] for t in target.tokens]
+        plain, own = vanilla(harmful, begun[:6]), vanilla(benign, begun[6:])
+        refused = vanilla(harmful, begun[:6], True)
+        for ours, reference in ((rep.harmful, plain), (rep.benign, own), (rep.refused, refused)):
+            assert torch.allclose(ours, reference, atol=1e-4)
+        if k >= 3:
+            assert torch.equal(goal.harmful, rep.refused)
+            assert torch.equal(goal.benign, rep.benign)
+            continue
+        next_tokens = [t[k] for t in target.tokens[:6]] if k else [r.token_id("I")]
+        row = r.location.head_weight[next_tokens].mean(0).detach()
+        delta = refused.mean(0) - own.mean(0)
+        assert torch.allclose(goal.delta, delta, atol=1e-4)
+        close = (row * delta).abs() < 1e-4
+        assert torch.equal(goal.mask | close, (row * delta > 0) | close)
+        assert torch.allclose(goal.harmful, plain + delta * goal.mask, atol=1e-3)
+        assert torch.allclose(goal.benign, own - delta * goal.mask, atol=1e-3)
+
+
+def test_deeper_targets_need_deeper_representations(tiny, harmful, benign):
+    r = RRS(*tiny, small(), verbose=False)
+    reps = r.extract(harmful, benign)
+    targets = r.make_targets(reps)
+    r.config = small(depth=2)
+    with pytest.raises(ValueError, match="extract them again"):
+        r.make_targets(reps)
+    with pytest.raises(ValueError, match=r"\['audio-text'\] do not go 1 tokens"):
+        r.train(targets)
