@@ -432,7 +432,7 @@ def test_deeper_targets_are_the_papers_at_each_position(tiny, harmful, benign):
             assert torch.equal(goal.harmful, rep.refused)
             assert torch.equal(goal.benign, rep.benign)
             continue
-        next_tokens = [t[k] for t in target.tokens[:6]] if k else [r.token_id("I")]
+        next_tokens = r.location.head(refused).argmax(-1) if k else [r.token_id("I")]  # what the refusals go on with
         row = r.location.head_weight[next_tokens].mean(0).detach()
         delta = refused.mean(0) - own.mean(0)
         assert torch.allclose(goal.delta, delta, atol=1e-4)
