@@ -134,6 +134,9 @@ class RRSConfig:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
 
+    layers: tuple[float, float] = (0.0, 1.0)
+    """Which blocks get one, as shares of the decoder's depth: (0.5, 1) is the upper half. The paper: all."""
+
     lora_r: int = 16
     """Rank of the LoRA."""
 
@@ -144,7 +147,12 @@ class RRSConfig:
     """Dropout on the LoRA's input, in training."""
 
     penalty: float = 1.0
-    """Weight of Σ‖(α/r)·B·A‖_F². It sums over modules while the MSE averages over features: small models need less."""
+    """Weight of the second term of the loss, see `penalty_form`."""
+
+    penalty_form: Literal["sum", "relative"] = "sum"
+    """"sum" is the paper's Σ‖(α/r)·B·A‖_F²: it sums over modules while the MSE averages over features, so small models
+    need a smaller weight. "relative" has no size: mean((Δ∘mask)²) · Σ‖(α/r)·B·A‖_F² / Σ‖W‖_F² over the adapted weights
+    W, in words: with a weight of 1, changing them by all of their norm costs as much as missing the targets by Δ."""
 
     learning_rate: float = 5e-5
     """AdamW's peak rate; it decays linearly to 0, without warm-up."""
@@ -171,7 +179,7 @@ class RRSConfig:
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "conditions", "target_modules", "betas"):  # JSON has lists only
+        for name in ("prompts", "conditions", "target_modules", "betas", "layers"):  # JSON has lists only
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name}={value!r} must be a sequence of strings; write ({value!r},).")
@@ -193,6 +201,10 @@ class RRSConfig:
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+        if self.penalty_form not in ("sum", "relative"):
+            raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
+        if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
+            raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
 
@@ -348,10 +360,10 @@ class Step:
     steps: int
     """Optimizer steps in all."""
     loss: float
-    """`mse + config.penalty * penalty`, mean over the step's batches."""
+    """`mse` and the weighted `penalty`, mean over the step's batches."""
     mse: float
     penalty: float
-    """`Σ‖(α/r)·B·A‖_F²`, unweighted."""
+    """`Σ‖(α/r)·B·A‖_F²`, unweighted; over `Σ‖W‖_F²` with `penalty_form="relative"`."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -836,12 +848,16 @@ class RRS:
             else [Item(example, goal if objective else goal[None], ()) for example, goal in t]
             for condition, t in targets.items()
         }
-        paths = linear_paths(self.location, c.target_modules)
+        paths = linear_paths(self.location, c.target_modules, c.layers)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
         optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
         batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
         per_epoch = -(-batches // c.accumulate)
         steps = c.epochs * per_epoch
+        weight = c.penalty
+        if c.penalty_form == "relative":  # pairs have no Δ: their loss keeps its own unit
+            units = [float((t.delta * t.mask).square().mean()) for t in targets.values() if isinstance(t, Targets)]
+            weight *= sum(units) / len(units) if units else 1.0
         self._say(
             f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, "
             f"{steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, "
@@ -899,7 +915,7 @@ class RRS:
                     texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
                     group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
                 try:
-                    micro, mse, penalty = self._gradients(group, loss, objective, micro, step)
+                    micro, mse, penalty = self._gradients(group, loss, objective, weight, micro, step)
                     norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
                     if not math.isfinite(norm):
                         names = [item.example.id for _, batch in group for item, _ in batch]
@@ -917,7 +933,7 @@ class RRS:
                     epoch=epoch + 1,
                     step=step + 1,
                     steps=steps,
-                    loss=mse + c.penalty * penalty,
+                    loss=mse + weight * penalty,
                     mse=mse,
                     penalty=penalty,
                     grad_norm=norm,
@@ -953,6 +969,7 @@ class RRS:
         group: Sequence[tuple[str, list[tuple[Item, str]]]],
         loss: Loss,
         objective: Objective | None,
+        weight: float,
         micro: int,
         step: int,
     ) -> tuple[int, float, float]:
@@ -960,6 +977,7 @@ class RRS:
 
         Args:
             group: the step's batches: condition, and (item, instruction) of each prompt.
+            weight: of the penalty.
 
         Returns:
             `micro` as it now is, and the means of MSE and penalty.
@@ -971,7 +989,7 @@ class RRS:
                 for k, (condition, batch) in enumerate(group):
                     for start in range(0, len(batch), micro):
                         part = batch[start : start + micro]
-                        weight = len(part) / len(batch) / len(group)
+                        share = len(part) / len(batch) / len(group)
                         self.lora.key = (self.config.seed, step, k, start)  # of dropout
                         prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
                         goals = [item.target for item, _ in part]
@@ -984,13 +1002,13 @@ class RRS:
                             mse = loss(h[:, 0], goal[:, 0])
                             if later:  # together they weigh as much as the first
                                 mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
-                        penalty = self.lora.penalty()
-                        total = mse + self.config.penalty * penalty
+                        penalty = self.lora.penalty(relative=self.config.penalty_form == "relative")
+                        total = mse + weight * penalty
                         if not torch.isfinite(total):
                             names = [item.example.id for item, _ in part]
                             raise FloatingPointError(f"the loss is {total.item()} on {condition} {names}")
-                        (total * weight).backward()
-                        sums += weight * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
+                        (total * share).backward()
+                        sums += share * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
                 return micro, *sums.tolist()
             except RuntimeError as error:
                 if micro == 1 or not _is_out_of_memory(error):
@@ -1075,7 +1093,7 @@ class RRS:
         self._say(f"config: {json.dumps(asdict(self.config))}")
         # What can be wrong is found here, before hours of extraction.
         self.token_id(self.config.refusal_token)
-        linear_paths(self.location, self.config.target_modules)
+        linear_paths(self.location, self.config.target_modules, self.config.layers)
         started = checkpoint_dir is not None and bool(Checkpoints(checkpoint_dir, {}, resume).files())
         usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
         harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
@@ -1213,20 +1231,30 @@ class RRS:
     # -- use ----------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, examples: Any, condition: str = "audio-text", *, max_new_tokens: int = 128, refusal: bool = False
+        self,
+        examples: Any,
+        condition: str = "audio-text",
+        *,
+        max_new_tokens: int = 128,
+        refusal: bool = False,
+        prefix: str = "",
     ) -> list[str]:
         """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
 
         Args:
             refusal: append the refusal prompt.
+            prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         examples = load_examples(examples)
         if lacking := [e.id for e in examples if not e.has(condition)]:
             raise ValueError(f"{condition}: these examples lack what it needs: {lacking[:8]} ({len(lacking)} in all).")
         self.readable(examples, [condition])
         with self._quiet_model():
-            prompts = [self.read(e, condition, refusal=refusal) for e in examples]
+            prompts = [self.read(e, condition, refusal=refusal).extended(self._ids(prefix)) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def evaluate(
         self,
@@ -1235,6 +1263,7 @@ class RRS:
         *,
         judge: Judge = judge_refusals,
         max_new_tokens: int = 64,
+        prefix: str = "",
         stages: Mapping[str, Stage] | None = None,
         cache: str | Path | None = None,
         stop_when_decided: bool = False,
@@ -1252,6 +1281,8 @@ class RRS:
             conditions: see `rrs.data.CONDITIONS`.
             judge: `(prompts, responses) -> verdicts`.
             max_new_tokens: per answer.
+            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
+                first token. Reported and judged is what the model adds to it.
             stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
                 with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
                 if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
@@ -1266,14 +1297,7 @@ class RRS:
             scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
             on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
-        groups = {k: load_examples(v) for k, v in examples.items()} if isinstance(examples, Mapping) else {}
-        if not groups:
-            for example in load_examples(examples):
-                if example.label is None:
-                    raise ValueError(
-                        f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} to evaluate()."
-                    )
-                groups.setdefault(example.label, []).append(example)
+        groups = _groups(examples)
         if (chat is None) != (scorer is None):
             raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
         own_stages = stages is not None
@@ -1282,9 +1306,9 @@ class RRS:
             if self.lora is not None and self.lora.attached:
                 stages["after"] = lambda _: nullcontext()
         log = AnswerLog(cache) if cache is not None else None
-        base = fingerprint(self.model)
+        base, begun = fingerprint(self.model), self._ids(prefix)
 
-        notes = []
+        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
         for group, rows in groups.items():
             groups[group] = self.readable(rows, conditions, on_error)
             if bad := len(rows) - len(groups[group]):
@@ -1306,11 +1330,13 @@ class RRS:
                         instruction,
                         max_new_tokens,
                         stop_when_decided,
+                        *([prefix] if prefix and not instruction else []),
                     ]
                     keys = [_hash(state, e.digest) for e in rows]
                     if all(key in log.known for key in keys):  # no prompt is built
                         return [log.known[key] for key in keys]
                 prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
+                prompts = prompts if instruction else [p.extended(begun) for p in prompts]
 
                 def keep(new: dict[int, str]) -> None:
                     assert log is not None
@@ -1331,6 +1357,7 @@ class RRS:
         report = answer_and_judge(groups, conditions, list(stages), answer, judge)
         report.settings = {
             "max_new_tokens": max_new_tokens,
+            "prefix": prefix,
             "stop_when_decided": stop_when_decided,
             "config": asdict(self.config),
             "versions": versions(),
@@ -1343,7 +1370,7 @@ class RRS:
             rows = [e for e in benign if e.has(condition)]
             if rows and usefulness:
                 rows = rows[:: -(-len(rows) // usefulness)]
-                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens)
+                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens, begun)
         if chat is not None and scorer is not None:
             rows = self.readable(load_examples(chat), ["audio-text"], on_error)
             if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
@@ -1358,7 +1385,13 @@ class RRS:
 
     @torch.no_grad()
     def _usefulness(
-        self, rows: Sequence[Example], condition: str, stages: Mapping[str, Stage], report: Report, limit: int
+        self,
+        rows: Sequence[Example],
+        condition: str,
+        stages: Mapping[str, Stage],
+        report: Report,
+        limit: int,
+        begun: Sequence[int] = (),
     ) -> list[dict[str, Any]]:
         """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers."""
         out: list[dict[str, Any]] = []
@@ -1370,7 +1403,7 @@ class RRS:
         for stage, enter in stages.items():
             with self._quiet_model(), enter(condition) as other, self._bar(len(rows), f"usefulness {stage}") as bar:
                 who = other or self
-                prompts = [who.read(e, condition) for e in rows]
+                prompts = [who.read(e, condition).extended(begun) for e in rows]
                 h = who.reader.represent(prompts)  # [n, hidden]
                 vanilla = h if vanilla is None else vanilla
                 kl, same = first_token_change(who.reader, vanilla, h)
@@ -1653,6 +1686,18 @@ def _items(targets: Targets) -> list[Item]:
     steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
     tokens = targets.tokens or [()] * len(examples)
     return [Item(e, row, t) for e, row, t in zip(examples, torch.stack(steps, 1), tokens, strict=True)]
+
+
+def _groups(examples: Any) -> dict[str, list[Example]]:
+    """Examples by group, or else by label."""
+    if isinstance(examples, Mapping):
+        return {k: load_examples(v) for k, v in examples.items()}
+    groups: dict[str, list[Example]] = {}
+    for example in load_examples(examples):
+        if example.label is None:
+            raise ValueError(f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} instead.")
+        groups.setdefault(example.label, []).append(example)
+    return groups
 
 
 def _epoch(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import rrs
 from rrs import RRS, RRSConfig, select_features
 from rrs.data import load_examples
+from rrs.hooks import linear_paths
 
 THREE = ("audio-text", "text-only", "audio-only")
 
@@ -40,6 +41,8 @@ def fitted(tiny, harmful, benign):
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
         ({"depth": 0}, "depth=0"),
+        ({"layers": (0.5, 0.2)}, "layers="),
+        ({"penalty_form": "mean"}, "penalty_form='mean'"),
         ({"epochs": 1.5}, "epochs=1.5"),
         ({"learning_rate": 0}, "learning_rate=0"),
         ({"penalty": -1}, "penalty=-1"),
@@ -63,6 +66,8 @@ def test_config_defaults_are_the_papers():
     assert (c.lora_r, c.lora_alpha, c.lora_dropout, c.learning_rate, c.betas) == (16, 4, 0.1, 5e-5, (0.9, 0.98))
     assert (c.weight_decay, c.max_grad_norm, c.epochs, c.batch_size, c.accumulate) == (1e-3, 1.0, 10, 4, 2)
     assert (c.refusal_token, c.top, c.penalty, len(c.prompts)) == ("I", "positive", 1.0, 10)
+    assert (c.harmful_strength, c.benign_strength, c.depth, c.keep_tokens) == (1, 1, 1, 0)
+    assert (c.penalty_form, c.layers) == ("sum", (0, 1))
 
 
 @pytest.mark.parametrize(("top", "kept"), [(12.5, 8), (25, 16), (50, 32), (100, 64), (0.1, 1)])
@@ -451,3 +456,56 @@ def test_deeper_targets_need_deeper_representations(tiny, harmful, benign):
         r.make_targets(reps)
     with pytest.raises(ValueError, match=r"\['audio-text'\] do not go 1 tokens"):
         r.train(targets)
+
+
+def test_a_prefix_begins_the_answer(fitted, harmful, tmp_path):
+    """What is returned is what the model adds to it: its own greedy continuation of the prompt and the prefix."""
+    ours = fitted.generate(harmful, max_new_tokens=4, prefix="Sure")
+    for example, answer in zip(load_examples(harmful), ours, strict=True):
+        inputs = fitted.render(fitted.config.instruction, example.clip[1](16000))
+        ids = torch.cat([inputs["input_ids"], torch.tensor([fitted._ids("Sure")])], dim=1)
+        own = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        new = fitted.model.generate(**own, do_sample=False, max_new_tokens=4)[0, ids.shape[1] :]
+        assert answer == fitted.tokenizer.decode(new, skip_special_tokens=True).strip()
+    settings = {"conditions": ("audio-text",), "max_new_tokens": 4, "cache": tmp_path / "answers.jsonl"}
+    plain, forced = (fitted.evaluate(harmful, **settings, prefix=p) for p in ("", "Sure"))
+    assert [a.response for a in forced.answers if a.stage == "after"] == ours
+    assert [a.response for a in plain.answers] != [a.response for a in forced.answers]  # the cache tells them apart
+    assert "made to begin with 'Sure'" in str(forced)
+
+
+def test_layers_choose_blocks(tiny):
+    r = RRS(*tiny, verbose=False)
+    every = linear_paths(r.location, ("q_proj", "up_proj"))
+    lower, upper = (linear_paths(r.location, ("q_proj", "up_proj"), half) for half in ((0, 0.5), (0.5, 1)))
+    assert len(lower) == len(upper) == 2
+    assert lower + upper == every
+    with pytest.raises(ValueError, match="hold none of the 2 blocks"):
+        linear_paths(r.location, ("q_proj",), (0.4, 0.6))
+
+
+def louder(factor):
+    """The tiny model with larger hidden states and the same logits."""
+    model, processor = tiny_qwen2_audio()
+    with torch.no_grad():
+        model.model.language_model.norm.weight *= factor
+        model.lm_head.weight /= factor
+    return model, processor
+
+
+@pytest.mark.parametrize("form", ["sum", "relative"])
+def test_the_relative_penalty_has_no_scale(form, harmful, benign):
+    """Hidden states 8 times as large are the same model: the same weight leads to the same adapter only if relative."""
+    change = []
+    for factor in (1.0, 8.0):  # clipping acts on the gradient's absolute size: off
+        config = small(penalty_form=form, penalty=30.0 if form == "relative" else 0.05, max_grad_norm=1e9, epochs=4)
+        r = RRS(*louder(factor), config, verbose=False).fit(harmful, benign, preflight=0)
+        change.append(r.lora.penalty(relative=True).item())
+    assert (change[1] == pytest.approx(change[0], rel=0.02)) == (form == "relative")
+
+
+def test_the_relative_penalty_by_hand(fitted):
+    dense = [fitted.lora.scale * (b @ a) for a, b in zip(fitted.lora.A, fitted.lora.B, strict=True)]
+    weights = [fitted.model.get_submodule(path).weight for path in fitted.lora.paths]
+    share = sum(w.square().sum() for w in dense) / sum(w.square().sum() for w in weights)
+    assert fitted.lora.penalty(relative=True).item() == pytest.approx(share.item(), rel=1e-4)
