@@ -1428,6 +1428,42 @@ def plot_safety(report: Report, path: Path) -> list[Path]:
     return [path]
 
 
+def plot_front(
+    points: Sequence[tuple[float, float]],
+    path: str | Path,
+    budget: float,
+    vanilla: float,
+    chosen: tuple[float, float],
+) -> None:
+    """The trials of `RRS.tune`: harmful questions refused (up) against what they cost (right), with the Pareto front.
+
+    Args:
+        points: `(cost, refused)` of each trial; the cost is over-rejection or degenerate answers, minus vanilla.
+        vanilla: refused without an adapter, at a cost of 0.
+        chosen: the point of the trial that is returned.
+    """
+    figure = _figure(5.6, 4.2)
+    ax = figure.subplots()
+    front: list[tuple[float, float]] = []
+    for cost, refused in sorted([*points, (0.0, vanilla)], key=lambda p: (p[0], -p[1])):
+        if not front or refused > front[-1][1]:
+            front.append((cost, refused))
+    ax.step(*zip(*front, strict=True), where="post", color="C0", linewidth=1, label="Pareto front")
+    ax.scatter(*zip(*points, strict=True), s=18, color="C0", alpha=0.6, linewidths=0, label="trials")
+    ax.scatter([0], [vanilla], marker="s", color="C7", label="vanilla")
+    ax.scatter(*chosen, marker="*", s=140, color="C1", label="chosen")
+    ax.axvline(budget, color="C3", linewidth=0.8, linestyle="--", label=f"budget {budget:g}")
+    ax.set(
+        xlabel="harmless refused, or degenerate, minus vanilla (the worse)",
+        ylabel="harmful refused",
+        ylim=(-0.03, 1.03),
+    )
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize="small")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def plot_categories(report: Report, condition: str, path: Path) -> list[Path]:
     """Refusals by category, a panel for each group that has categories; nothing without any."""
     cells: dict[str, dict[str, None]] = {}

@@ -11,6 +11,7 @@ takes harmful inputs there and keeps benign inputs away. No written responses ar
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,7 @@ from rrs.data import (
     Example,
     Renderer,
     content_hash,
+    hold_out,
     load_examples,
     needed_packages,
     shared,
@@ -67,6 +69,8 @@ from rrs.evaluate import (
     generate,
     judge_refusals,
     log_likelihood,
+    name_of,
+    plot_front,
 )
 from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
 
@@ -1120,6 +1124,185 @@ class RRS:
         self._say(f"done in {time.perf_counter() - began:.0f} s")
         return self
 
+    # -- settings found by search -------------------------------------------------------------------------------------
+
+    def tune(
+        self,
+        harmful: Any,
+        benign: Any,
+        *,
+        dev: Any = None,
+        budget: float = 0.01,
+        trials: int = 24,
+        minutes: float | None = None,
+        study: Any = None,
+        search: Mapping[str, Any] | None = None,
+        scorer: Scorer = contribution,
+        judge: Judge = judge_refusals,
+        max_new_tokens: int = 24,
+        preflight: int = 32,
+        plot: str | Path | None = None,
+    ) -> tuple[RRS, Any]:
+        """Searches the settings with the most refusals whose cost stays within `budget`, in place, by Optuna.
+
+        A trial is a training and the answers to the dev set: vectors and encoded audio are computed once. The first one
+        is the present config; unpromising ones end early, by how often the head's first choice is the refusal token.
+
+        Args:
+            harmful, benign: as in `fit`.
+            dev: to choose by, as in `evaluate`; default a quarter of `harmful` and `benign`, which then isn't trained
+                on, twins and voices of a question kept together.
+            budget: how much more often than vanilla any group of harmless questions may be refused, and answers may be
+                degenerate: 0.01 is a point, which is less than one answer where a group has fewer than 100.
+            trials: in all, those of earlier runs of the same study included.
+            minutes: no trial starts after that.
+            study: a file from which the search goes on when called again (`.db` for SQLite, else Optuna's journal); or
+                an `optuna.Study` that maximises.
+            search: what to search, `{field of RRSConfig: (low, high) or [choices]}`; by default what `search_space`
+                makes of the present config, so that one should train.
+            scorer, preflight: as in `fit`.
+            judge, max_new_tokens: as in `evaluate`.
+            plot: a PNG of refusals against over-rejection, with the Pareto front.
+
+        Returns:
+            self with the best config and its adapter attached, and the study. `user_attrs` of its trials hold the rates
+            of each group and of `degenerate` answers, `refused` (mean of the harmful groups), `cost` (what `budget`
+            bounds) and `kl` (of the first token, on harmless questions; where all else is equal, less wins). If nothing
+            stays within the budget, a warning says so, and the nearest is returned.
+        """
+        try:
+            import optuna
+        except ImportError as error:
+            raise ImportError('tune() needs Optuna: pip install "rrs[tune]" (or: pip install optuna).') from error
+        c, space = self.config, _space(self.config, search)
+        train = [*load_examples(harmful, "harmful"), *load_examples(benign, "benign")]
+        if dev is None:
+            train, dev = hold_out(train)
+        groups = {group: self.readable(rows, c.conditions) for group, rows in _groups(dev).items()}
+        train = self.readable(train, c.conditions)
+        sides = [[e for g in groups for e in groups[g] if g.startswith("harmful") is side] for side in (True, False)]
+        if not all(sides):
+            raise ValueError(f"dev has the groups {list(groups)}; it needs one that begins with 'harmful' and another.")
+        if seen := shared([*sides[0], *sides[1]], train, twins=True):
+            message = f"{len(seen)} dev examples, or their twins, are trained on: {', '.join(seen[:8])} …"
+            warnings.warn(f"{message} Choose by others.", RRSWarning, stacklevel=2)
+        token = self.token_id(c.refusal_token)
+        worker = copy.copy(self)  # the same model and reader; its own config and adapter
+        worker.lora, worker.verbose = None, False
+
+        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            return worker._answer([worker.read(e, condition) for e in rows], max_new_tokens, "dev")
+
+        def measure() -> dict[str, float]:
+            """The dev set's figures of the model as it is now."""
+            with self._quiet_model():
+                report = answer_and_judge(groups, c.conditions, ["dev"], answer, judge)
+                kl, _ = first_token_change(self.reader, vanilla, self.reader.represent(probes[1]))
+            now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
+            now["degenerate"] = Rate.of(a.verdict == "degenerate" for a in report.answers)
+            harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
+            cost = max(rate.value - start.get(g, rate).value for g, rate in now.items() if not g.startswith("harmful"))
+            figures = {g: rate.value for g, rate in now.items()}
+            start.update({} if start else now)
+            return {**figures, "refused": sum(harmful) / len(harmful), "cost": cost, "kl": float(kl.mean())}
+
+        def watch(trial: Any, step: Step) -> None:
+            """After each epoch: how much more often harmful inputs start a refusal than harmless ones, by the head."""
+            if step.step * worker.config.epochs % step.steps == 0 and worker.lora is not None:
+                worker.lora.eval()
+                up, down = (self._first_choice(self.reader.represent(p)) == token for p in probes)
+                worker.lora.train()
+                trial.report(float(up.float().mean() - down.float().mean()), step.epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        def run(settings: Mapping[str, Any], *callbacks: Callback) -> dict[str, float]:
+            worker.config = replace(c, **settings)
+            worker.targets = worker.make_targets(reps, scorer)
+            try:
+                return worker.train(worker.targets, callbacks=callbacks) and measure()
+            finally:
+                worker.disable()
+
+        def rank(trial: Any) -> tuple[float, ...]:
+            figures = trial.user_attrs
+            return -max(0.0, figures["cost"] - budget), figures["refused"], -figures["kl"]
+
+        with self.disabled():
+            worker.config = replace(c, **{k: space[k].high for k in ("depth", "keep_tokens") if k in space})
+            reps = worker.extract(*([e for e in train if e.label == label] for label in ("harmful", "benign")))
+            worker.config = c
+            if preflight:
+                self.preflight(reps, worker.make_targets(reps, scorer), preflight)
+                worker.checks = self.checks
+            with self._quiet_model():
+                probes = [[self.read(e, k) for k in c.conditions for e in side if e.has(k)] for side in sides]
+                vanilla, start = self.reader.represent(probes[1]), dict[str, Rate]()
+            before = measure()["refused"]
+            if study is None or isinstance(study, (str, Path)):
+                fixed = {k: v for k, v in asdict(c).items() if k not in space}
+                data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
+                what = [
+                    fingerprint(self.model),
+                    versions(),
+                    fixed,
+                    data,
+                    repr(space),
+                    budget,
+                    name_of(judge),
+                    max_new_tokens,
+                ]
+                study = _study(study, _hash(what), c.seed)
+            if not study.trials:
+                study.enqueue_trial({k: v for k, v in asdict(c).items() if k in space and _within(v, space[k])})
+            finished = sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.trials)
+            deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+            done = [t for t in study.trials if t.state.name == "COMPLETE"]
+            best: tuple[Any, RRS | None] = (max(done, key=rank, default=None), None)
+            with self._bar(trials, "tune") as bar:
+                bar.update(finished)
+                while finished < trials and time.monotonic() < deadline:
+                    trial = study.ask(space)
+                    try:
+                        figures = run(trial.params, partial(watch, trial))
+                    except (optuna.TrialPruned, FloatingPointError) as error:
+                        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                        said = str(error) or "pruned"
+                    else:
+                        for name, value in figures.items():
+                            trial.set_user_attr(name, value)
+                        # Beyond the budget weighs more than any refusals; equals are told apart by how gentle they are.
+                        over = max(0.0, figures["cost"] - budget)
+                        study.tell(trial, figures["refused"] - 3 * over - 0.01 * min(figures["kl"], 1.0))
+                        said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+                    if trial.user_attrs and (best[0] is None or rank(trial) > rank(best[0])):
+                        best = (trial, copy.copy(worker))
+                    finished += 1
+                    bar.update()
+                    self._say(f"trial {trial.number}: {said}; {json.dumps(trial.params)}")
+            if best[0] is None:
+                raise ValueError("No trial came to its end; allow more trials or minutes, or lower learning rates.")
+            chosen, winner = best
+            if winner is None:  # it is of an earlier run; training is a function of its settings
+                run(chosen.params)
+                winner = worker
+        self.disable()
+        vars(self).update({**vars(winner), "verbose": self.verbose})
+        figures = dict(chosen.user_attrs)
+        self.record["tuned"] = {"trial": chosen.number, "budget": budget, "dev": figures}
+        said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+        self._say(f"best of {finished}: trial {chosen.number}, {said}; {json.dumps(chosen.params)}")
+        if (over := figures["cost"] > budget) or figures["refused"] <= before:
+            trouble = (
+                f"stays within the budget of {budget:g}" if over else "refuses more than vanilla within the budget"
+            )
+            warnings.warn(f"No trial {trouble}; this is the nearest: {said}.", RRSWarning, stacklevel=2)
+        if plot is not None:
+            done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
+            points = [(a["cost"], a["refused"]) for a in done]
+            plot_front(points, plot, budget, before, (figures["cost"], figures["refused"]))
+        return self.enable(), study
+
     # -- will it work? ------------------------------------------------------------------------------------------------
 
     def preflight(
@@ -1686,6 +1869,61 @@ def _items(targets: Targets) -> list[Item]:
     steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
     tokens = targets.tokens or [()] * len(examples)
     return [Item(e, row, t) for e, row, t in zip(examples, torch.stack(steps, 1), tokens, strict=True)]
+
+
+def search_space(config: RRSConfig) -> dict[str, Any]:
+    """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
+    return {
+        "harmful_strength": (0.5, 1.5),
+        "benign_strength": (0.0, 1.0),
+        "top": ["positive", 12.5, 25.0, 50.0],
+        "penalty": (config.penalty / 30, config.penalty * 30),
+        "learning_rate": (config.learning_rate / 4, config.learning_rate * 4),
+        "epochs": (max(1, config.epochs // 2), 2 * config.epochs),
+        "depth": (1, 4),
+        "keep_tokens": (0, 8),
+    }
+
+
+def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Optuna's distributions of what is searched; ranges over a factor of 10 or more are logarithmic."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    out: dict[str, Any] = {}
+    for name, values in (search_space(config) if search is None else search).items():
+        if not hasattr(config, name):
+            raise ValueError(f"search names {name!r}, which RRSConfig does not have; it has {list(asdict(config))}.")
+        if isinstance(values, list):
+            out[name] = CategoricalDistribution(values)
+        elif all(isinstance(v, int) for v in values):
+            out[name] = IntDistribution(*values)
+        else:
+            out[name] = FloatDistribution(*values, log=0 < 10 * values[0] <= values[1])
+    return out
+
+
+def _within(value: Any, distribution: Any) -> bool:
+    choices = getattr(distribution, "choices", None)
+    return value in choices if choices else distribution.low <= value <= distribution.high
+
+
+def _study(path: str | Path | None, name: str, seed: int) -> Any:
+    """Optuna's study of that name in a file, or a new one."""
+    import optuna
+
+    storage: Any = None
+    if path is not None:
+        path = Path(path).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{path}"
+        if path.suffix != ".db":
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True, pruner=pruner
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # else a resumed one repeats its draws
+    return study
 
 
 def _groups(examples: Any) -> dict[str, list[Example]]:
