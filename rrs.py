@@ -1229,7 +1229,7 @@ class RRS:
             return -max(0.0, figures["cost"] - budget), figures["refused"], -figures["kl"]
 
         with self.disabled():
-            worker.config = replace(c, **{k: space[k].high for k in ("depth", "keep_tokens") if k in space})
+            worker.config = replace(c, **{k: _most(space[k]) for k in ("depth", "keep_tokens") if k in space})
             reps = worker.extract(*([e for e in train if e.label == label] for label in ("harmful", "benign")))
             worker.config = c
             if preflight:
@@ -1242,17 +1242,8 @@ class RRS:
             if study is None or isinstance(study, (str, Path)):
                 fixed = {k: v for k, v in asdict(c).items() if k not in space}
                 data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
-                what = [
-                    fingerprint(self.model),
-                    versions(),
-                    fixed,
-                    data,
-                    repr(space),
-                    budget,
-                    name_of(judge),
-                    max_new_tokens,
-                ]
-                study = _study(study, _hash(what), c.seed)
+                how = [versions(), fixed, repr(space), budget, name_of(judge), max_new_tokens]
+                study = _study(study, _hash([fingerprint(self.model), data, how]), c.seed)
             if not study.trials:
                 study.enqueue_trial({k: v for k, v in asdict(c).items() if k in space and _within(v, space[k])})
             finished = sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.trials)
@@ -1294,7 +1285,7 @@ class RRS:
         self._say(f"best of {finished}: trial {chosen.number}, {said}; {json.dumps(chosen.params)}")
         if (over := figures["cost"] > budget) or figures["refused"] <= before:
             trouble = (
-                f"stays within the budget of {budget:g}" if over else "refuses more than vanilla within the budget"
+                f"stays within the budget of {budget:g}" if over else "within the budget refuses more than vanilla"
             )
             warnings.warn(f"No trial {trouble}; this is the nearest: {said}.", RRSWarning, stacklevel=2)
         if plot is not None:
@@ -1900,6 +1891,10 @@ def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any
         else:
             out[name] = FloatDistribution(*values, log=0 < 10 * values[0] <= values[1])
     return out
+
+
+def _most(distribution: Any) -> Any:
+    return max(getattr(distribution, "choices", None) or [distribution.high])
 
 
 def _within(value: Any, distribution: Any) -> bool:

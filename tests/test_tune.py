@@ -17,7 +17,7 @@ HARMFUL, BENIGN = rows("harmful", 8), rows("benign", 8)
 CONFIG = RRSConfig(
     conditions=("text-only",), epochs=2, batch_size=4, accumulate=1, learning_rate=1e-2, penalty=1e-3, lora_r=4
 )
-SPACE = {"learning_rate": (1e-3, 3e-2), "benign_strength": (0.0, 1.0), "depth": (1, 2), "top": ["positive", 50.0]}
+SPACE = {"learning_rate": (1e-3, 3e-2), "benign_strength": (0.0, 1.0), "depth": [1, 2], "top": ["positive", 50.0]}
 
 
 def judge(_prompts, answers):
