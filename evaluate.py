@@ -50,6 +50,7 @@ def generate(
     known: Mapping[int, str] | None = None,
     keep: Callable[[dict[int, str]], object] | None = None,
     questions: Sequence[str] | None = None,
+    begun: Sequence[int] = (),
 ) -> list[str]:
     """Greedy answers, in the prompts' order, batched by length.
 
@@ -61,6 +62,7 @@ def generate(
             left out, because rounding, hence now and then an answer, depends on what shares a batch.
         keep: called with `{index: answer}` after each batch.
         questions: an answer ends early once `decided(question, answer)`; by default all run to their end.
+        begun: token ids that the prompts already end with and that are part of the answers.
     """
     model: Any = reader.model
     settings = copy.deepcopy(model.generation_config)
@@ -84,7 +86,7 @@ def generate(
             )
             inputs = make() if make else reader.collate(chosen)
             new = model.generate(**inputs, generation_config=settings, stopping_criteria=stop)[:, start:]
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = tokenizer.batch_decode([[*begun, *ids] for ids in new.tolist()], skip_special_tokens=True)
             answers |= (new_answers := {i: text.strip() for i, text in zip(batch, texts, strict=True)})
             if keep:
                 keep(new_answers)

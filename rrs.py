@@ -744,7 +744,8 @@ class RRS:
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            steps = [Representations(*r.split([len(b), len(h), len(h)]), b, h) for r in rows.unbind(1)]
+            sizes = [len(b), len(h), len(h)]
+            steps = [Representations(x, y, z, b, h) for x, y, z in (r.split(sizes) for r in rows.unbind(1))]
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
         return out
@@ -1220,7 +1221,8 @@ class RRS:
             worker.config = replace(c, **settings)
             worker.targets = worker.make_targets(reps, scorer)
             try:
-                return worker.train(worker.targets, callbacks=callbacks) and measure()
+                worker.train(worker.targets, callbacks=callbacks)
+                return measure()
             finally:
                 worker.disable()
 
@@ -1373,7 +1375,7 @@ class RRS:
             for token in tokens:
                 forced = [self.read(e, condition).extended([token]) for e in examples]
                 opening = self.tokenizer.decode([token])
-                answers = [opening + a for a in self._answer(forced, 24, f"force {opening!r}")]
+                answers = self._answer(forced, 24, f"force {opening!r}", begun=[token])
                 verdicts = judge_refusals([e.text or "" for e in examples], answers)
                 refused = Rate.of([v in ("refusal", "partial") for v in verdicts])
                 out.append(Opening(opening, token, said[token] / len(examples), refused))
@@ -1865,7 +1867,7 @@ def _items(targets: Targets) -> list[Item]:
 def search_space(config: RRSConfig) -> dict[str, Any]:
     """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
     return {
-        "harmful_strength": (0.5, 1.5),
+        "harmful_strength": (0.5, 2.0),
         "benign_strength": (0.0, 1.0),
         "top": ["positive", 12.5, 25.0, 50.0],
         "penalty": (config.penalty / 30, config.penalty * 30),
@@ -1889,7 +1891,8 @@ def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any
         elif all(isinstance(v, int) for v in values):
             out[name] = IntDistribution(*values)
         else:
-            out[name] = FloatDistribution(*values, log=0 < 10 * values[0] <= values[1])
+            low, high = values
+            out[name] = FloatDistribution(low, high, log=0 < 10 * low <= high)
     return out
 
 
@@ -1905,6 +1908,7 @@ def _within(value: Any, distribution: Any) -> bool:
 def _study(path: str | Path | None, name: str, seed: int) -> Any:
     """Optuna's study of that name in a file, or a new one."""
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     storage: Any = None
     if path is not None:
@@ -1912,7 +1916,7 @@ def _study(path: str | Path | None, name: str, seed: int) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{path}"
         if path.suffix != ".db":
-            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     study = optuna.create_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True, pruner=pruner

@@ -150,11 +150,23 @@ def transfer(
             cache=out / "answers.jsonl", on_error="skip",
         )  # fmt: skip
         rows += [{"change": name, **row} for row in report.rows()]
+        rows += by_voice(report, test) if name == "clean" else []
         notes += [f"{name}: {note}" for note in report.notes]
         (out / "report.json").write_text(
             json.dumps({"rows": rows, "notes": notes}, indent=1, ensure_ascii=False) + "\n"
         )
         (out / "report.md").write_text(table(rows, notes))
+    return rows
+
+
+def by_voice(report: Report, test: Mapping[str, Sequence[Example]]) -> list[dict[str, Any]]:
+    """Rows for each of the voices that examples name, where they are heard; none if there is only one."""
+    voices = {(group, e.id): e.meta.get("voice") for group, examples in test.items() for e in examples}
+    heard = [a for a in report.answers if not a.condition.startswith("text")]
+    rows = []
+    for voice in sorted({v for v in voices.values() if v}) if len(set(voices.values())) > 1 else []:
+        own = replace(report, answers=[a for a in heard if voices[a.group, a.id] == voice])
+        rows += [{"change": f"voice {voice}", **row} for row in own.rows()]
     return rows
 
 

@@ -325,6 +325,20 @@ def test_find_refusal_token_ranks_openings(tiny, harmful, monkeypatch):
     assert {"S", "I"} <= {o.token for o in openings}
 
 
+def test_forced_openings_keep_their_spaces(tiny, harmful, monkeypatch):
+    """What is judged is the whole answer as the model wrote it: "I cannot", never "Icannot"."""
+    r, judged = RRS(*tiny, verbose=False), []
+    monkeypatch.setattr(rrs, "judge_refusals", lambda _p, a: judged.extend(a) or ["compliance"] * len(a))
+    space = r.token_id(" ")
+
+    def generate(inputs_embeds, **_kwargs):
+        return torch.tensor([[space, r.token_id("c")]] * len(inputs_embeds))
+
+    monkeypatch.setattr(r.model, "generate", generate)
+    r.find_refusal_token(harmful, candidates=["I"], n=2)
+    assert judged[-2:] == ["I c", "I c"]
+
+
 def test_refusal_token_of_several_tokens(tiny):
     with pytest.raises(ValueError, match=r"'Sorry' is 5 tokens .*find_refusal_token"):
         RRS(*tiny, verbose=False).token_id("Sorry")
@@ -509,3 +523,20 @@ def test_the_relative_penalty_by_hand(fitted):
     weights = [fitted.model.get_submodule(path).weight for path in fitted.lora.paths]
     share = sum(w.square().sum() for w in dense) / sum(w.square().sum() for w in weights)
     assert fitted.lora.penalty(relative=True).item() == pytest.approx(share.item(), rel=1e-4)
+
+
+def test_the_relative_penalty_transfers_between_sizes():
+    """The same weight moves a wider, deeper model by a similar share of its weights; the paper's sum does not."""
+    ratios = {}
+    for form, penalty in (("sum", 0.1), ("relative", 30.0)):
+        moved = []
+        for hidden, layers in ((32, 2), (64, 4)):
+            one = {"conditions": ("text-only",), "prompts": (RRSConfig().instruction,), "lora_dropout": 0.0}
+            sizes = {"epochs": 20, "batch_size": 8, "accumulate": 1, "learning_rate": 5e-3, "lora_alpha": 16.0}
+            config = RRSConfig(**one, **sizes, penalty=penalty, penalty_form=form)
+            r = RRS(*tiny_qwen2_audio(0, hidden, layers), config, verbose=False)
+            r.train(r.make_targets(r.extract(rows("harmful", 8), rows("benign", 8))))
+            moved.append(r.lora.penalty(relative=True).sqrt().item())
+        ratios[form] = moved[0] / moved[1]
+    assert 1 / 1.7 < ratios["relative"] < 1.7
+    assert ratios["sum"] > 1.3 * ratios["relative"], ratios

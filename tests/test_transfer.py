@@ -91,7 +91,11 @@ def test_changed_examples_stay_the_same_question():
 def test_the_table_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     config = RRSConfig(conditions=("text-only",), epochs=1, batch_size=4, learning_rate=1e-2, penalty=1e-3)
     rrs = RRS(*tiny, config, verbose=False).fit(rows("harmful", 4), rows("benign", 4), preflight=0)
-    test = {"harmful": load_examples(rows("harmful", 2, 50)), "benign": load_examples(rows("benign", 2, 50))}
+    voices = [{"voice": v} for v in "ab"]
+    test = {
+        side: load_examples([{**row, **voice} for row, voice in zip(rows(side, 2, 50), voices, strict=True)])
+        for side in ("harmful", "benign")
+    }
     names, where = ("clean", "prefilled", "noise 5 dB", "role play"), ("audio-only", "text-only")
 
     def run():
@@ -99,12 +103,13 @@ def test_the_table_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
 
     found = run()
     assert {(r["change"], r["condition"]) for r in found} == {
-        ("clean", "audio-only"), ("clean", "text-only"), ("prefilled", "audio-only"), ("prefilled", "text-only"),
-        ("noise 5 dB", "audio-only"), ("role play", "text-only"),
+        ("clean", "audio-only"), ("clean", "text-only"), ("voice a", "audio-only"), ("voice b", "audio-only"),
+        ("prefilled", "audio-only"), ("prefilled", "text-only"), ("noise 5 dB", "audio-only"),
+        ("role play", "text-only"),
     }  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == json.loads(json.dumps(found))
     lines = (tmp_path / "report.md").read_text().splitlines()
-    assert sum(line.startswith("| audio-only") for line in lines) == 3
+    assert sum(line.startswith("| audio-only") for line in lines) == 5
     assert table(found).splitlines()[0] == lines[0]
     monkeypatch.setattr(rrs, "_answer", None)  # nothing is answered again
     assert run() == found
