@@ -130,6 +130,37 @@ def shared(ours: Sequence[Example], others: Sequence[Example], *, twins: bool = 
     return [e.id for e in ours if question(e) in questions or (twins and (e.id in named or e.meta.get("twin") in ids))]
 
 
+def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and, of each label about `share`, examples to choose by.
+
+    Twins, and whatever asks the same question (`Example.cluster`), stay together.
+    """
+    parent: dict[tuple[str, Any], tuple[str, Any]] = {}
+
+    def root(key: tuple[str, Any]) -> tuple[str, Any]:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for e in examples:
+        for key in (("id", e.meta.get("twin") or e.id), ("question", e.cluster)):
+            parent[root(("id", e.id))] = root(key)
+    families: dict[tuple[str, Any], list[Example]] = {}
+    for e in examples:
+        families.setdefault(root(("id", e.id)), []).append(e)
+    order = sorted(families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest())
+    lacking = {label: share * sum(e.label == label for e in examples) for label in ("harmful", "benign", None)}
+    held: set[str] = set()
+    for family in order:
+        if any(lacking[e.label] > 0 for e in family):
+            for e in family:
+                lacking[e.label] -= 1
+                held.add(e.id)
+    if len(held) == len(examples):
+        raise DataError(f"{len(examples)} examples in {len(families)} families of twins are too few to hold some out.")
+    return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
+
+
 class Format(NamedTuple):
     """How the rows of a public data set become examples: column names, in lower case."""
 

@@ -50,6 +50,7 @@ def generate(
     known: Mapping[int, str] | None = None,
     keep: Callable[[dict[int, str]], object] | None = None,
     questions: Sequence[str] | None = None,
+    begun: Sequence[int] = (),
 ) -> list[str]:
     """Greedy answers, in the prompts' order, batched by length.
 
@@ -61,6 +62,7 @@ def generate(
             left out, because rounding, hence now and then an answer, depends on what shares a batch.
         keep: called with `{index: answer}` after each batch.
         questions: an answer ends early once `decided(question, answer)`; by default all run to their end.
+        begun: token ids that the prompts already end with and that are part of the answers.
     """
     model: Any = reader.model
     settings = copy.deepcopy(model.generation_config)
@@ -84,7 +86,7 @@ def generate(
             )
             inputs = make() if make else reader.collate(chosen)
             new = model.generate(**inputs, generation_config=settings, stopping_criteria=stop)[:, start:]
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = tokenizer.batch_decode([[*begun, *ids] for ids in new.tolist()], skip_special_tokens=True)
             answers |= (new_answers := {i: text.strip() for i, text in zip(batch, texts, strict=True)})
             if keep:
                 keep(new_answers)
@@ -1426,6 +1428,42 @@ def plot_safety(report: Report, path: Path) -> list[Path]:
     figure.legend(*labels, loc="outside lower center", ncols=min(len(labels[0]), 3), frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
     return [path]
+
+
+def plot_front(
+    points: Sequence[tuple[float, float]],
+    path: str | Path,
+    budget: float,
+    vanilla: float,
+    chosen: tuple[float, float],
+) -> None:
+    """The trials of `RRS.tune`: harmful questions refused (up) against what they cost (right), with the Pareto front.
+
+    Args:
+        points: `(cost, refused)` of each trial; the cost is over-rejection or degenerate answers, minus vanilla.
+        vanilla: refused without an adapter, at a cost of 0.
+        chosen: the point of the trial that is returned.
+    """
+    figure = _figure(5.6, 4.2)
+    ax = figure.subplots()
+    front: list[tuple[float, float]] = []
+    for cost, refused in sorted([*points, (0.0, vanilla)], key=lambda p: (p[0], -p[1])):
+        if not front or refused > front[-1][1]:
+            front.append((cost, refused))
+    ax.step(*zip(*front, strict=True), where="post", color="C0", linewidth=1, label="Pareto front")
+    ax.scatter(*zip(*points, strict=True), s=18, color="C0", alpha=0.6, linewidths=0, label="trials")
+    ax.scatter([0], [vanilla], marker="s", color="C7", label="vanilla")
+    ax.scatter(*chosen, marker="*", s=140, color="C1", label="chosen")
+    ax.axvline(budget, color="C3", linewidth=0.8, linestyle="--", label=f"budget {budget:g}")
+    ax.set(
+        xlabel="harmless refused, or degenerate, minus vanilla (the worse)",
+        ylabel="harmful refused",
+        ylim=(-0.03, 1.03),
+    )
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize="small")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def plot_categories(report: Report, condition: str, path: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -730,14 +731,25 @@ class LoRA(nn.Module):
         keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
         return x * keep.div_(1 - self.dropout)
 
-    def penalty(self) -> Tensor:
+    def penalty(self, relative: bool = False) -> Tensor:
         """`Σ_modules ‖(α/r)·B·A‖_F²` (RRS, the loss's second term), a scalar.
 
         Through the r×r Gram matrices, `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`: exact, and BA is never formed.
+
+        Args:
+            relative: divide by `Σ_modules ‖W‖_F²` of the linears' own weights.
         """
         device = self.A[0].device  # a model may be spread over several
         total = sum(((b.T @ b) * (a @ a.T)).sum().to(device) for a, b in zip(self.A, self.B, strict=True))
-        return self.scale**2 * torch.as_tensor(total)
+        return self.scale**2 * torch.as_tensor(total) / (self.weights_norm if relative else 1.0)
+
+    @cached_property
+    def weights_norm(self) -> float:
+        """`Σ_modules ‖W‖_F²` of the linears that the update is added to."""
+        weights = {path: weight_of(module).detach() for path, module in self._modules_by_path.items()}
+        if packed := [path for path, w in weights.items() if not w.is_floating_point() or w.dim() != 2]:
+            raise ValueError(f"{packed[0]} is quantised, its norm is unknown; use penalty_form='sum'.")
+        return sum(float(w.float().square().sum()) for w in weights.values())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -798,11 +810,12 @@ SAME_AS = {
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def linear_paths(location: Location, names: Sequence[str]) -> list[str]:
+def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, float] = (0.0, 1.0)) -> list[str]:
     """Paths of the linears below the decoder's blocks whose last path component is one of `names`, exactly.
 
-    A name without a match stands for the names in `SAME_AS`. Mixtures of experts keep an MLP's weights in 3-D
-    parameters; there, and only there, the names of its projections may match nothing.
+    Only in blocks whose middle lies within `layers`, shares of the decoder's depth. A name without a match stands for
+    the names in `SAME_AS`. Mixtures of experts keep an MLP's weights in 3-D parameters; there, and only there, the
+    names of its projections may match nothing.
 
     Raises:
         ValueError: a name that matches nothing; the message lists the names that exist.
@@ -823,7 +836,12 @@ def linear_paths(location: Location, names: Sequence[str]) -> list[str]:
             f"target_modules {sorted(unmatched)} match no linear below {location.layers_path}; there are "
             f"{sorted(present)}."
         )
-    return [f"{location.layers_path}.{path}" for path, name in linears.items() if name in wanted]
+    depth, (low, high) = len(location.layers), layers
+    inside = {path for path in linears if low <= (int(path.partition(".")[0]) + 0.5) / depth <= high}
+    paths = [f"{location.layers_path}.{path}" for path, name in linears.items() if name in wanted and path in inside]
+    if not paths and wanted:
+        raise ValueError(f"layers={layers} hold none of the {depth} blocks with {sorted(wanted)}; widen it.")
+    return paths
 
 
 def expert_parameters(location: Location) -> list[str]:

@@ -11,6 +11,7 @@ takes harmful inputs there and keeps benign inputs away. No written responses ar
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,7 @@ from rrs.data import (
     Example,
     Renderer,
     content_hash,
+    hold_out,
     load_examples,
     needed_packages,
     shared,
@@ -67,6 +69,8 @@ from rrs.evaluate import (
     generate,
     judge_refusals,
     log_likelihood,
+    name_of,
+    plot_front,
 )
 from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
 
@@ -123,12 +127,19 @@ class RRSConfig:
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
+    depth: int = 1
+    """Positions with a Δ and a selection of their own: 1 (the paper) is the prompt's end alone, k goes on along the
+    first k − 1 tokens of the model's own refusal (of harmful inputs, under the refusal prompt) or answer (benign)."""
+
     keep_tokens: int = 0
-    """Answer tokens at whose positions training aims at vanilla vectors too: those of the model's own answer to benign
-    inputs, and of its own refusal, under the refusal prompt, of harmful ones. The paper, one token deep: 0."""
+    """Tokens of the same answers at which training aims, beyond `depth`, at vanilla vectors as they are: the answer's
+    for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
 
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
+
+    layers: tuple[float, float] = (0.0, 1.0)
+    """Which blocks get one, as shares of the decoder's depth: (0.5, 1) is the upper half. The paper: all."""
 
     lora_r: int = 16
     """Rank of the LoRA."""
@@ -140,7 +151,12 @@ class RRSConfig:
     """Dropout on the LoRA's input, in training."""
 
     penalty: float = 1.0
-    """Weight of Σ‖(α/r)·B·A‖_F². It sums over modules while the MSE averages over features: small models need less."""
+    """Weight of the second term of the loss, see `penalty_form`."""
+
+    penalty_form: Literal["sum", "relative"] = "sum"
+    """"sum" is the paper's Σ‖(α/r)·B·A‖_F²: it sums over modules while the MSE averages over features, so small models
+    need a smaller weight. "relative" has no size: mean((Δ∘mask)²) · Σ‖(α/r)·B·A‖_F² / Σ‖W‖_F² over the adapted weights
+    W, in words: with a weight of 1, changing them by all of their norm costs as much as missing the targets by Δ."""
 
     learning_rate: float = 5e-5
     """AdamW's peak rate; it decays linearly to 0, without warm-up."""
@@ -167,7 +183,7 @@ class RRSConfig:
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "conditions", "target_modules", "betas"):  # JSON has lists only
+        for name in ("prompts", "conditions", "target_modules", "betas", "layers"):  # JSON has lists only
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name}={value!r} must be a sequence of strings; write ({value!r},).")
@@ -178,7 +194,7 @@ class RRSConfig:
         for name in ("prompts", "conditions", "target_modules", "refusal_token", "refusal_prompt", "instruction"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty.")
-        for name in ("lora_r", "epochs", "batch_size", "accumulate"):
+        for name in ("depth", "lora_r", "epochs", "batch_size", "accumulate"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
@@ -189,8 +205,17 @@ class RRSConfig:
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+        if self.penalty_form not in ("sum", "relative"):
+            raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
+        if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
+            raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+
+    @property
+    def answer_tokens(self) -> int:
+        """How far along the answers targets go: the tokens that `depth` and `keep_tokens` need."""
+        return max(self.depth - 1, self.keep_tokens)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RRSConfig:
@@ -249,7 +274,7 @@ def select_features(
 
 @dataclass
 class Representations:
-    """Last-token vectors `h(x)` of the vanilla model in one condition, float32 on the CPU."""
+    """Vectors `h(x)` of the vanilla model at one position in one condition, float32 on the CPU."""
 
     benign: Tensor
     """R_b `[benign, hidden]`."""
@@ -259,6 +284,10 @@ class Representations:
     """R_h+ `[harmful, hidden]`: harmful with the refusal prompt appended."""
     benign_examples: list[Example]
     harmful_examples: list[Example]
+    later: list[Representations] = field(default_factory=list)
+    """The same after each of the `tokens`; empty one token deep."""
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    """How harmful inputs are refused, then how benign ones are answered: the first `config.answer_tokens` tokens."""
 
     @property
     def delta(self) -> Tensor:
@@ -280,6 +309,10 @@ class Targets:
     """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
+    later: list[Targets] = field(default_factory=list)
+    """The same after each of the `tokens`; empty one token deep."""
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    """The answers' first tokens, of harmful inputs, then of benign ones; see `Representations.tokens`."""
 
 
 def make_targets(
@@ -289,7 +322,7 @@ def make_targets(
     scorer: Scorer = contribution,
     strengths: tuple[float, float] = (1.0, 1.0),
 ) -> Targets:
-    """Targets of one condition: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
+    """Targets of one position: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
 
     Args:
         reps: the vanilla representations.
@@ -311,9 +344,9 @@ class Item:
 
     example: Example
     target: Tensor
-    """`[1 + keep_tokens, hidden]`: at the prompt's end, and at the answer tokens below."""
+    """`[1 + tokens, hidden]`: at the prompt's end, and after each of the answer tokens below."""
     tokens: tuple[int, ...]
-    """The first `keep_tokens` tokens of its answer."""
+    """The first `config.answer_tokens` tokens of its answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,10 +364,10 @@ class Step:
     steps: int
     """Optimizer steps in all."""
     loss: float
-    """`mse + config.penalty * penalty`, mean over the step's batches."""
+    """`mse` and the weighted `penalty`, mean over the step's batches."""
     mse: float
     penalty: float
-    """`Σ‖(α/r)·B·A‖_F²`, unweighted."""
+    """`Σ‖(α/r)·B·A‖_F²`, unweighted; over `Σ‖W‖_F²` with `penalty_form="relative"`."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -699,22 +732,30 @@ class RRS:
                 prompts = [self.read(e, condition) for e in b]
                 prompts += [self.read(e, condition) for e in h]
                 prompts += [self.read(e, condition, refusal=True) for e in h]
-                compute = partial(self.reader.represent, prompts, bar.update)
+                answers, refusals = self._begun(prompts[: len(b)]), self._begun(prompts[len(b) + len(h) :])
+                prompts = [p.extended(t) for p, t in zip(prompts, [*answers, *refusals, *refusals], strict=True)]
+                positions = 1 + self.config.answer_tokens
+                compute = partial(self.reader.represent, prompts, bar.update, positions)
                 rows = self._cached(cache, condition, [*b, *h], prompts, compute)
+                rows = rows.reshape(len(prompts), positions, -1)  # [b + h + h, positions, hidden]
             if not torch.isfinite(rows).all():
                 names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            out[condition] = Representations(
-                benign=rows[: len(b)],
-                harmful=rows[len(b) : len(b) + len(h)],
-                refused=rows[len(b) + len(h) :],
-                benign_examples=b,
-                harmful_examples=h,
-            )
+            sizes = [len(b), len(h), len(h)]
+            steps = [Representations(x, y, z, b, h) for x, y, z in (r.split(sizes) for r in rows.unbind(1))]
+            out[condition] = steps[0]
+            out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
         return out
+
+    def _begun(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """The first `config.answer_tokens` tokens of the answers; short ones are filled up with the end token."""
+        n = self.config.answer_tokens
+        answers = self._answer(prompts, n, "answers") if n else [""] * len(prompts)
+        ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] if a else [] for a in answers]
+        return [tuple((i + n * [self.tokenizer.eos_token_id])[:n]) for i in ids]
 
     def _cached(
         self,
@@ -744,10 +785,30 @@ class RRS:
         return rows
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
-        """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition."""
-        c = self.config
+        """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition.
+
+        Beyond the first position (`config.depth`, `config.keep_tokens`), what the refusals go on with takes the place
+        of the refusal token: features are selected by the mean of those tokens' head rows.
+        """
+        c, out = self.config, {}
         row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
-        return {condition: make_targets(r, row, c.top, scorer, strengths) for condition, r in reps.items()}
+        for condition, r in reps.items():
+            if len(r.later) < c.answer_tokens:
+                raise ValueError(
+                    f"{condition}: depth={c.depth} and keep_tokens={c.keep_tokens} need {c.answer_tokens} answer "
+                    f"tokens, these representations have {len(r.later)}; extract them again with this config."
+                )
+            out[condition] = make_targets(r, row, c.top, scorer, strengths)
+            for k, rep in enumerate(r.later[: c.answer_tokens], 1):
+                if k < c.depth:
+                    said = self.location.head_weight[self._first_choice(rep.refused)].float().cpu().mean(0)  # [hidden]
+                    goal = make_targets(rep, said, c.top, scorer, strengths)
+                else:
+                    still = torch.zeros_like(row)
+                    goal = Targets(still, still > 0, rep.refused, rep.benign, r.harmful_examples, r.benign_examples)
+                out[condition].later.append(goal)
+            out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
+        return out
 
     def train(
         self,
@@ -781,18 +842,27 @@ class RRS:
         """
         c = self.config
         callbacks = list(callbacks)
+        if wrong := [k for k, t in targets.items() if isinstance(t, Targets) and len(t.later) != c.answer_tokens]:
+            raise ValueError(
+                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, as config.depth and "
+                "config.keep_tokens say; make them by extract and make_targets with this config."
+            )
         items: dict[str, list[Item]] = {
-            condition: self._items(condition, t)
+            condition: _items(t)
             if isinstance(t, Targets)
             else [Item(example, goal if objective else goal[None], ()) for example, goal in t]
             for condition, t in targets.items()
         }
-        paths = linear_paths(self.location, c.target_modules)
+        paths = linear_paths(self.location, c.target_modules, c.layers)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
         optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
         batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
         per_epoch = -(-batches // c.accumulate)
         steps = c.epochs * per_epoch
+        weight = c.penalty
+        if c.penalty_form == "relative":  # pairs have no Δ: their loss keeps its own unit
+            units = [float((t.delta * t.mask).square().mean()) for t in targets.values() if isinstance(t, Targets)]
+            weight *= sum(units) / len(units) if units else 1.0
         self._say(
             f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, "
             f"{steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, "
@@ -850,7 +920,7 @@ class RRS:
                     texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
                     group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
                 try:
-                    micro, mse, penalty = self._gradients(group, loss, objective, micro, step)
+                    micro, mse, penalty = self._gradients(group, loss, objective, weight, micro, step)
                     norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
                     if not math.isfinite(norm):
                         names = [item.example.id for _, batch in group for item, _ in batch]
@@ -868,7 +938,7 @@ class RRS:
                     epoch=epoch + 1,
                     step=step + 1,
                     steps=steps,
-                    loss=mse + c.penalty * penalty,
+                    loss=mse + weight * penalty,
                     mse=mse,
                     penalty=penalty,
                     grad_norm=norm,
@@ -899,30 +969,12 @@ class RRS:
                 self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         return self
 
-    def _items(self, condition: str, targets: Targets) -> list[Item]:
-        """What training visits in one condition: examples with their targets and, with `keep_tokens`, answers."""
-        c = self.config
-        examples, ends = [*targets.harmful_examples, *targets.benign_examples], [targets.harmful, targets.benign]
-        rows = torch.cat(ends)[:, None]  # [n, 1, hidden]
-        if not c.keep_tokens:
-            return [Item(e, row, ()) for e, row in zip(examples, rows, strict=True)]
-        eos = self.tokenizer.eos_token_id
-        with self.disabled(), self._quiet_model():
-            prompts = [self.read(e, condition, refusal=i < len(ends[0])) for i, e in enumerate(examples)]
-            answers = self._answer(prompts, c.keep_tokens, f"answers {condition}")
-            tokens = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
-            tokens = [(t + c.keep_tokens * [eos])[: c.keep_tokens] for t in tokens]
-            prompts = [prompt.extended(t) for prompt, t in zip(prompts, tokens, strict=True)]
-            with self._bar(len(prompts), f"keep {condition}") as bar:
-                kept = self.reader.represent(prompts, bar.update, last=c.keep_tokens)  # [n, keep, hidden]
-        rows = torch.cat([rows, kept], dim=1)
-        return [Item(e, row, tuple(t)) for e, row, t in zip(examples, rows, tokens, strict=True)]
-
     def _gradients(
         self,
         group: Sequence[tuple[str, list[tuple[Item, str]]]],
         loss: Loss,
         objective: Objective | None,
+        weight: float,
         micro: int,
         step: int,
     ) -> tuple[int, float, float]:
@@ -930,6 +982,7 @@ class RRS:
 
         Args:
             group: the step's batches: condition, and (item, instruction) of each prompt.
+            weight: of the penalty.
 
         Returns:
             `micro` as it now is, and the means of MSE and penalty.
@@ -941,26 +994,26 @@ class RRS:
                 for k, (condition, batch) in enumerate(group):
                     for start in range(0, len(batch), micro):
                         part = batch[start : start + micro]
-                        weight = len(part) / len(batch) / len(group)
+                        share = len(part) / len(batch) / len(group)
                         self.lora.key = (self.config.seed, step, k, start)  # of dropout
                         prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
                         goals = [item.target for item, _ in part]
                         if objective:
                             mse = objective(self.reader, prompts, goals)
                         else:
-                            keep = len(part[0][0].tokens)
-                            h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
-                            goal = torch.stack(goals).to(h)  # [part, 1 + keep, hidden]
+                            later = len(part[0][0].tokens)
+                            h = self.reader.last_hidden(prompts, 1 + later).float()  # [part, 1 + later, hidden]
+                            goal = torch.stack(goals).to(h)  # [part, 1 + later, hidden]
                             mse = loss(h[:, 0], goal[:, 0])
-                            if keep:  # the positions that predict the answer's further tokens stay where they are
+                            if later:  # together they weigh as much as the first
                                 mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
-                        penalty = self.lora.penalty()
-                        total = mse + self.config.penalty * penalty
+                        penalty = self.lora.penalty(relative=self.config.penalty_form == "relative")
+                        total = mse + weight * penalty
                         if not torch.isfinite(total):
                             names = [item.example.id for item, _ in part]
                             raise FloatingPointError(f"the loss is {total.item()} on {condition} {names}")
-                        (total * weight).backward()
-                        sums += weight * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
+                        (total * share).backward()
+                        sums += share * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
                 return micro, *sums.tolist()
             except RuntimeError as error:
                 if micro == 1 or not _is_out_of_memory(error):
@@ -1045,7 +1098,7 @@ class RRS:
         self._say(f"config: {json.dumps(asdict(self.config))}")
         # What can be wrong is found here, before hours of extraction.
         self.token_id(self.config.refusal_token)
-        linear_paths(self.location, self.config.target_modules)
+        linear_paths(self.location, self.config.target_modules, self.config.layers)
         started = checkpoint_dir is not None and bool(Checkpoints(checkpoint_dir, {}, resume).files())
         usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
         harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
@@ -1071,6 +1124,177 @@ class RRS:
         )
         self._say(f"done in {time.perf_counter() - began:.0f} s")
         return self
+
+    # -- settings found by search -------------------------------------------------------------------------------------
+
+    def tune(
+        self,
+        harmful: Any,
+        benign: Any,
+        *,
+        dev: Any = None,
+        budget: float = 0.01,
+        trials: int = 24,
+        minutes: float | None = None,
+        study: Any = None,
+        search: Mapping[str, Any] | None = None,
+        scorer: Scorer = contribution,
+        judge: Judge = judge_refusals,
+        max_new_tokens: int = 24,
+        preflight: int = 32,
+        plot: str | Path | None = None,
+    ) -> tuple[RRS, Any]:
+        """Searches the settings with the most refusals whose cost stays within `budget`, in place, by Optuna.
+
+        A trial is a training and the answers to the dev set: vectors and encoded audio are computed once. The first one
+        is the present config; unpromising ones end early, by how often the head's first choice is the refusal token.
+
+        Args:
+            harmful, benign: as in `fit`.
+            dev: to choose by, as in `evaluate`; default a quarter of `harmful` and `benign`, which then isn't trained
+                on, twins and voices of a question kept together.
+            budget: how much more often than vanilla any group of harmless questions may be refused, and answers may be
+                degenerate: 0.01 is a point, which is less than one answer where a group has fewer than 100.
+            trials: in all, those of earlier runs of the same study included.
+            minutes: no trial starts after that.
+            study: a file from which the search goes on when called again (`.db` for SQLite, else Optuna's journal); or
+                an `optuna.Study` that maximises.
+            search: what to search, `{field of RRSConfig: (low, high) or [choices]}`; by default what `search_space`
+                makes of the present config, so that one should train.
+            scorer, preflight: as in `fit`.
+            judge, max_new_tokens: as in `evaluate`.
+            plot: a PNG of refusals against over-rejection, with the Pareto front.
+
+        Returns:
+            self with the best config and its adapter attached, and the study. `user_attrs` of its trials hold the rates
+            of each group and of `degenerate` answers, `refused` (mean of the harmful groups), `cost` (what `budget`
+            bounds) and `kl` (of the first token, on harmless questions; where all else is equal, less wins). If nothing
+            stays within the budget, a warning says so, and the nearest is returned.
+        """
+        try:
+            import optuna
+        except ImportError as error:
+            raise ImportError('tune() needs Optuna: pip install "rrs[tune]" (or: pip install optuna).') from error
+        c, space = self.config, _space(self.config, search)
+        train = [*load_examples(harmful, "harmful"), *load_examples(benign, "benign")]
+        if dev is None:
+            train, dev = hold_out(train)
+        groups = {group: self.readable(rows, c.conditions) for group, rows in _groups(dev).items()}
+        train = self.readable(train, c.conditions)
+        sides = [[e for g in groups for e in groups[g] if g.startswith("harmful") is side] for side in (True, False)]
+        if not all(sides):
+            raise ValueError(f"dev has the groups {list(groups)}; it needs one that begins with 'harmful' and another.")
+        if seen := shared([*sides[0], *sides[1]], train, twins=True):
+            message = f"{len(seen)} dev examples, or their twins, are trained on: {', '.join(seen[:8])} …"
+            warnings.warn(f"{message} Choose by others.", RRSWarning, stacklevel=2)
+        token = self.token_id(c.refusal_token)
+        worker = copy.copy(self)  # the same model and reader; its own config and adapter
+        worker.lora, worker.verbose = None, False
+
+        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            return worker._answer([worker.read(e, condition) for e in rows], max_new_tokens, "dev")
+
+        def measure() -> dict[str, float]:
+            """The dev set's figures of the model as it is now."""
+            with self._quiet_model():
+                report = answer_and_judge(groups, c.conditions, ["dev"], answer, judge)
+                kl, _ = first_token_change(self.reader, vanilla, self.reader.represent(probes[1]))
+            now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
+            now["degenerate"] = Rate.of(a.verdict == "degenerate" for a in report.answers)
+            harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
+            cost = max(rate.value - start.get(g, rate).value for g, rate in now.items() if not g.startswith("harmful"))
+            figures = {g: rate.value for g, rate in now.items()}
+            start.update({} if start else now)
+            return {**figures, "refused": sum(harmful) / len(harmful), "cost": cost, "kl": float(kl.mean())}
+
+        def watch(trial: Any, step: Step) -> None:
+            """After each epoch: how much more often harmful inputs start a refusal than harmless ones, by the head."""
+            if step.step * worker.config.epochs % step.steps == 0 and worker.lora is not None:
+                worker.lora.eval()
+                up, down = (self._first_choice(self.reader.represent(p)) == token for p in probes)
+                worker.lora.train()
+                trial.report(float(up.float().mean() - down.float().mean()), step.epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        def run(settings: Mapping[str, Any], *callbacks: Callback) -> dict[str, float]:
+            worker.config = replace(c, **settings)
+            worker.targets = worker.make_targets(reps, scorer)
+            try:
+                worker.train(worker.targets, callbacks=callbacks)
+                return measure()
+            finally:
+                worker.disable()
+
+        def rank(trial: Any) -> tuple[float, ...]:
+            figures = trial.user_attrs
+            return -max(0.0, figures["cost"] - budget), figures["refused"], -figures["kl"]
+
+        with self.disabled():
+            worker.config = replace(c, **{k: _most(space[k]) for k in ("depth", "keep_tokens") if k in space})
+            reps = worker.extract(*([e for e in train if e.label == label] for label in ("harmful", "benign")))
+            worker.config = c
+            if preflight:
+                self.preflight(reps, worker.make_targets(reps, scorer), preflight)
+                worker.checks = self.checks
+            with self._quiet_model():
+                probes = [[self.read(e, k) for k in c.conditions for e in side if e.has(k)] for side in sides]
+                vanilla, start = self.reader.represent(probes[1]), dict[str, Rate]()
+            before = measure()["refused"]
+            if study is None or isinstance(study, (str, Path)):
+                fixed = {k: v for k, v in asdict(c).items() if k not in space}
+                data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
+                how = [versions(), fixed, repr(space), budget, name_of(judge), max_new_tokens]
+                study = _study(study, _hash([fingerprint(self.model), data, how]), c.seed)
+            if not study.trials:
+                study.enqueue_trial({k: v for k, v in asdict(c).items() if k in space and _within(v, space[k])})
+            finished = sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.trials)
+            deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+            done = [t for t in study.trials if t.state.name == "COMPLETE"]
+            best: tuple[Any, RRS | None] = (max(done, key=rank, default=None), None)
+            with self._bar(trials, "tune") as bar:
+                bar.update(finished)
+                while finished < trials and time.monotonic() < deadline:
+                    trial = study.ask(space)
+                    try:
+                        figures = run(trial.params, partial(watch, trial))
+                    except (optuna.TrialPruned, FloatingPointError) as error:
+                        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                        said = str(error) or "pruned"
+                    else:
+                        for name, value in figures.items():
+                            trial.set_user_attr(name, value)
+                        # Beyond the budget weighs more than any refusals; equals are told apart by how gentle they are.
+                        over = max(0.0, figures["cost"] - budget)
+                        study.tell(trial, figures["refused"] - 3 * over - 0.01 * min(figures["kl"], 1.0))
+                        said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+                    if trial.user_attrs and (best[0] is None or rank(trial) > rank(best[0])):
+                        best = (trial, copy.copy(worker))
+                    finished += 1
+                    bar.update()
+                    self._say(f"trial {trial.number}: {said}; {json.dumps(trial.params)}")
+            if best[0] is None:
+                raise ValueError("No trial came to its end; allow more trials or minutes, or lower learning rates.")
+            chosen, winner = best
+            if winner is None:  # it is of an earlier run; training is a function of its settings
+                run(chosen.params)
+                winner = worker
+        self.disable()
+        vars(self).update({**vars(winner), "verbose": self.verbose})
+        figures = dict(chosen.user_attrs)
+        self.record["tuned"] = {"trial": chosen.number, "budget": budget, "dev": figures}
+        said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+        self._say(f"best of {finished}: trial {chosen.number}, {said}; {json.dumps(chosen.params)}")
+        if (over := figures["cost"] > budget) or figures["refused"] <= before:
+            trouble = (
+                f"stays within the budget of {budget:g}" if over else "within the budget refuses more than vanilla"
+            )
+            warnings.warn(f"No trial {trouble}; this is the nearest: {said}.", RRSWarning, stacklevel=2)
+        if plot is not None:
+            done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
+            points = [(a["cost"], a["refused"]) for a in done]
+            plot_front(points, plot, budget, before, (figures["cost"], figures["refused"]))
+        return self.enable(), study
 
     # -- will it work? ------------------------------------------------------------------------------------------------
 
@@ -1151,7 +1375,7 @@ class RRS:
             for token in tokens:
                 forced = [self.read(e, condition).extended([token]) for e in examples]
                 opening = self.tokenizer.decode([token])
-                answers = [opening + a for a in self._answer(forced, 24, f"force {opening!r}")]
+                answers = self._answer(forced, 24, f"force {opening!r}", begun=[token])
                 verdicts = judge_refusals([e.text or "" for e in examples], answers)
                 refused = Rate.of([v in ("refusal", "partial") for v in verdicts])
                 out.append(Opening(opening, token, said[token] / len(examples), refused))
@@ -1183,20 +1407,30 @@ class RRS:
     # -- use ----------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, examples: Any, condition: str = "audio-text", *, max_new_tokens: int = 128, refusal: bool = False
+        self,
+        examples: Any,
+        condition: str = "audio-text",
+        *,
+        max_new_tokens: int = 128,
+        refusal: bool = False,
+        prefix: str = "",
     ) -> list[str]:
         """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
 
         Args:
             refusal: append the refusal prompt.
+            prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         examples = load_examples(examples)
         if lacking := [e.id for e in examples if not e.has(condition)]:
             raise ValueError(f"{condition}: these examples lack what it needs: {lacking[:8]} ({len(lacking)} in all).")
         self.readable(examples, [condition])
         with self._quiet_model():
-            prompts = [self.read(e, condition, refusal=refusal) for e in examples]
+            prompts = [self.read(e, condition, refusal=refusal).extended(self._ids(prefix)) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def evaluate(
         self,
@@ -1205,6 +1439,7 @@ class RRS:
         *,
         judge: Judge = judge_refusals,
         max_new_tokens: int = 64,
+        prefix: str = "",
         stages: Mapping[str, Stage] | None = None,
         cache: str | Path | None = None,
         stop_when_decided: bool = False,
@@ -1222,6 +1457,8 @@ class RRS:
             conditions: see `rrs.data.CONDITIONS`.
             judge: `(prompts, responses) -> verdicts`.
             max_new_tokens: per answer.
+            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
+                first token. Reported and judged is what the model adds to it.
             stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
                 with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
                 if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
@@ -1236,14 +1473,7 @@ class RRS:
             scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
             on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
-        groups = {k: load_examples(v) for k, v in examples.items()} if isinstance(examples, Mapping) else {}
-        if not groups:
-            for example in load_examples(examples):
-                if example.label is None:
-                    raise ValueError(
-                        f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} to evaluate()."
-                    )
-                groups.setdefault(example.label, []).append(example)
+        groups = _groups(examples)
         if (chat is None) != (scorer is None):
             raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
         own_stages = stages is not None
@@ -1252,9 +1482,9 @@ class RRS:
             if self.lora is not None and self.lora.attached:
                 stages["after"] = lambda _: nullcontext()
         log = AnswerLog(cache) if cache is not None else None
-        base = fingerprint(self.model)
+        base, begun = fingerprint(self.model), self._ids(prefix)
 
-        notes = []
+        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
         for group, rows in groups.items():
             groups[group] = self.readable(rows, conditions, on_error)
             if bad := len(rows) - len(groups[group]):
@@ -1276,11 +1506,13 @@ class RRS:
                         instruction,
                         max_new_tokens,
                         stop_when_decided,
+                        *([prefix] if prefix and not instruction else []),
                     ]
                     keys = [_hash(state, e.digest) for e in rows]
                     if all(key in log.known for key in keys):  # no prompt is built
                         return [log.known[key] for key in keys]
                 prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
+                prompts = prompts if instruction else [p.extended(begun) for p in prompts]
 
                 def keep(new: dict[int, str]) -> None:
                     assert log is not None
@@ -1301,6 +1533,7 @@ class RRS:
         report = answer_and_judge(groups, conditions, list(stages), answer, judge)
         report.settings = {
             "max_new_tokens": max_new_tokens,
+            "prefix": prefix,
             "stop_when_decided": stop_when_decided,
             "config": asdict(self.config),
             "versions": versions(),
@@ -1313,7 +1546,7 @@ class RRS:
             rows = [e for e in benign if e.has(condition)]
             if rows and usefulness:
                 rows = rows[:: -(-len(rows) // usefulness)]
-                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens)
+                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens, begun)
         if chat is not None and scorer is not None:
             rows = self.readable(load_examples(chat), ["audio-text"], on_error)
             if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
@@ -1328,7 +1561,13 @@ class RRS:
 
     @torch.no_grad()
     def _usefulness(
-        self, rows: Sequence[Example], condition: str, stages: Mapping[str, Stage], report: Report, limit: int
+        self,
+        rows: Sequence[Example],
+        condition: str,
+        stages: Mapping[str, Stage],
+        report: Report,
+        limit: int,
+        begun: Sequence[int] = (),
     ) -> list[dict[str, Any]]:
         """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers."""
         out: list[dict[str, Any]] = []
@@ -1340,7 +1579,7 @@ class RRS:
         for stage, enter in stages.items():
             with self._quiet_model(), enter(condition) as other, self._bar(len(rows), f"usefulness {stage}") as bar:
                 who = other or self
-                prompts = [who.read(e, condition) for e in rows]
+                prompts = [who.read(e, condition).extended(begun) for e in rows]
                 h = who.reader.represent(prompts)  # [n, hidden]
                 vanilla = h if vanilla is None else vanilla
                 kl, same = first_token_change(who.reader, vanilla, h)
@@ -1615,6 +1854,87 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
                 module.training = mode
             for p, grad in grads.items():
                 p.requires_grad_(grad)
+
+
+def _items(targets: Targets) -> list[Item]:
+    """What training visits in one condition."""
+    examples = [*targets.harmful_examples, *targets.benign_examples]
+    steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
+    tokens = targets.tokens or [()] * len(examples)
+    return [Item(e, row, t) for e, row, t in zip(examples, torch.stack(steps, 1), tokens, strict=True)]
+
+
+def search_space(config: RRSConfig) -> dict[str, Any]:
+    """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
+    return {
+        "harmful_strength": (0.5, 2.0),
+        "benign_strength": (0.0, 1.0),
+        "top": ["positive", 12.5, 25.0, 50.0],
+        "penalty": (config.penalty / 30, config.penalty * 30),
+        "learning_rate": (config.learning_rate / 4, config.learning_rate * 4),
+        "epochs": (max(1, config.epochs // 2), 2 * config.epochs),
+        "depth": (1, 4),
+        "keep_tokens": (0, 8),
+    }
+
+
+def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Optuna's distributions of what is searched; ranges over a factor of 10 or more are logarithmic."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    out: dict[str, Any] = {}
+    for name, values in (search_space(config) if search is None else search).items():
+        if not hasattr(config, name):
+            raise ValueError(f"search names {name!r}, which RRSConfig does not have; it has {list(asdict(config))}.")
+        if isinstance(values, list):
+            out[name] = CategoricalDistribution(values)
+        elif all(isinstance(v, int) for v in values):
+            out[name] = IntDistribution(*values)
+        else:
+            low, high = values
+            out[name] = FloatDistribution(low, high, log=0 < 10 * low <= high)
+    return out
+
+
+def _most(distribution: Any) -> Any:
+    return max(getattr(distribution, "choices", None) or [distribution.high])
+
+
+def _within(value: Any, distribution: Any) -> bool:
+    choices = getattr(distribution, "choices", None)
+    return value in choices if choices else distribution.low <= value <= distribution.high
+
+
+def _study(path: str | Path | None, name: str, seed: int) -> Any:
+    """Optuna's study of that name in a file, or a new one."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    storage: Any = None
+    if path is not None:
+        path = Path(path).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{path}"
+        if path.suffix != ".db":
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True, pruner=pruner
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # else a resumed one repeats its draws
+    return study
+
+
+def _groups(examples: Any) -> dict[str, list[Example]]:
+    """Examples by group, or else by label."""
+    if isinstance(examples, Mapping):
+        return {k: load_examples(v) for k, v in examples.items()}
+    groups: dict[str, list[Example]] = {}
+    for example in load_examples(examples):
+        if example.label is None:
+            raise ValueError(f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} instead.")
+        groups.setdefault(example.label, []).append(example)
+    return groups
 
 
 def _epoch(

@@ -43,7 +43,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
 
 
-def tiny_qwen2_audio(seed: int = 0) -> tuple[Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor]:
+def tiny_qwen2_audio(
+    seed: int = 0, hidden: int = 32, layers: int = 2
+) -> tuple[Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor]:
     tokenizer = byte_tokenizer()
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     config = Qwen2AudioConfig(
@@ -52,8 +54,8 @@ def tiny_qwen2_audio(seed: int = 0) -> tuple[Qwen2AudioForConditionalGeneration,
             "encoder_ffn_dim": 32, "max_source_positions": 100,
         },
         text_config={
-            "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None,
+            "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|pad|>"], "tie_word_embeddings": False,
         },
         audio_token_index=ids["<|AUDIO|>"],

@@ -60,6 +60,9 @@ CALLS = {
     "fit": lambda r, p: r.fit(HARMFUL, BENIGN, preflight=2, checkpoint_dir=p / "run"),
     "generate": lambda r, _: r.generate(HARMFUL, max_new_tokens=2),
     "evaluate": lambda r, _: r.evaluate([*HARMFUL, *BENIGN], ("audio-text", "text-only"), max_new_tokens=2),
+    "tune": lambda r, _: r.tune(
+        HARMFUL, BENIGN, trials=1, max_new_tokens=2, preflight=2, search={"learning_rate": (1e-3, 1e-2)}
+    ),
     "find_refusal_token": lambda r, _: r.find_refusal_token(HARMFUL, n=2),
     "save and load": lambda r, p: (
         r.fit(HARMFUL, BENIGN, preflight=0).save(p / "a"),
@@ -104,7 +107,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("where", BREAKS)
-@pytest.mark.parametrize("call", ["extract", "fit", "generate", "evaluate", "find_refusal_token"])
+@pytest.mark.parametrize("call", ["extract", "fit", "generate", "evaluate", "tune", "find_refusal_token"])
 def test_a_call_that_fails_changes_nothing(call, where, user, tmp_path, monkeypatch):
     choose, well = BREAKS[where]
     owner, name = choose(user)
@@ -125,7 +128,7 @@ def test_a_call_that_fails_changes_nothing(call, where, user, tmp_path, monkeypa
             pass
         else:
             assert len(calls) <= well  # this call does not get there
-    assert user.lora is None or call == "fit"
+    assert user.lora is None or call in ("fit", "tune")
     user.disable()
     assert_unchanged(before, snapshot(user.model, user.processor))
 

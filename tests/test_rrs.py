@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import rrs
 from rrs import RRS, RRSConfig, select_features
 from rrs.data import load_examples
+from rrs.hooks import linear_paths
 
 THREE = ("audio-text", "text-only", "audio-only")
 
@@ -39,6 +40,9 @@ def fitted(tiny, harmful, benign):
         ({"conditions": "audio-text"}, "conditions"),
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"layers": (0.5, 0.2)}, "layers="),
+        ({"penalty_form": "mean"}, "penalty_form='mean'"),
         ({"epochs": 1.5}, "epochs=1.5"),
         ({"learning_rate": 0}, "learning_rate=0"),
         ({"penalty": -1}, "penalty=-1"),
@@ -62,6 +66,8 @@ def test_config_defaults_are_the_papers():
     assert (c.lora_r, c.lora_alpha, c.lora_dropout, c.learning_rate, c.betas) == (16, 4, 0.1, 5e-5, (0.9, 0.98))
     assert (c.weight_decay, c.max_grad_norm, c.epochs, c.batch_size, c.accumulate) == (1e-3, 1.0, 10, 4, 2)
     assert (c.refusal_token, c.top, c.penalty, len(c.prompts)) == ("I", "positive", 1.0, 10)
+    assert (c.harmful_strength, c.benign_strength, c.depth, c.keep_tokens) == (1, 1, 1, 0)
+    assert (c.penalty_form, c.layers) == ("sum", (0, 1))
 
 
 @pytest.mark.parametrize(("top", "kept"), [(12.5, 8), (25, 16), (50, 32), (100, 64), (0.1, 1)])
@@ -319,6 +325,20 @@ def test_find_refusal_token_ranks_openings(tiny, harmful, monkeypatch):
     assert {"S", "I"} <= {o.token for o in openings}
 
 
+def test_forced_openings_keep_their_spaces(tiny, harmful, monkeypatch):
+    """What is judged is the whole answer as the model wrote it: "I cannot", never "Icannot"."""
+    r, judged = RRS(*tiny, verbose=False), []
+    monkeypatch.setattr(rrs, "judge_refusals", lambda _p, a: judged.extend(a) or ["compliance"] * len(a))
+    space = r.token_id(" ")
+
+    def generate(inputs_embeds, **_kwargs):
+        return torch.tensor([[space, r.token_id("c")]] * len(inputs_embeds))
+
+    monkeypatch.setattr(r.model, "generate", generate)
+    r.find_refusal_token(harmful, candidates=["I"], n=2)
+    assert judged[-2:] == ["I c", "I c"]
+
+
 def test_refusal_token_of_several_tokens(tiny):
     with pytest.raises(ValueError, match=r"'Sorry' is 5 tokens .*find_refusal_token"):
         RRS(*tiny, verbose=False).token_id("Sorry")
@@ -376,7 +396,7 @@ def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, beni
     config = small(keep_tokens=3, lora_dropout=0.0, prompts=(RRSConfig().instruction,))
     r = RRS(*tiny, config, verbose=False)
     targets = r.make_targets(r.extract(harmful, benign))
-    items = r._items("audio-text", targets["audio-text"])
+    items = rrs._items(targets["audio-text"])
     assert [i.example.id for i in items] == [x["id"] for x in (*harmful, *benign)]
     assert torch.equal(torch.stack([i.target[0] for i in items[:6]]), targets["audio-text"].harmful)
     assert torch.equal(torch.stack([i.target[0] for i in items[6:]]), targets["audio-text"].benign)
@@ -399,8 +419,124 @@ def test_training_keeps_tokens(harmful, benign):
         r = RRS(*tiny_qwen2_audio(), config, verbose=False).fit(harmful, benign, preflight=0)
         probe = RRS(r.model, r.processor, small(keep_tokens=3), verbose=False)
         with r.disabled():
-            items = probe._items("audio-text", r.targets["audio-text"])
+            items = rrs._items(probe.make_targets(probe.extract(harmful, benign))["audio-text"])
         prompts = [r.read(i.example, "audio-text").extended(i.tokens) for i in items]
         now = r.reader.represent(prompts, last=3)
         distance.append(F.mse_loss(now, torch.stack([i.target[1:] for i in items])).item())
     assert distance[1] < 0.7 * distance[0]
+
+
+def test_deeper_targets_are_the_papers_at_each_position(tiny, harmful, benign):
+    """depth=3, keep_tokens=4: Δ and mask of their own at 3 positions along refusal and answer, 2 more as they are."""
+    r = RRS(*tiny, small(depth=3, keep_tokens=4), verbose=False)
+    reps = r.extract(harmful, benign)["audio-text"]
+    target = r.make_targets({"audio-text": reps})["audio-text"]
+    refusals, answers = (
+        r.generate(rows_, max_new_tokens=4, refusal=refusal) for rows_, refusal in ((harmful, True), (benign, False))
+    )
+    for tokens, said in zip(target.tokens, [*refusals, *answers], strict=True):  # a random model says half characters
+        assert r.tokenizer.decode(tokens).strip() == said or "\ufffd" in said
+
+    def vanilla(rows_, tokens, refusal=False):  # one at a time, [n, hidden]
+        prompts = [r.read(e, "audio-text", refusal=refusal) for e in load_examples(rows_)]
+        return torch.cat([r.reader.represent([p.extended(t)]) for p, t in zip(prompts, tokens, strict=True)])
+
+    for k, (goal, rep) in enumerate(zip([target, *target.later], [reps, *reps.later], strict=True)):
+        begun = [t[:k] for t in target.tokens]
+        plain, own = vanilla(harmful, begun[:6]), vanilla(benign, begun[6:])
+        refused = vanilla(harmful, begun[:6], True)
+        for ours, reference in ((rep.harmful, plain), (rep.benign, own), (rep.refused, refused)):
+            assert torch.allclose(ours, reference, atol=1e-4)
+        if k >= 3:
+            assert torch.equal(goal.harmful, rep.refused)
+            assert torch.equal(goal.benign, rep.benign)
+            continue
+        next_tokens = r.location.head(refused).argmax(-1) if k else [r.token_id("I")]  # what the refusals go on with
+        row = r.location.head_weight[next_tokens].mean(0).detach()
+        delta = refused.mean(0) - own.mean(0)
+        assert torch.allclose(goal.delta, delta, atol=1e-4)
+        close = (row * delta).abs() < 1e-4
+        assert torch.equal(goal.mask | close, (row * delta > 0) | close)
+        assert torch.allclose(goal.harmful, plain + delta * goal.mask, atol=1e-3)
+        assert torch.allclose(goal.benign, own - delta * goal.mask, atol=1e-3)
+
+
+def test_deeper_targets_need_deeper_representations(tiny, harmful, benign):
+    r = RRS(*tiny, small(), verbose=False)
+    reps = r.extract(harmful, benign)
+    targets = r.make_targets(reps)
+    r.config = small(depth=2)
+    with pytest.raises(ValueError, match="extract them again"):
+        r.make_targets(reps)
+    with pytest.raises(ValueError, match=r"\['audio-text'\] do not go 1 tokens"):
+        r.train(targets)
+
+
+def test_a_prefix_begins_the_answer(fitted, harmful, tmp_path):
+    """What is returned is what the model adds to it: its own greedy continuation of the prompt and the prefix."""
+    ours = fitted.generate(harmful, max_new_tokens=4, prefix="Sure")
+    for example, answer in zip(load_examples(harmful), ours, strict=True):
+        inputs = fitted.render(fitted.config.instruction, example.clip[1](16000))
+        ids = torch.cat([inputs["input_ids"], torch.tensor([fitted._ids("Sure")])], dim=1)
+        own = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        new = fitted.model.generate(**own, do_sample=False, max_new_tokens=4)[0, ids.shape[1] :]
+        assert answer == fitted.tokenizer.decode(new, skip_special_tokens=True).strip()
+    settings = {"conditions": ("audio-text",), "max_new_tokens": 4, "cache": tmp_path / "answers.jsonl"}
+    plain, forced = (fitted.evaluate(harmful, **settings, prefix=p) for p in ("", "Sure"))
+    assert [a.response for a in forced.answers if a.stage == "after"] == ours
+    assert [a.response for a in plain.answers] != [a.response for a in forced.answers]  # the cache tells them apart
+    assert "made to begin with 'Sure'" in str(forced)
+
+
+def test_layers_choose_blocks(tiny):
+    r = RRS(*tiny, verbose=False)
+    every = linear_paths(r.location, ("q_proj", "up_proj"))
+    lower, upper = (linear_paths(r.location, ("q_proj", "up_proj"), half) for half in ((0, 0.5), (0.5, 1)))
+    assert len(lower) == len(upper) == 2
+    assert lower + upper == every
+    with pytest.raises(ValueError, match="hold none of the 2 blocks"):
+        linear_paths(r.location, ("q_proj",), (0.4, 0.6))
+
+
+def louder(factor):
+    """The tiny model with larger hidden states and the same logits."""
+    model, processor = tiny_qwen2_audio()
+    with torch.no_grad():
+        model.model.language_model.norm.weight *= factor
+        model.lm_head.weight /= factor
+    return model, processor
+
+
+@pytest.mark.parametrize("form", ["sum", "relative"])
+def test_the_relative_penalty_has_no_scale(form, harmful, benign):
+    """Hidden states 8 times as large are the same model: the same weight leads to the same adapter only if relative."""
+    change = []
+    for factor in (1.0, 8.0):  # clipping acts on the gradient's absolute size: off
+        config = small(penalty_form=form, penalty=30.0 if form == "relative" else 0.05, max_grad_norm=1e9, epochs=4)
+        r = RRS(*louder(factor), config, verbose=False).fit(harmful, benign, preflight=0)
+        change.append(r.lora.penalty(relative=True).item())
+    assert (change[1] == pytest.approx(change[0], rel=0.02)) == (form == "relative")
+
+
+def test_the_relative_penalty_by_hand(fitted):
+    dense = [fitted.lora.scale * (b @ a) for a, b in zip(fitted.lora.A, fitted.lora.B, strict=True)]
+    weights = [fitted.model.get_submodule(path).weight for path in fitted.lora.paths]
+    share = sum(w.square().sum() for w in dense) / sum(w.square().sum() for w in weights)
+    assert fitted.lora.penalty(relative=True).item() == pytest.approx(share.item(), rel=1e-4)
+
+
+def test_the_relative_penalty_transfers_between_sizes():
+    """The same weight moves a wider, deeper model by a similar share of its weights; the paper's sum does not."""
+    ratios = {}
+    for form, penalty in (("sum", 0.1), ("relative", 30.0)):
+        moved = []
+        for hidden, layers in ((32, 2), (64, 4)):
+            one = {"conditions": ("text-only",), "prompts": (RRSConfig().instruction,), "lora_dropout": 0.0}
+            sizes = {"epochs": 20, "batch_size": 8, "accumulate": 1, "learning_rate": 5e-3, "lora_alpha": 16.0}
+            config = RRSConfig(**one, **sizes, penalty=penalty, penalty_form=form)
+            r = RRS(*tiny_qwen2_audio(0, hidden, layers), config, verbose=False)
+            r.train(r.make_targets(r.extract(rows("harmful", 8), rows("benign", 8))))
+            moved.append(r.lora.penalty(relative=True).sqrt().item())
+        ratios[form] = moved[0] / moved[1]
+    assert 1 / 1.7 < ratios["relative"] < 1.7
+    assert ratios["sum"] > 1.3 * ratios["relative"], ratios

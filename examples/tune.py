@@ -1,0 +1,52 @@
+"""Settings found by search on the demo LALM: the most refusals whose over-rejection stays within a budget.
+
+    python examples/tune.py --out out/tune --minutes 60       # give it again to go on where it stopped
+    python examples/tune.py --out out/tune --minutes 20 --every 2 --trials 12
+
+Trains on the train split, chooses by the dev split and its hard-benign questions, and leaves in the folder: `adapter/`
+of the best trial, `config.json` (for `examples/compare.py --config`), `front.png`, and `study.journal` with all trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from demo_lalm import load_demo
+from quickstart import CONFIG, DATA
+
+from rrs import RRS, load_examples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for adapter, config, figure and study")
+    parser.add_argument("--budget", type=float, default=0.01, help="over-rejection beyond vanilla: 0.01 is a point")
+    parser.add_argument("--trials", type=int, default=40, help="in all, earlier calls included")
+    parser.add_argument("--minutes", type=float, default=60, help="no trial starts after that")
+    parser.add_argument("--conditions", nargs="+", default=CONFIG.conditions, help="to train and to choose in")
+    parser.add_argument("--every", type=int, default=1, help="train on every n-th question only: quicker trials")
+    args = parser.parse_args()
+
+    rrs = RRS(*load_demo(), replace(CONFIG, conditions=tuple(args.conditions)))
+    train = {side: load_examples(DATA / "train.jsonl", side)[:: args.every] for side in ("harmful", "benign")}
+    dev = {side: load_examples(DATA / "dev.jsonl", side) for side in ("harmful", "benign")}
+    dev["hard-benign"] = load_examples(DATA / "hard_benign_dev.jsonl")
+    best, _ = rrs.tune(
+        **train,
+        dev=dev,
+        budget=args.budget,
+        trials=args.trials,
+        minutes=args.minutes,
+        study=args.out / "study.journal",
+        plot=args.out / "front.png",
+    )
+    best.save(args.out / "adapter", overwrite=True)
+    (args.out / "config.json").write_text(json.dumps(asdict(best.config), indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(best.record["tuned"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Changes of clips and words do what they say, and the table counts them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import rows, tone
+from transfer import CLIPS, FRAMES, RATE, band_passed, changed, coded, faster, framed, noisy, preceded, table, transfer
+
+from rrs import RRS, RRSConfig
+from rrs.data import load_examples
+
+
+def power(x: np.ndarray) -> float:
+    return float(np.mean(np.square(x, dtype=np.float64)))
+
+
+def peak(wave: np.ndarray) -> float:
+    """The loudest frequency in Hz."""
+    return float(np.abs(np.fft.rfft(wave)).argmax() * RATE / len(wave))
+
+
+@pytest.mark.parametrize("snr", [20, 10, 5])
+def test_noise_is_as_loud_as_it_says(snr):
+    wave = tone(1.0, 0)
+    noise = noisy(wave, snr) - wave
+    assert 10 * np.log10(power(wave) / power(noise)) == pytest.approx(snr, abs=0.01)
+    assert np.array_equal(noisy(wave, snr), noisy(wave, snr))
+
+
+@pytest.mark.parametrize("factor", [1.2, 0.8])
+def test_speed_changes_length_and_pitch(factor):
+    wave = tone(1.0, 1)
+    quick = faster(wave, factor)
+    assert len(quick) == pytest.approx(len(wave) / factor, abs=1)
+    assert peak(quick) == pytest.approx(factor * peak(wave), rel=0.01)
+
+
+def test_a_band_is_all_that_is_left():
+    t = np.arange(RATE) / RATE
+    low, middle, high = (np.sin(2 * np.pi * f * t).astype(np.float32) for f in (100, 1000, 5000))
+    assert np.allclose(band_passed(low + middle + high), middle, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "least"), [("OGG", "OPUS", 5), ("OGG", "VORBIS", 10), ("WAV", "ULAW", 25)]
+)
+def test_codecs_keep_the_length_and_lose_something(container, codec, least):
+    wave = tone(1.0, 2)
+    again = coded(wave, container, codec)
+    assert again.shape == wave.shape
+    assert again.dtype == np.float32
+    kept = 10 * np.log10(power(wave) / power(again - wave))
+    assert least < kept < 60
+
+
+def test_speech_goes_in_front():
+    wave, speech = tone(0.5, 3), tone(0.25, 4)
+    longer = preceded(wave, speech)
+    assert np.array_equal(longer[: len(speech)], speech)
+    assert np.array_equal(longer[-len(wave) :], wave)
+    assert len(longer) == len(wave) + len(speech) + 0.3 * RATE
+
+
+def test_no_change_touches_its_input():
+    wave = tone(0.3, 5)
+    before = wave.copy()
+    for name, change in CLIPS.items():
+        assert change(wave, wave).dtype == np.float32, name
+    assert np.array_equal(wave, before)
+
+
+def test_frames_keep_the_question():
+    for name in FRAMES:
+        assert "How do I bake bread" in framed("How do I bake bread?", name) or name == "lower case"
+    assert framed("How do I bake bread?", "lower case") == "how do i bake bread"
+
+
+def test_changed_examples_stay_the_same_question():
+    example = load_examples(rows("benign", 1))[0]
+    for name in (*CLIPS, *FRAMES):
+        other = changed(example, name, tone(0.2, 6))
+        assert (other.id, other.label, other.cluster) == (example.id, example.label, example.cluster)
+        assert (other.audio_hash != example.audio_hash) == (name in CLIPS)
+        assert (other.text != example.text) == (name in FRAMES)
+
+
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_the_table_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+    config = RRSConfig(conditions=("text-only",), epochs=1, batch_size=4, learning_rate=1e-2, penalty=1e-3)
+    rrs = RRS(*tiny, config, verbose=False).fit(rows("harmful", 4), rows("benign", 4), preflight=0)
+    voices = [{"voice": v} for v in "ab"]
+    test = {
+        side: load_examples([{**row, **voice} for row, voice in zip(rows(side, 2, 50), voices, strict=True)])
+        for side in ("harmful", "benign")
+    }
+    names, where = ("clean", "prefilled", "noise 5 dB", "role play"), ("audio-only", "text-only")
+
+    def run():
+        return transfer(rrs, test, tone(0.2, 7), tmp_path, names=names, conditions=where, max_new_tokens=2)
+
+    found = run()
+    assert {(r["change"], r["condition"]) for r in found} == {
+        ("clean", "audio-only"), ("clean", "text-only"), ("voice a", "audio-only"), ("voice b", "audio-only"),
+        ("prefilled", "audio-only"), ("prefilled", "text-only"), ("noise 5 dB", "audio-only"),
+        ("role play", "text-only"),
+    }  # fmt: skip
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == json.loads(json.dumps(found))
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert sum(line.startswith("| audio-only") for line in lines) == 5
+    assert table(found).splitlines()[0] == lines[0]
+    monkeypatch.setattr(rrs, "_answer", None)  # nothing is answered again
+    assert run() == found

@@ -1,0 +1,135 @@
+"""The search for settings, on a tiny random model and a judge that can see it move."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conftest import rows, tiny_qwen2_audio
+
+from rrs import RRS, RRSConfig, RRSWarning
+from rrs.data import DataError, hold_out, load_examples
+
+optuna = pytest.importorskip("optuna")
+pytestmark = pytest.mark.filterwarnings("ignore:No trial:rrs.RRSWarning")
+HARMFUL, BENIGN = rows("harmful", 8), rows("benign", 8)
+CONFIG = RRSConfig(
+    conditions=("text-only",), epochs=2, batch_size=4, accumulate=1, learning_rate=1e-2, penalty=1e-3, lora_r=4
+)
+SPACE = {"learning_rate": (1e-3, 3e-2), "benign_strength": (0.0, 1.0), "depth": [1, 2], "top": ["positive", 50.0]}
+
+
+def judge(_prompts, answers):
+    return ["refusal" if sum(map(ord, a)) % 3 == 0 else "compliance" for a in answers]
+
+
+def tune(trials, study=None, **kwargs):
+    r = RRS(*tiny_qwen2_audio(), CONFIG, verbose=False)
+    settings = {"search": SPACE, "judge": judge, "max_new_tokens": 3, "preflight": 0, **kwargs}
+    return r.tune(HARMFUL, BENIGN, trials=trials, study=study, **settings)
+
+
+def test_the_best_trial_comes_back_attached(tmp_path):
+    r, study = tune(4, budget=0.5, plot=tmp_path / "plots" / "front.png")
+    assert (tmp_path / "plots" / "front.png").stat().st_size > 10_000
+    assert len(study.trials) == 4
+    assert study.trials[0].params["learning_rate"] == CONFIG.learning_rate  # the given config goes first
+    inside = [t for t in study.trials if t.user_attrs and t.user_attrs["cost"] <= 0.5]
+    best = max(inside, key=lambda t: (t.user_attrs["refused"], -t.user_attrs["kl"]))
+    assert {k: getattr(r.config, k) for k in SPACE} == best.params
+    assert r.record["tuned"]["trial"] == best.number
+    assert r.lora.attached
+    held = hold_out([*load_examples(HARMFUL), *load_examples(BENIGN)])[1]
+    report = r.evaluate(held, ("text-only",), judge=judge, max_new_tokens=3)
+    for group in ("harmful", "benign"):
+        assert report.rate(group, "text-only").value == best.user_attrs[group]
+    assert report.usefulness[1]["kl"]["value"] == pytest.approx(best.user_attrs["kl"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["study.journal", "study.db"])
+def test_trials_go_on_where_they_stopped(name, tmp_path):
+    """A second call runs the missing trials only, and its adapter, trained again, is the same bit for bit."""
+    first, study = tune(2, tmp_path / name, budget=0.5)
+    known = [t.params for t in study.trials]
+    again, same = tune(2, tmp_path / name, budget=0.5)
+    assert [t.params for t in same.trials] == known
+    assert all(torch.equal(x, again.lora.tensors()[k]) for k, x in first.lora.tensors().items())
+    assert again.history == first.history
+    _, longer = tune(3, tmp_path / name, budget=0.5)
+    assert [t.params for t in longer.trials][:2] == known
+    assert len(longer.trials) == 3
+    _, other = tune(1, tmp_path / name, budget=0.25)  # another problem is another study, in the same file
+    assert len(other.trials) == 1
+
+
+def test_nothing_within_the_budget_is_said_and_the_nearest_returned():
+    with pytest.warns(RRSWarning, match="No trial stays within the budget of -2"):
+        r, study = tune(2, budget=-2)
+    costs = [t.user_attrs["cost"] for t in study.trials if t.user_attrs]
+    assert r.record["tuned"]["dev"]["cost"] == min(costs)
+
+
+def test_unpromising_trials_end_early():
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=2.0))
+    with pytest.raises(ValueError, match="No trial came to its end"):
+        tune(2, study)
+    assert [t.state.name for t in study.trials] == ["PRUNED", "PRUNED"]
+    assert all(list(t.intermediate_values) == [1] for t in study.trials)  # after the first of two epochs
+
+
+def test_an_error_leaves_the_adapter_before(harmful, benign):
+    r = RRS(*tiny_qwen2_audio(), CONFIG, verbose=False)
+    with pytest.warns(RRSWarning, match="Δ is mostly noise"):
+        r.fit(harmful, benign, preflight=0)
+    lora, before = r.lora, r.lora.tensors()
+
+    def broken(_prompts, _answers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        r.tune(HARMFUL, BENIGN, trials=1, judge=broken, preflight=0)
+    assert r.lora is lora
+    assert lora.attached
+    assert r.config == CONFIG
+    assert all(torch.equal(x, before[k]) for k, x in r.lora.tensors().items())
+
+
+def test_without_optuna_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r'pip install "rrs\[tune\]"'):
+        tune(1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"search": {"learning_rat": (1, 2)}}, "search names 'learning_rat'"),
+        ({"dev": HARMFUL}, r"groups \['harmful'\]; it needs"),
+    ],
+)
+def test_mistakes_are_named(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        tune(1, **kwargs)
+
+
+def test_choosing_by_what_is_trained_on_is_noticed():
+    with pytest.warns(RRSWarning, match="16 dev examples, or their twins, are trained on"):
+        tune(1, dev={"harmful": HARMFUL, "benign": BENIGN})
+
+
+def test_twins_and_voices_are_held_out_together():
+    data = []
+    for i in range(12):
+        for voice in ("a", "b"):
+            for side, other in (("harmful", "benign"), ("benign", "harmful")):
+                twin = {"twin": f"{other}-{i}-{voice}", "question": f"{side}-{i}"}
+                data.append({"id": f"{side}-{i}-{voice}", "text": f"{side} {i} {voice}", "label": side, **twin})
+    examples = load_examples(data)
+    kept, held = hold_out(examples)
+    assert sorted(e.id for e in (*kept, *held)) == sorted(e.id for e in examples)
+    assert {e.id.split("-")[1] for e in kept}.isdisjoint({e.id.split("-")[1] for e in held})
+    assert [sum(e.label == side for e in held) for side in ("harmful", "benign")] == [6, 6]
+    assert [e.id for e in hold_out(examples[::-1])[1]] == [e.id for e in held[::-1]]  # whatever their order
+    with pytest.raises(DataError, match="too few"):
+        hold_out(examples[:2])
