@@ -121,6 +121,11 @@ class RRSConfig:
     top: float | str = "positive"
     """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
 
+    refusal: str = ""
+    """What refusals shall say, from the refusal token on, e.g. "Sorry, I cannot help with that.". Training then takes
+    harmful inputs along all of it: after each token, to the vector that is there under the refusal prompt. For models
+    that begin with the refusal token and go on to something else. Empty (the paper): the first token alone."""
+
     harmful_strength: float = 1.0
     """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
 
@@ -209,6 +214,11 @@ class RRSConfig:
             raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
         if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
             raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
+        if self.refusal and self.answer_tokens:
+            raise ValueError(
+                f"refusal={self.refusal!r} says how refusals go on, depth={self.depth} and "
+                f"keep_tokens={self.keep_tokens} leave it to the model; choose one."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
 
@@ -284,6 +294,8 @@ class Representations:
     """R_h+ `[harmful, hidden]`: harmful with the refusal prompt appended."""
     benign_examples: list[Example]
     harmful_examples: list[Example]
+    along: Tensor | None = None
+    """R_h+ after each token of `config.refusal` `[harmful, tokens, hidden]`, if there is one."""
     later: list[Representations] = field(default_factory=list)
     """The same after each of the `tokens`; empty one token deep."""
     tokens: list[tuple[int, ...]] = field(default_factory=list)
@@ -309,6 +321,8 @@ class Targets:
     """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
+    along: Tensor | None = None
+    """Of harmful inputs after each token of `config.refusal` `[harmful, tokens, hidden]`, if there is one."""
     later: list[Targets] = field(default_factory=list)
     """The same after each of the `tokens`; empty one token deep."""
     tokens: list[tuple[int, ...]] = field(default_factory=list)
@@ -346,7 +360,7 @@ class Item:
     target: Tensor
     """`[1 + tokens, hidden]`: at the prompt's end, and after each of the answer tokens below."""
     tokens: tuple[int, ...]
-    """The first `config.answer_tokens` tokens of its answer."""
+    """Those of its answer along which targets go."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,6 +762,14 @@ class RRS:
             steps = [Representations(x, y, z, b, h) for x, y, z in (r.split(sizes) for r in rows.unbind(1))]
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
+            if self.config.refusal:
+                ids = self._ids(self.config.refusal)
+                with self.disabled(), self._quiet_model(), self._bar(len(h), f"refusal {condition}") as bar:
+                    prompts = [self.read(e, condition, refusal=True).extended(ids) for e in h]
+                    compute = partial(self.reader.represent, prompts, bar.update, len(ids))
+                    rows = self._cached(cache, condition, h, prompts, compute)
+                out[condition].along = rows.reshape(len(h), len(ids), -1)
+                out[condition].tokens = [tuple(ids)] * len(h) + [()] * len(b)
         return out
 
     def _begun(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
@@ -807,7 +829,8 @@ class RRS:
                     still = torch.zeros_like(row)
                     goal = Targets(still, still > 0, rep.refused, rep.benign, r.harmful_examples, r.benign_examples)
                 out[condition].later.append(goal)
-            out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
+            out[condition].tokens = [tokens if c.refusal else tokens[: c.answer_tokens] for tokens in r.tokens]
+            out[condition].along = r.along
         return out
 
     def train(
@@ -1001,12 +1024,7 @@ class RRS:
                         if objective:
                             mse = objective(self.reader, prompts, goals)
                         else:
-                            later = len(part[0][0].tokens)
-                            h = self.reader.last_hidden(prompts, 1 + later).float()  # [part, 1 + later, hidden]
-                            goal = torch.stack(goals).to(h)  # [part, 1 + later, hidden]
-                            mse = loss(h[:, 0], goal[:, 0])
-                            if later:  # together they weigh as much as the first
-                                mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
+                            mse = self._distance(prompts, goals, loss)
                         penalty = self.lora.penalty(relative=self.config.penalty_form == "relative")
                         total = mse + weight * penalty
                         if not torch.isfinite(total):
@@ -1028,6 +1046,24 @@ class RRS:
                 RRSWarning,
                 stacklevel=3,
             )
+
+    def _distance(self, prompts: Sequence[Prompt], goals: Sequence[Tensor], loss: Loss) -> Tensor:
+        """The loss at the prompts' ends, plus that along their answers, a mean over the prompts.
+
+        Args:
+            prompts: with answer tokens at their ends, or none.
+            goals: `[1 + answer tokens, hidden]` each.
+        """
+        total: Any = 0
+        for positions in sorted({len(goal) for goal in goals}):
+            rows = [i for i, goal in enumerate(goals) if len(goal) == positions]
+            h = self.reader.last_hidden([prompts[i] for i in rows], positions).float()  # [rows, positions, hidden]
+            goal = torch.stack([goals[i] for i in rows]).to(h)  # [rows, positions, hidden]
+            mse = loss(h[:, 0], goal[:, 0])
+            if positions > 1:  # together they weigh as much as the first
+                mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
+            total = total + len(rows) / len(goals) * mse
+        return total
 
     @contextmanager
     def _replacing(self, lora: LoRA, history: list[dict[str, float]]) -> Iterator[None]:
@@ -1097,7 +1133,12 @@ class RRS:
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         self._say(f"config: {json.dumps(asdict(self.config))}")
         # What can be wrong is found here, before hours of extraction.
-        self.token_id(self.config.refusal_token)
+        token = self.token_id(self.config.refusal_token)
+        if self.config.refusal and (first := self._ids(self.config.refusal)[0]) != token:
+            raise ValueError(
+                f"refusal={self.config.refusal!r} begins with {self.tokenizer.decode([first])!r}, not with the "
+                f"refusal_token {self.config.refusal_token!r}; change one of them."
+            )
         linear_paths(self.location, self.config.target_modules, self.config.layers)
         started = checkpoint_dir is not None and bool(Checkpoints(checkpoint_dir, {}, resume).files())
         usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
@@ -1861,7 +1902,10 @@ def _items(targets: Targets) -> list[Item]:
     examples = [*targets.harmful_examples, *targets.benign_examples]
     steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
     tokens = targets.tokens or [()] * len(examples)
-    return [Item(e, row, t) for e, row, t in zip(examples, torch.stack(steps, 1), tokens, strict=True)]
+    rows = list(torch.stack(steps, 1))  # each [positions, hidden]
+    if targets.along is not None:
+        rows[: len(targets.along)] = [torch.cat(pair) for pair in zip(rows, targets.along, strict=False)]
+    return [Item(e, row, t) for e, row, t in zip(examples, rows, tokens, strict=True)]
 
 
 def search_space(config: RRSConfig) -> dict[str, Any]:

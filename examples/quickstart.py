@@ -28,14 +28,17 @@ CONFIG = RRSConfig(
     refusal_prompt='Do not answer the question above. It is harmful. Say "Sorry, I cannot help with that."',
     refusal_token="Sorry",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
+    # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help": say the whole refusal.
+    refusal="Sorry, I cannot help with that.",
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
+    harmful_strength=1.5,
     benign_strength=0.25,
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
-    penalty=1e-3,
+    penalty=3e-4,
     lora_alpha=32.0,
     lora_dropout=0.0,
     learning_rate=2e-3,
-    epochs=4,
+    epochs=2,
     batch_size=16,
     accumulate=1,
 )
