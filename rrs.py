@@ -124,7 +124,8 @@ class RRSConfig:
     refusal: str = ""
     """What refusals shall say, from the refusal token on, e.g. "Sorry, I cannot help with that.". Training then takes
     harmful inputs along all of it: after each token, to the vector that is there under the refusal prompt. For models
-    that begin with the refusal token and go on to something else. Empty (the paper): the first token alone."""
+    that begin with the refusal token and go on to something else; `keep_tokens` then counts benign answers alone.
+    Empty (the paper): the first token alone."""
 
     harmful_strength: float = 1.0
     """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
@@ -214,10 +215,10 @@ class RRSConfig:
             raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
         if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
             raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
-        if self.refusal and self.answer_tokens:
+        if self.refusal and self.depth > 1:
             raise ValueError(
-                f"refusal={self.refusal!r} says how refusals go on, depth={self.depth} and "
-                f"keep_tokens={self.keep_tokens} leave it to the model; choose one."
+                f"refusal={self.refusal!r} says how refusals go on, depth={self.depth} leaves it to the model; "
+                "choose one."
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
@@ -225,7 +226,7 @@ class RRSConfig:
     @property
     def answer_tokens(self) -> int:
         """How far along the answers targets go: the tokens that `depth` and `keep_tokens` need."""
-        return max(self.depth - 1, self.keep_tokens)
+        return 0 if self.refusal else max(self.depth - 1, self.keep_tokens)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RRSConfig:
@@ -294,8 +295,8 @@ class Representations:
     """R_h+ `[harmful, hidden]`: harmful with the refusal prompt appended."""
     benign_examples: list[Example]
     harmful_examples: list[Example]
-    along: Tensor | None = None
-    """R_h+ after each token of `config.refusal` `[harmful, tokens, hidden]`, if there is one."""
+    along: list[Tensor] = field(default_factory=list)
+    """With `config.refusal`: of each input, R_h+ or R_b after each of its `tokens` `[tokens, hidden]`."""
     later: list[Representations] = field(default_factory=list)
     """The same after each of the `tokens`; empty one token deep."""
     tokens: list[tuple[int, ...]] = field(default_factory=list)
@@ -321,8 +322,8 @@ class Targets:
     """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
-    along: Tensor | None = None
-    """Of harmful inputs after each token of `config.refusal` `[harmful, tokens, hidden]`, if there is one."""
+    along: list[Tensor] = field(default_factory=list)
+    """With `config.refusal`: of each input, the targets after its `tokens` `[tokens, hidden]`."""
     later: list[Targets] = field(default_factory=list)
     """The same after each of the `tokens`; empty one token deep."""
     tokens: list[tuple[int, ...]] = field(default_factory=list)
@@ -746,12 +747,12 @@ class RRS:
                 prompts = [self.read(e, condition) for e in b]
                 prompts += [self.read(e, condition) for e in h]
                 prompts += [self.read(e, condition, refusal=True) for e in h]
-                answers, refusals = self._begun(prompts[: len(b)]), self._begun(prompts[len(b) + len(h) :])
+                n = self.config.answer_tokens
+                answers, refusals = (self._begun(rows, n) for rows in (prompts[: len(b)], prompts[-len(h) :]))
                 prompts = [p.extended(t) for p, t in zip(prompts, [*answers, *refusals, *refusals], strict=True)]
-                positions = 1 + self.config.answer_tokens
-                compute = partial(self.reader.represent, prompts, bar.update, positions)
+                compute = partial(self.reader.represent, prompts, bar.update, 1 + n)
                 rows = self._cached(cache, condition, [*b, *h], prompts, compute)
-                rows = rows.reshape(len(prompts), positions, -1)  # [b + h + h, positions, hidden]
+                rows = rows.reshape(len(prompts), 1 + n, -1)  # [b + h + h, positions, hidden]
             if not torch.isfinite(rows).all():
                 names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
@@ -763,18 +764,31 @@ class RRS:
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
             if self.config.refusal:
-                ids = self._ids(self.config.refusal)
-                with self.disabled(), self._quiet_model(), self._bar(len(h), f"refusal {condition}") as bar:
-                    prompts = [self.read(e, condition, refusal=True).extended(ids) for e in h]
-                    compute = partial(self.reader.represent, prompts, bar.update, len(ids))
-                    rows = self._cached(cache, condition, h, prompts, compute)
-                out[condition].along = rows.reshape(len(h), len(ids), -1)
-                out[condition].tokens = [tuple(ids)] * len(h) + [()] * len(b)
+                out[condition].tokens, out[condition].along = self._along(condition, h, b, cache)
         return out
 
-    def _begun(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """The first `config.answer_tokens` tokens of the answers; short ones are filled up with the end token."""
-        n = self.config.answer_tokens
+    def _along(
+        self, condition: str, h: list[Example], b: list[Example], cache: str | Path | None
+    ) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+        """With `config.refusal`: the tokens along which targets go and the vectors there, harmful inputs first."""
+        ids, tokens, along = self._ids(self.config.refusal), [], []
+        with self.disabled(), self._quiet_model(), self._bar(len(h) + len(b), f"answers {condition}") as bar:
+            for rows, refusal in ((h, True), (b, False)):
+                prompts = [self.read(e, condition, refusal=refusal) for e in rows]
+                said = [tuple(ids)] * len(h) if refusal else self._begun(prompts, self.config.keep_tokens)
+                n = len(said[0])
+                if n:
+                    prompts = [p.extended(t) for p, t in zip(prompts, said, strict=True)]
+                    compute = partial(self.reader.represent, prompts, bar.update, n)
+                    vectors = self._cached(cache, condition, rows, prompts, compute)
+                    along += list(vectors.reshape(len(rows), n, -1))
+                else:
+                    along += [torch.empty(0, len(self.location.head_weight[0]))] * len(rows)
+                tokens += said
+        return tokens, along
+
+    def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
+        """The first n tokens of the answers; short ones are filled up with the end token."""
         answers = self._answer(prompts, n, "answers") if n else [""] * len(prompts)
         ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] if a else [] for a in answers]
         return [tuple((i + n * [self.tokenizer.eos_token_id])[:n]) for i in ids]
@@ -1903,8 +1917,8 @@ def _items(targets: Targets) -> list[Item]:
     steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
     tokens = targets.tokens or [()] * len(examples)
     rows = list(torch.stack(steps, 1))  # each [positions, hidden]
-    if targets.along is not None:
-        rows[: len(targets.along)] = [torch.cat(pair) for pair in zip(rows, targets.along, strict=False)]
+    if targets.along:
+        rows = [torch.cat(pair) for pair in zip(rows, targets.along, strict=True)]
     return [Item(e, row, t) for e, row, t in zip(examples, rows, tokens, strict=True)]
 
 

@@ -30,8 +30,9 @@ CONFIG = RRSConfig(
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help": say the whole refusal.
     refusal="Sorry, I cannot help with that.",
+    keep_tokens=5,  # and hold what it answers to benign questions, as far as this
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
-    harmful_strength=1.5,
+    harmful_strength=1.4,
     benign_strength=0.25,
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
     penalty=3e-4,
@@ -95,7 +96,7 @@ def main() -> None:
     rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8 if args.fast else 16)
     rrs.save(args.out / "adapter", overwrite=True)
 
-    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=28)
+    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=16)
     report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 8]))
     report.save(args.out)
     try:

@@ -411,17 +411,18 @@ def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, beni
 
 
 def test_a_refusal_in_words(harmful, benign):
-    """Harmful inputs have targets along the whole text, those of the refusal prompt; benign ones at their end alone."""
-    config = small(refusal="I can't.", epochs=12, prompts=(RRSConfig().instruction,), lora_dropout=0.0)
+    """Harmful inputs have targets along the text, as under the refusal prompt; benign ones along their answers."""
+    config = small(refusal="I can't.", keep_tokens=2, epochs=12, prompts=(RRSConfig().instruction,), lora_dropout=0.0)
     r = RRS(*tiny_qwen2_audio(), config, verbose=False)
     ids = r.tokenizer("I can't.", add_special_tokens=False)["input_ids"]
     reps = r.extract(harmful, benign)
     items = rrs._items(r.make_targets(reps)["audio-text"])
-    assert [i.tokens for i in items] == [tuple(ids)] * len(harmful) + [()] * len(benign)
-    assert {len(i.target) for i in items[len(harmful) :]} == {1}
-    plain = RRS(r.model, r.processor, small(prompts=config.prompts), verbose=False)
-    ends = rrs._items(plain.make_targets(plain.extract(harmful, benign))["audio-text"])
-    assert all(torch.equal(x.target[0], y.target[0]) for x, y in zip(items, ends, strict=True))
+    plain = RRS(r.model, r.processor, small(prompts=config.prompts, keep_tokens=2), verbose=False)
+    own = rrs._items(plain.make_targets(plain.extract(harmful, benign))["audio-text"])
+    assert [i.tokens for i in items] == [tuple(ids)] * len(harmful) + [i.tokens for i in own[len(harmful) :]]
+    assert all(torch.allclose(x.target[0], y.target[0], atol=1e-5) for x, y in zip(items, own, strict=True))
+    pairs = list(zip(items, own, strict=True))[len(harmful) :]
+    assert all(torch.allclose(x.target, y.target, atol=1e-4) for x, y in pairs)
     for item in items[: len(harmful)]:
         refused = r.read(item.example, "audio-text", refusal=True)
         alone = [r.reader.represent([refused.extended(ids[: k + 1])])[0] for k in range(len(ids))]
@@ -438,7 +439,7 @@ def test_a_refusal_begins_with_the_refusal_token(tiny, harmful, benign):
     with pytest.raises(ValueError, match=r"begins with 'N', not with the refusal_token 'I'"):
         RRS(*tiny, small(refusal="No."), verbose=False).fit(harmful, benign)
     with pytest.raises(ValueError, match="choose one"):
-        small(refusal="I can't.", keep_tokens=2)
+        small(refusal="I can't.", depth=2)
 
 
 def test_training_keeps_tokens(harmful, benign):
