@@ -200,7 +200,9 @@ def main() -> None:
     parser.add_argument(
         "--test", action="append", metavar="GROUP=PATH", help="own data; repeat: harmful=…, benign=…, …"
     )
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="CHANGE", help=f"of {ROWS}")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=ROWS, metavar="CHANGE", help=", ".join(ROWS).replace("%", "%%")
+    )
     parser.add_argument("--conditions", nargs="+", default=["audio-text", "text-only", "audio-only"])
     parser.add_argument("--harmless", type=Path, default=DATA / "audio" / "hard_benign_dev-homonyms-01.ogg")
     parser.add_argument("--every", type=int, default=1, help="take every n-th question only")
