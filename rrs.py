@@ -68,7 +68,23 @@ from rrs.evaluate import (
     judge_refusals,
     log_likelihood,
 )
-from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
+from rrs.hooks import (
+    Location,
+    LoRA,
+    Prompt,
+    Reader,
+    add_up,
+    connect,
+    expert_parameters,
+    first,
+    largest,
+    linear_paths,
+    locate,
+    merged,
+    rank,
+    seeded,
+    world,
+)
 
 __version__ = "0.1.0"
 __all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
@@ -424,11 +440,11 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.files() and not resume:
+        first(partial(self.folder.mkdir, parents=True, exist_ok=True))
+        if (files := first(self.files)) and not resume:
             raise FileExistsError(
-                f"{self.folder} holds checkpoints of a run ({self.files()[-1].name}). Pass resume=True to go on with "
-                "it, or another checkpoint_dir to start a new one."
+                f"{self.folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
+                "another checkpoint_dir to start a new one."
             )
 
     def files(self) -> list[Path]:
@@ -442,6 +458,9 @@ class Checkpoints:
 
     def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         """Writes the state after `step`; the ones before stay as they are until it is safely on disk."""
+        first(lambda: self._save(step, lora, optimizer, record))
+
+    def _save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         tensors = lora.tensors()
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
@@ -459,15 +478,9 @@ class Checkpoints:
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fills in the newest state and returns its record; an empty one if there is none."""
-        if not (files := self.files()):
+        record, tensors, files = first(self._read)
+        if not record:
             return {}
-        try:
-            with safe_open(files[-1], "pt") as file:
-                record = json.loads((file.metadata() or {})["rrs"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
-            raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
         known = record.pop("run")
         if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
             values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
@@ -481,6 +494,18 @@ class Checkpoints:
         lora.load_tensors(tensors)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return record
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor], list[Path]]:
+        """Record and tensors of the newest file, and all files."""
+        if not (files := self.files()):
+            return {}, {}, []
+        try:
+            with safe_open(files[-1], "pt") as file:
+                record = json.loads((file.metadata() or {})["rrs"])
+                return record, {name: file.get_tensor(name) for name in file.keys()}, files  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
+            raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
 
 
 @contextmanager
@@ -546,6 +571,12 @@ class RRS:
         build_inputs: `(text or None, waveform or None) -> model inputs` of one prompt, instead of the chat template;
             waveforms come at the rate of its attribute `rate`, or at 16000 Hz.
         verbose: print progress, resolved values and the preflight.
+        max_cached: bytes of encoded clips to keep in memory (on the model's device); what comes beyond goes to a
+            memory-mapped temporary file.
+
+    Several processes: `torchrun --nproc-per-node N script.py` runs any script data-parallel. Batches are shared out
+    over the ranks, so configuration and result stay those of a single process; all ranks make the same calls, rank 0
+    prints and writes.
     """
 
     def __init__(
@@ -558,12 +589,15 @@ class RRS:
         head: str | None = None,
         build_inputs: Callable[[str | None, Any], dict[str, Any]] | None = None,
         verbose: bool = True,
+        max_cached: int = 4 * 2**30,
     ) -> None:
-        self.model, self.processor, self.config, self.verbose = model, processor, config or RRSConfig(), verbose
+        connect()
+        self.model, self.processor, self.config = model, processor, config or RRSConfig()
+        self.verbose = verbose and rank() == 0
         self.location: Location = locate(model, decoder=decoder, head=head)
         self.render = build_inputs or Renderer(processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.reader = Reader(model, self.location, self.render)
+        self.reader = Reader(model, self.location, self.render, max_cached=max_cached)
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
         if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
             raise ValueError(
@@ -591,6 +625,7 @@ class RRS:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         verbose: bool = True,
+        max_cached: int = 4 * 2**30,
     ) -> RRS:
         """Load model and processor by name or folder.
 
@@ -600,7 +635,9 @@ class RRS:
             device: default CUDA, else MPS, else CPU.
             dtype: default bfloat16 on CUDA, float32 elsewhere.
             trust_remote_code: run Python code that comes with the checkpoint; off unless you ask for it.
+            verbose, max_cached: see `RRS`.
         """
+        connect()
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else _mps_or_cpu()))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         name = str(name_or_dir)
@@ -619,7 +656,7 @@ class RRS:
         )
         with needed_packages(f"The processor of {name}"):
             processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return cls(model.to(device).eval(), processor, config, verbose=verbose)
+        return cls(model.to(device).eval(), processor, config, verbose=verbose, max_cached=max_cached)
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
@@ -657,14 +694,18 @@ class RRS:
         spoken = next((c for c in conditions if not c.startswith("text")), None)
         bad: dict[int, str] = {}
         if spoken is not None:
-            with self.disabled(), self._quiet_model(), self._bar(len(examples), "read clips") as bar:
-                for i, example in enumerate(examples):
+            own = range(len(examples))[rank() :: world()]
+            with self.disabled(), self._quiet_model(), self._bar(len(own), "read clips") as bar:
+                for i in own:
+                    example = examples[i]
                     try:
                         if example.has(spoken):
                             self.read(example, spoken)
                     except DataError as error:
                         bad[i] = str(error) if example.id in str(error) else f"{example.id}: {error}"
                     bar.update()
+            bad = dict(sorted(merged(bad).items()))
+            self.reader.exchange_clips()
         if bad:
             message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
             if on_error == "raise":
@@ -732,15 +773,23 @@ class RRS:
         for prompt in prompts:  # the ids hold template, instruction, and how long the audio is
             key.update(prompt.ids.numpy().tobytes())
         path = Path(folder) / f"extract-{name}-{key.hexdigest()[:16]}.safetensors"
-        try:
-            return load_file(path)["rows"]
-        except FileNotFoundError:
-            pass
-        except (SafetensorError, KeyError, OSError) as error:
-            self._say(f"{path} is damaged ({error}); it is computed again")
-        rows = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, to_safetensors({"rows": rows}))
+
+        def known() -> Tensor | None:
+            try:
+                return load_file(path)["rows"]
+            except FileNotFoundError:
+                return None
+            except (SafetensorError, KeyError, OSError) as error:
+                self._say(f"{path} is damaged ({error}); it is computed again")
+                return None
+
+        def keep() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, to_safetensors({"rows": rows}))
+
+        if (rows := first(known)) is None:
+            rows = compute()
+            first(keep)
         return rows
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
@@ -789,7 +838,10 @@ class RRS:
         }
         paths = linear_paths(self.location, c.target_modules)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
-        optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
+        optimizer = torch.optim.AdamW(
+            lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay,
+            fused=self.reader.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
         batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
         per_epoch = -(-batches // c.accumulate)
         steps = c.epochs * per_epoch
@@ -842,13 +894,10 @@ class RRS:
                 # ---------------------------------------------------------------------- a single training step
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = c.learning_rate * (1 - step / steps)
-                drawn = seeded(c.seed, "instructions", step)
-                group = []
-                for condition, indices in plan[place * c.accumulate : (place + 1) * c.accumulate]:
-                    # The pool is shuffled per batch, so that the instruction says nothing about the label.
-                    pool = torch.randperm(len(c.prompts), generator=drawn).tolist()
-                    texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
-                    group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
+                group = [
+                    (condition, [(items[condition][i], instruction) for i, instruction in batch])
+                    for condition, batch in _draw(c, plan[place * c.accumulate : (place + 1) * c.accumulate], step)
+                ]
                 try:
                     micro, mse, penalty = self._gradients(group, loss, objective, micro, step)
                     norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
@@ -882,13 +931,16 @@ class RRS:
                 if place == per_epoch - 1:
                     self._check_divergence(history, per_epoch)
                 due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
-                if checkpoints and (due or signals):
+                stop = largest(signals[-1] if signals else 0)  # a signal to one rank stops all
+                if checkpoints and (due or stop):
                     checks = [asdict(check) for check in self.checks]
                     checkpoints.save(
                         step + 1, lora, optimizer, {"history": history, "micro": micro, "preflight": checks}
                     )
-                    if signals:
-                        self._say(f"signal {signals[-1]} in step {step + 1}. {checkpoints.last}; resume=True goes on")
+                    if stop:
+                        self._say(f"signal {stop} in step {step + 1}. {checkpoints.last}; resume=True goes on")
+                        if not signals:
+                            signal.raise_signal(stop)  # noted, like the other ranks' own
                         signal.raise_signal(signals.pop())  # whoever handled it before handles it now
             lora.eval()
         self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
@@ -928,40 +980,36 @@ class RRS:
     ) -> tuple[int, float, float]:
         """One step's gradients, at most `micro` prompts at a time, in fewer when memory runs out.
 
+        With several ranks each does its share of the step's prompts, and the gradients are added up.
+
         Args:
             group: the step's batches: condition, and (item, instruction) of each prompt.
 
         Returns:
-            `micro` as it now is, and the means of MSE and penalty.
+            `micro` as it now is, the mean of the batches' MSE, and the penalty.
         """
         assert self.lora is not None
+        c = self.config
         while True:
             try:
-                sums = torch.zeros(2)
-                for k, (condition, batch) in enumerate(group):
-                    for start in range(0, len(batch), micro):
-                        part = batch[start : start + micro]
-                        weight = len(part) / len(batch) / len(group)
-                        self.lora.key = (self.config.seed, step, k, start)  # of dropout
-                        prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
-                        goals = [item.target for item, _ in part]
-                        if objective:
-                            mse = objective(self.reader, prompts, goals)
-                        else:
-                            keep = len(part[0][0].tokens)
-                            h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
-                            goal = torch.stack(goals).to(h)  # [part, 1 + keep, hidden]
-                            mse = loss(h[:, 0], goal[:, 0])
-                            if keep:  # the positions that predict the answer's further tokens stay where they are
-                                mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
-                        penalty = self.lora.penalty()
-                        total = mse + self.config.penalty * penalty
-                        if not torch.isfinite(total):
-                            names = [item.example.id for item, _ in part]
-                            raise FloatingPointError(f"the loss is {total.item()} on {condition} {names}")
-                        (total * weight).backward()
-                        sums += weight * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
-                return micro, *sums.tolist()
+                losses = []
+                passes = _passes(group, micro, rank(), world())
+                for place, condition, part, weight in passes:
+                    self.lora.key = (c.seed, step, *place)  # of dropout
+                    prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
+                    goals = [item.target for item, _ in part]
+                    if objective:
+                        mse = objective(self.reader, prompts, goals)
+                    else:
+                        keep = len(part[0][0].tokens)
+                        h = self.reader.last_hidden(prompts, 1 + keep).float()  # [part, 1 + keep, hidden]
+                        goal = torch.stack(goals).to(h)  # [part, 1 + keep, hidden]
+                        mse = loss(h[:, 0], goal[:, 0])
+                        if keep:  # the positions that predict the answer's further tokens stay where they are
+                            mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
+                    (mse * weight).backward()
+                    losses.append(mse.detach().float().to(self.reader.device))  # read below: no waiting for the device
+                break
             except RuntimeError as error:
                 if micro == 1 or not _is_out_of_memory(error):
                     raise
@@ -975,6 +1023,21 @@ class RRS:
                 RRSWarning,
                 stacklevel=3,
             )
+        for p in self.lora.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a rank with nothing to do
+        total = torch.zeros((), device=self.reader.device)
+        for value, (*_, weight) in zip(losses, passes, strict=True):
+            total += weight * value
+        add_up([total, *(p.grad for p in self.lora.parameters() if p.grad is not None)])
+        mean, penalty = total.item(), self.lora.add_penalty_gradient(c.penalty).item()
+        if not math.isfinite(mean + penalty):
+            at = [
+                f"{condition} {[item.example.id for item, _ in part]}"
+                for value, (_, condition, part, _) in zip(losses, passes, strict=True)
+                if not torch.isfinite(value)
+            ]
+            raise FloatingPointError(f"the loss is {mean}, the penalty {penalty}, on {at or 'another rank'}")
+        return micro, mean, penalty
 
     @contextmanager
     def _replacing(self, lora: LoRA, history: list[dict[str, float]]) -> Iterator[None]:
@@ -1046,7 +1109,7 @@ class RRS:
         # What can be wrong is found here, before hours of extraction.
         self.token_id(self.config.refusal_token)
         linear_paths(self.location, self.config.target_modules)
-        started = checkpoint_dir is not None and bool(Checkpoints(checkpoint_dir, {}, resume).files())
+        started = checkpoint_dir is not None and bool(first(Checkpoints(checkpoint_dir, {}, resume).files))
         usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
         harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
         if both := shared(harmful, benign):
@@ -1429,7 +1492,9 @@ class RRS:
         """
         if self.lora is None:
             raise ValueError("There is nothing to save; call fit() first.")
-        directory = Path(directory).resolve()
+        return first(partial(self._save, Path(directory).resolve(), overwrite, self.lora))
+
+    def _save(self, directory: Path, overwrite: bool, lora: LoRA) -> Path:
         if directory.exists() and not directory.is_dir():
             raise FileExistsError(f"{directory} is a file; choose a folder.")
         if held := {path.name for path in directory.iterdir()} if directory.exists() else set():
@@ -1448,10 +1513,10 @@ class RRS:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base or None,
-            "r": self.lora.r,
-            "lora_alpha": self.lora.scale * self.lora.r,
-            "lora_dropout": self.lora.dropout,
-            "target_modules": self.lora.paths,  # whole paths: bare names would match the audio tower as well
+            "r": lora.r,
+            "lora_alpha": lora.scale * lora.r,
+            "lora_dropout": lora.dropout,
+            "target_modules": lora.paths,  # whole paths: bare names would match the audio tower as well
             "bias": "none",
             "inference_mode": True,
         }
@@ -1459,7 +1524,7 @@ class RRS:
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]
         files = {
-            "adapter_model.safetensors": to_safetensors(self.lora.tensors(), {"format": "pt"}),
+            "adapter_model.safetensors": to_safetensors(lora.tensors(), {"format": "pt"}),
             "adapter_config.json": json.dumps(peft, indent=2).encode(),
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": self._card().encode(),
@@ -1626,6 +1691,35 @@ def _epoch(
         order = torch.randperm(len(rows), generator=generator).tolist()
         plan += [(condition, order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
+
+
+def _draw(
+    config: RRSConfig, batches: Sequence[tuple[str, list[int]]], step: int
+) -> list[tuple[str, list[tuple[int, str]]]]:
+    """A step's batches of `_epoch`, with an instruction for each index."""
+    out, drawn = [], seeded(config.seed, "instructions", step)
+    for condition, indices in batches:
+        # The pool is shuffled per batch, so that the instruction says nothing about the label.
+        pool = torch.randperm(len(config.prompts), generator=drawn).tolist()
+        out.append((condition, [(i, config.prompts[pool[k % len(pool)]]) for k, i in enumerate(indices)]))
+    return out
+
+
+def _passes(
+    group: Sequence[tuple[str, list[Any]]], micro: int, rank: int, world: int
+) -> list[tuple[tuple[int, int], str, list[Any], float]]:
+    """A rank's share of a step's batches, at most `micro` prompts at a time: (place, condition, prompts, weight).
+
+    A batch's mean counts `1 / len(group)`, however it is cut, and whether or not it is full.
+    """
+    n, before, out = sum(len(batch) for _, batch in group), 0, []
+    for k, (condition, batch) in enumerate(group):
+        own = range(max(n * rank // world - before, 0), min(n * (rank + 1) // world - before, len(batch)))
+        for start in own[::micro]:
+            part = batch[start : min(start + micro, own.stop)]
+            out.append(((k, start), condition, part, len(part) / len(batch) / len(group)))
+        before += len(batch)
+    return out
 
 
 def _describe(targets: Targets | Sequence[tuple[Example, Tensor]]) -> dict[str, dict[str, Any]]:
