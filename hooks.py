@@ -370,6 +370,30 @@ class Reader:
         """Of the decoder's activations (and of its weights, unless they are quantised)."""
         return next(p.dtype for p in self.location.decoder.parameters() if p.is_floating_point())
 
+    def shard(self) -> None:
+        """Spreads the decoder's blocks over the ranks (FSDP2): each holds its part of the frozen weights and fetches
+        the rest of a block while that runs. Alone it does nothing. Tower, embeddings and head stay whole on each rank.
+
+        All ranks then have to run the same number of passes, so that prefixes are not shared, and every rank reads
+        every clip.
+
+        Raises:
+            ValueError: replay is not exact on this model.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if world() == 1:
+            return
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        mesh = init_device_mesh(device.type, (world(),))
+        self.location.decoder.requires_grad_(False)
+        for layer in self.location.layers:
+            if not isinstance(layer, FSDPModule):  # by an RRS on the same model
+                fully_shard(layer, mesh=mesh)
+        self.model.to(device)
+        self.sharded, self.share_prefix = True, False
+
     @torch.no_grad()
     def read(self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None) -> Prompt:
         """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text.
@@ -496,6 +520,8 @@ class Reader:
         return seen
 
     def _fall_back(self, why: str) -> None:
+        if self.sharded:
+            raise ValueError(f"shard=True needs a decoder that replays cached inputs, but {why}; use shard=False.")
         self.exact = False
         warnings.warn(
             f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
@@ -806,6 +832,8 @@ class LoRA(nn.Module):
             weight = weight_of(module)
             if not weight.is_floating_point() or weight.dim() != 2:
                 raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
+            if hasattr(weight, "full_tensor"):
+                raise ValueError(f"{path} is spread over ranks; save the adapter, load it without shard and merge.")
         for module, a, b in zip(inner.values(), self.A, self.B, strict=True):
             update = self.scale * (b @ a)
             weight = weight_of(module)

@@ -182,6 +182,9 @@ class RRSConfig:
     seed: int = 0
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
+    shard: bool = False
+    """Spread the frozen decoder's weights over the processes of torchrun (FSDP2), for bases that fit no single GPU."""
+
     def __post_init__(self) -> None:
         for name in ("prompts", "conditions", "target_modules", "betas"):  # JSON has lists only
             value = getattr(self, name)
@@ -598,6 +601,8 @@ class RRS:
         self.render = build_inputs or Renderer(processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = Reader(model, self.location, self.render, max_cached=max_cached)
+        if self.config.shard:
+            self.reader.shard()
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
         if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
             raise ValueError(
@@ -656,7 +661,9 @@ class RRS:
         )
         with needed_packages(f"The processor of {name}"):
             processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return cls(model.to(device).eval(), processor, config, verbose=verbose, max_cached=max_cached)
+        if not (config and config.shard and world() > 1):  # else it goes to the devices block by block
+            model.to(device)
+        return cls(model.eval(), processor, config, verbose=verbose, max_cached=max_cached)
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
@@ -694,7 +701,7 @@ class RRS:
         spoken = next((c for c in conditions if not c.startswith("text")), None)
         bad: dict[int, str] = {}
         if spoken is not None:
-            own = range(len(examples))[rank() :: world()]
+            own = range(len(examples)) if self.reader.sharded else range(len(examples))[rank() :: world()]
             with self.disabled(), self._quiet_model(), self._bar(len(own), "read clips") as bar:
                 for i in own:
                     example = examples[i]
@@ -994,6 +1001,9 @@ class RRS:
             try:
                 losses = []
                 passes = _passes(group, micro, rank(), world())
+                if self.reader.sharded:  # all ranks run equally often, if need be for nothing
+                    most = max(len(_passes(group, micro, k, world())) for k in range(world()))
+                    passes += [(*_passes(group, micro, 0, 1)[0][:3], 0.0)] * (most - len(passes))
                 for place, condition, part, weight in passes:
                     self.lora.key = (c.seed, step, *place)  # of dropout
                     prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
@@ -1011,7 +1021,7 @@ class RRS:
                     losses.append(mse.detach().float().to(self.reader.device))  # read below: no waiting for the device
                 break
             except RuntimeError as error:
-                if micro == 1 or not _is_out_of_memory(error):
+                if micro == 1 or self.reader.sharded or not _is_out_of_memory(error):
                     raise
             # Here, not in `except`: the error's traceback holds on to the activations.
             self.lora.zero_grad(set_to_none=True)
@@ -1738,6 +1748,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     samples = []
     for value in model.parameters():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # spread over ranks
         flat = value.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
         samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())
