@@ -390,7 +390,7 @@ class Reader:
         self.location.decoder.requires_grad_(False)
         for layer in self.location.layers:
             if not isinstance(layer, FSDPModule):  # by an RRS on the same model
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
         self.sharded, self.share_prefix = True, False
 
@@ -503,20 +503,27 @@ class Reader:
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
         seen: dict[str, Tensor] = {}
-        names, first = ("inputs_embeds", *PER_TOKEN), f"{self.location.layers_path}.0"
-        handle = self.location.decoder.register_forward_pre_hook(
-            lambda _module, _args, kwargs: seen.update({n: kwargs[n] for n in names if kwargs.get(n) is not None}),
-            with_kwargs=True,
-        )
+        names, block, end = ("inputs_embeds", *PER_TOKEN), f"{self.location.layers_path}.0", _Stop()
+
+        def note(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+            seen.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+            if "inputs_embeds" in seen:
+                raise end
+
+        handle = self.location.decoder.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            with capture(self.model, first, where="input", stop=True) as record:
+            # Given token ids, the decoder merges the audio inside, as Phi-4's: then its first block tells.
+            with capture(self.model, block, where="input", stop=True) as record:
                 self.model(**inputs)
+        except _Stop as error:
+            if error is not end:
+                raise
         finally:
             handle.remove()
-        if not record[first]:
-            raise ValueError(f"{first} never ran in a forward pass; pass decoder='path' of the one that does.")
-        if "inputs_embeds" not in seen:  # given token ids, it merges the audio inside: Phi-4
-            seen["inputs_embeds"] = record[first][0]
+        if "inputs_embeds" not in seen:
+            if not record[block]:
+                raise ValueError(f"{block} never ran in a forward pass; pass decoder='path' of the one that does.")
+            seen["inputs_embeds"] = record[block][0]
         return seen
 
     def _fall_back(self, why: str) -> None:
