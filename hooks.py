@@ -805,20 +805,12 @@ class LoRA(nn.Module):
         keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
         return x * keep.div_(1 - self.dropout)
 
-    def penalty(self) -> Tensor:
-        """`Σ_modules ‖(α/r)·B·A‖_F²` (RRS, the loss's second term), a scalar.
-
-        Through the r×r Gram matrices, `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`: exact, and BA is never formed.
-        """
-        device = self.A[0].device  # a model may be spread over several
-        total = sum(((b.T @ b) * (a @ a.T)).sum().to(device) for a, b in zip(self.A, self.B, strict=True))
-        return self.scale**2 * torch.as_tensor(total)
-
     @torch.no_grad()
     def add_penalty_gradient(self, weight: float) -> Tensor:
-        """Adds the gradient of `weight · penalty()` to A's and B's, and returns `penalty()`, without autograd.
+        """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term; adds `weight` times its gradient to that of A and B.
 
-        `∂/∂A = 2 (α/r)² (BᵀB) A` and `∂/∂B = 2 (α/r)² B (AAᵀ)`, from the Gram matrices that the value takes anyway.
+        Through the r×r Gram matrices, exact, without autograd, BA never formed: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`, with the
+        gradients `2 (BᵀB) A` and `2 B (AAᵀ)`.
         """
         factor, values = 2 * weight * self.scale**2, []
         for a, b in zip(self.A, self.B, strict=True):
