@@ -361,6 +361,11 @@ class Reader:
         self.sharded = False  # are the decoder's blocks spread over the ranks? see `shard`
 
     @property
+    def undecided(self) -> bool:
+        """Whether the first clip, on which `exact`, `scale` and more are decided, is still to come."""
+        return self.exact is not False and not self._clips
+
+    @property
     def device(self) -> torch.device:
         """Where the decoder starts."""
         return next(self.location.decoder.parameters()).device
@@ -441,7 +446,20 @@ class Reader:
         return kept.copy_(rows.flatten()).view_as(rows)
 
     def exchange_clips(self) -> None:
-        """Gives every rank the clips that the others have encoded, so that each is encoded once in all."""
+        """Gives every rank the clips that the others have encoded, so that each is encoded once in all, and the ids
+        around them, unless these differ from clip to clip.
+        """
+        if world() == 1 or self.sharded:  # sharded: all read all
+            return
+        frames: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for theirs in merged({rank(): dict(self._frames) if type(self._frames) is dict else None}).values():
+            if theirs is None or not all(
+                torch.equal(a, b)
+                for text in theirs
+                for a, b in zip(theirs[text], frames.setdefault(text, theirs[text]), strict=True)
+            ):
+                frames = _Never()
+        self._frames = frames
         new = [key for key in self._clips if key not in self._everywhere]
         for start in range(0, largest(len(new)), 64):
             own = {k: [t.to("cpu", copy=True) for t in self._clips[k]] for k in new[start : start + 64]}
@@ -487,7 +505,7 @@ class Reader:
                 differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
                 start, end = int(differs[0]), int(differs[-1]) + 1
                 prompt = replace(prompt, rows=embeds[start:end], start=start)
-        if first or (audio and not self._clips):  # the first text and the first clip are checked
+        if first or (audio and self.undecided):  # the first text and the first clip are checked
             true = self._head_input(inputs, audio)[0, 0].float()
             difference = self.check(prompt, true)
             if difference > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache

@@ -701,12 +701,12 @@ class RRS:
         spoken = next((c for c in conditions if not c.startswith("text")), None)
         bad: dict[int, str] = {}
         if spoken is not None:
-            own = range(len(examples)) if self.reader.sharded else range(len(examples))[rank() :: world()]
-            with self.disabled(), self._quiet_model(), self._bar(len(own), "read clips") as bar:
-                for i in own:
-                    example = examples[i]
+            with self.disabled(), self._quiet_model(), self._bar(len(examples), "read clips") as bar:
+                for i, example in enumerate(examples):
+                    # Each rank reads a share, and first of all what decides how this model is read.
+                    own = i % world() == rank() or self.reader.undecided or self.reader.sharded
                     try:
-                        if example.has(spoken):
+                        if own and example.has(spoken):
                             self.read(example, spoken)
                     except DataError as error:
                         bad[i] = str(error) if example.id in str(error) else f"{example.id}: {error}"
@@ -790,13 +790,13 @@ class RRS:
                 self._say(f"{path} is damaged ({error}); it is computed again")
                 return None
 
-        def keep() -> None:
+        def keep(rows: Tensor) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, to_safetensors({"rows": rows}))
 
         if (rows := first(known)) is None:
             rows = compute()
-            first(keep)
+            first(partial(keep, rows))
         return rows
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
@@ -938,7 +938,7 @@ class RRS:
                 if place == per_epoch - 1:
                     self._check_divergence(history, per_epoch)
                 due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
-                stop = largest(signals[-1] if signals else 0)  # a signal to one rank stops all
+                stop = largest(signals[-1] if signals else 0) if checkpoints else 0  # to one rank is to all
                 if checkpoints and (due or stop):
                     checks = [asdict(check) for check in self.checks]
                     checkpoints.save(
