@@ -563,8 +563,8 @@ THINKERS = {
 class RRS:
     """A model, its processor, and what RRS does to them.
 
-    The model's own weights and modules are never changed, except by `merge`: `fit` and `load` attach a LoRA through
-    hooks, `disable()` takes it off again.
+    The model's own weights and modules are never changed, except by `merge` and where `RRSConfig.shard` spreads them:
+    `fit` and `load` attach a LoRA through hooks, `disable()` takes it off again.
 
     Args:
         model: any LALM (or text LLM) of transformers, loaded with its language-model head.
@@ -1039,14 +1039,15 @@ class RRS:
         for value, (*_, weight) in zip(losses, passes, strict=True):
             total += weight * value
         add_up([total, *(p.grad for p in self.lora.parameters() if p.grad is not None)])
-        mean, penalty = total.item(), self.lora.add_penalty_gradient(c.penalty).item()
+        mean, penalty = torch.stack([total, self.lora.add_penalty_gradient(c.penalty).to(total)]).tolist()
         if not math.isfinite(mean + penalty):
             at = [
                 f"{condition} {[item.example.id for item, _ in part]}"
                 for value, (_, condition, part, _) in zip(losses, passes, strict=True)
                 if not torch.isfinite(value)
             ]
-            raise FloatingPointError(f"the loss is {mean}, the penalty {penalty}, on {at or 'another rank'}")
+            where = at or (f"a rank other than {rank()}" if world() > 1 else "the weights alone")
+            raise FloatingPointError(f"the loss is {mean}, the penalty {penalty}, on {where}")
         return micro, mean, penalty
 
     @contextmanager
