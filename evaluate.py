@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rrs.data import CONDITIONS, Example, Renderer, load_examples
-from rrs.hooks import Prompt, Reader, capture, locate
+from rrs.hooks import Prompt, Reader, capture, first, in_rounds, locate, merged, rank
 
 if TYPE_CHECKING:
     from rrs import Step
@@ -77,21 +77,26 @@ def generate(
     cached = [i for i, prompt in enumerate(prompts) if prompt.inputs is None]
     batches = [[cached[i] for i in batch] for batch in reader.batches([prompts[i] for i in cached])]
     # where replay is not exact, the full model answers, one by one
-    for batch in [*batches, *([i] for i, prompt in enumerate(prompts) if prompt.inputs is not None)]:
-        if not all(i in answers for i in batch):
-            chosen, make = [prompts[i] for i in batch], prompts[batch[0]].inputs
-            start = len(chosen[0]) if make else 0  # given embeddings alone, generate() returns the new tokens alone
-            stop = StoppingCriteriaList(
-                [_Decided(tokenizer, [questions[i] for i in batch], start)] if questions is not None else []
-            )
-            inputs = make() if make else reader.collate(chosen)
-            new = model.generate(**inputs, generation_config=settings, stopping_criteria=stop)[:, start:]
-            texts = tokenizer.batch_decode([[*begun, *ids] for ids in new.tolist()], skip_special_tokens=True)
-            answers |= (new_answers := {i: text.strip() for i, text in zip(batch, texts, strict=True)})
-            if keep:
-                keep(new_answers)
+    batches += [[i] for i, prompt in enumerate(prompts) if prompt.inputs is not None]
+    todo = [batch for batch in batches if not all(i in answers for i in batch)]
+    if progress:
+        progress(sum(map(len, batches)) - sum(map(len, todo)))
+    for batch, _, done in in_rounds(todo):
+        chosen, make = [prompts[i] for i in batch], prompts[batch[0]].inputs
+        start = len(chosen[0]) if make else 0  # given embeddings alone, generate() returns the new tokens alone
+        stop = StoppingCriteriaList(
+            [_Decided(tokenizer, [questions[i] for i in batch], start)] if questions is not None else []
+        )
+        inputs = make() if make else reader.collate(chosen)
+        together = {"synced_gpus": True} if reader.sharded else {}
+        new = model.generate(**inputs, **together, generation_config=settings, stopping_criteria=stop)[:, start:]
+        texts = tokenizer.batch_decode([[*begun, *ids] for ids in new.tolist()], skip_special_tokens=True)
+        new_answers = merged({i: text.strip() for i, text in zip(batch, texts, strict=True)})
+        answers |= new_answers
+        if keep:
+            keep(new_answers)
         if progress:
-            progress(len(batch))
+            progress(done)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -130,7 +135,11 @@ class AnswerLog:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.known = Path(path), dict[str, str]()
+        self.path = Path(path)
+        self.known: dict[str, str] = first(self._read)
+
+    def _read(self) -> dict[str, str]:
+        known = dict[str, str]()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
@@ -139,16 +148,22 @@ class AnswerLog:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                self.known[row["key"]] = row["response"]
+                known[row["key"]] = row["response"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: not a line of an answer log; choose another file.") from None
+                raise ValueError(
+                    f"{self.path}, line {number}: not a line of an answer log; choose another file."
+                ) from None
+        return known
 
     def add(self, rows: Iterable[Mapping[str, str]]) -> None:
         """Appends rows with `key` and `response`, and whatever else a reader of the file may want."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                self.known[row["key"]] = row["response"]
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        lines = []
+        for row in rows:
+            self.known[row["key"]] = row["response"]
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        if rank() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1211,7 +1226,9 @@ class Report:
         Returns:
             Paths of all files.
         """
-        directory = Path(directory)
+        return first(lambda: self._save(Path(directory), maps))
+
+    def _save(self, directory: Path, maps: Mapping[str, Panels] | None) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         files = [directory / "report.json", directory / "report.md"]
         files[0].write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
@@ -326,6 +330,7 @@ class Reader:
         render: `(text or None, waveform or None) -> model inputs` for one unpadded prompt, `input_ids` `[1, length]`
             among them (`rrs.data.Renderer`, or your own).
         max_tokens: positions per forward pass (prompts × padded length) where gradients are not needed.
+        max_cached: bytes of encoded clips to keep in memory; further ones go to a memory-mapped temporary file.
     """
 
     def __init__(
@@ -334,13 +339,15 @@ class Reader:
         location: Location,
         render: Callable[[str | None, Any], dict[str, Any]],
         max_tokens: int = 8192,
+        max_cached: int = 4 * 2**30,
     ) -> None:
         if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
             raise ValueError(
                 f"The decoder's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), and training "
                 "needs them in place; load the model with a device_map that puts all of it on devices."
             )
-        self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
+        self.model, self.location, self.render = model, location, render
+        self.max_tokens, self.max_cached = max_tokens, max_cached
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
         self.from_embeddings = True  # may generate() start from embeddings?
         self.share_prefix = True
@@ -348,6 +355,16 @@ class Reader:
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
         self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # instruction -> ids before, ids after the audio
+        self._held = 0  # bytes of clips in memory
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the clips beyond max_cached
+        self._mapped: Tensor | None = None  # what is free of the newest file there
+        self._everywhere: set[str] = set()  # clips that all ranks have
+        self.sharded = False  # are the decoder's blocks spread over the ranks? see `shard`
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the first clip, on which `exact`, `scale` and more are decided, is still to come."""
+        return self.exact is not False and not self._clips
 
     @property
     def device(self) -> torch.device:
@@ -358,6 +375,30 @@ class Reader:
     def dtype(self) -> torch.dtype:
         """Of the decoder's activations (and of its weights, unless they are quantised)."""
         return next(p.dtype for p in self.location.decoder.parameters() if p.is_floating_point())
+
+    def shard(self) -> None:
+        """Spreads the decoder's blocks over the ranks (FSDP2): each holds its part of the frozen weights and fetches
+        the rest of a block while that runs. Alone it does nothing. Tower, embeddings and head stay whole on each rank.
+
+        All ranks then have to run the same number of passes, so that prefixes are not shared, and every rank reads
+        every clip.
+
+        Raises:
+            ValueError: replay is not exact on this model.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if world() == 1:
+            return
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        mesh = init_device_mesh(device.type, (world(),))
+        self.location.decoder.requires_grad_(False)
+        for layer in self.location.layers:
+            if not isinstance(layer, FSDPModule):  # by an RRS on the same model
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        self.model.to(device)
+        self.sharded, self.share_prefix = True, False
 
     @torch.no_grad()
     def read(self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None) -> Prompt:
@@ -384,12 +425,49 @@ class Reader:
         frame = (prompt.ids[: prompt.start], prompt.ids[end:])
         known, clip_known = self._frames.setdefault(text, frame), self._clips.get(key)
         same_ids = all(torch.equal(a, b) for a, b in zip(known, frame, strict=True))
-        if not same_ids or (clip_known is not None and not self._close(clip_known[1], prompt.rows)):
+        same_rows = clip_known is None or self._close(clip_known[1], prompt.rows)
+        if not same_ids or not same_rows:
             # The ids around the audio depend on the clip, or the projected audio on the text: no composing, every
             # pair goes through the processor and the tower.
             self._frames = _Never()
-        self._clips[key] = (prompt.ids[prompt.start : end], prompt.rows)
-        return prompt
+        if clip_known is None:
+            clip_known = self._clips[key] = (prompt.ids[prompt.start : end], self._keep(prompt.rows))
+        return replace(prompt, rows=clip_known[1] if same_rows else prompt.rows.clone())
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        """A copy of a clip's rows `[n, hidden]` that stays: in memory up to `max_cached` bytes, on disk beyond."""
+        self._held += rows.numel() * rows.element_size()
+        if self._held <= self.max_cached:
+            return rows.clone()
+        if self._mapped is None or len(self._mapped) < rows.numel():
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rrs-clips-")
+            name, size = Path(self._folder.name) / str(self._held), max(rows.numel(), 2**25)
+            self._mapped = torch.from_file(str(name), shared=True, size=size, dtype=rows.dtype)
+        kept, self._mapped = self._mapped[: rows.numel()], self._mapped[rows.numel() :]
+        return kept.copy_(rows.flatten()).view_as(rows)
+
+    def exchange_clips(self) -> None:
+        """Gives every rank the clips that the others have encoded, so that each is encoded once in all, and the ids
+        around them, unless these differ from clip to clip.
+        """
+        if world() == 1 or self.sharded:  # sharded: all read all
+            return
+        frames: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for theirs in merged({rank(): dict(self._frames) if type(self._frames) is dict else None}).values():
+            if theirs is None or not all(
+                torch.equal(a, b)
+                for text in theirs
+                for a, b in zip(theirs[text], frames.setdefault(text, theirs[text]), strict=True)
+            ):
+                frames = _Never()
+        self._frames = frames
+        new = [key for key in self._clips if key not in self._everywhere]
+        for start in range(0, largest(len(new)), 64):
+            own = {k: [t.to("cpu", copy=True) for t in self._clips[k]] for k in new[start : start + 64]}
+            for key, (ids, rows) in merged(own).items():
+                if key not in self._clips:
+                    self._clips[key] = (ids, self._keep(rows.to(self.device)))
+        self._everywhere = set(self._clips)
 
     def _inputs(self, text: str | None, wave: Any) -> dict[str, Any]:
         """The model's own inputs of one prompt, on its device and in its dtype."""
@@ -427,8 +505,8 @@ class Reader:
             if audio:
                 differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
                 start, end = int(differs[0]), int(differs[-1]) + 1
-                prompt = replace(prompt, rows=embeds[start:end].clone(), start=start)
-        if first or (audio and not self._clips):  # the first text and the first clip are checked
+                prompt = replace(prompt, rows=embeds[start:end], start=start)
+        if first or (audio and self.undecided):  # the first text and the first clip are checked
             true = self._head_input(inputs, audio)[0, 0].float()
             difference = self.check(prompt, true)
             if difference > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache
@@ -444,23 +522,32 @@ class Reader:
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
         seen: dict[str, Tensor] = {}
-        names, first = ("inputs_embeds", *PER_TOKEN), f"{self.location.layers_path}.0"
-        handle = self.location.decoder.register_forward_pre_hook(
-            lambda _module, _args, kwargs: seen.update({n: kwargs[n] for n in names if kwargs.get(n) is not None}),
-            with_kwargs=True,
-        )
+        names, block, end = ("inputs_embeds", *PER_TOKEN), f"{self.location.layers_path}.0", _Stop()
+
+        def note(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+            seen.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+            if "inputs_embeds" in seen:
+                raise end
+
+        handle = self.location.decoder.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            with capture(self.model, first, where="input", stop=True) as record:
+            # Given token ids, the decoder merges the audio inside, as Phi-4's: then its first block tells.
+            with capture(self.model, block, where="input", stop=True) as record:
                 self.model(**inputs)
+        except _Stop as error:
+            if error is not end:
+                raise
         finally:
             handle.remove()
-        if not record[first]:
-            raise ValueError(f"{first} never ran in a forward pass; pass decoder='path' of the one that does.")
-        if "inputs_embeds" not in seen:  # given token ids, it merges the audio inside: Phi-4
-            seen["inputs_embeds"] = record[first][0]
+        if "inputs_embeds" not in seen:
+            if not record[block]:
+                raise ValueError(f"{block} never ran in a forward pass; pass decoder='path' of the one that does.")
+            seen["inputs_embeds"] = record[block][0]
         return seen
 
     def _fall_back(self, why: str) -> None:
+        if self.sharded:
+            raise ValueError(f"shard=True needs a decoder that replays cached inputs, but {why}; use shard=False.")
         self.exact = False
         warnings.warn(
             f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
@@ -627,15 +714,20 @@ class Reader:
     ) -> Tensor:
         """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
 
+        With several ranks each does some of the batches, the same ones as a single process; all get all rows.
+
         Args:
             progress: called with the number of prompts done, batch by batch.
             last: the vectors of that many last positions instead, `[n, last, hidden]`.
         """
-        out = torch.empty(len(prompts), last or 1, self.location.head_weight.shape[1])
-        for batch in self.batches(prompts):
-            out[batch] = self.last_hidden([prompts[i] for i in batch], last or 1).float().cpu()
+        out = torch.zeros(len(prompts), last or 1, self.location.head_weight.shape[1])
+        for batch, counts, done in in_rounds(list(self.batches(prompts))):
+            h = self.last_hidden([prompts[i] for i in batch], last or 1).float().cpu()
+            if counts:
+                out[batch] = h
             if progress:
-                progress(len(batch))
+                progress(done)
+        add_up([out])
         return out if last else out[:, 0]
 
 
@@ -718,8 +810,9 @@ class LoRA(nn.Module):
     def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = self._drop(i, args[0]) if self.training and self.dropout else args[0]
-            update = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-            return output + (update * self.scale).to(output.dtype)
+            # The scale goes into B, which is small: a pass over the activations less, and one less in backward.
+            update = F.linear(F.linear(x, a.to(x.dtype)), (self.scale * b).to(x.dtype))
+            return output + update.to(output.dtype)
 
         return add
 
@@ -731,17 +824,25 @@ class LoRA(nn.Module):
         keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
         return x * keep.div_(1 - self.dropout)
 
-    def penalty(self, relative: bool = False) -> Tensor:
-        """`Σ_modules ‖(α/r)·B·A‖_F²` (RRS, the loss's second term), a scalar.
+    @torch.no_grad()
+    def add_penalty_gradient(self, weight: float, relative: bool = False) -> Tensor:
+        """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term; adds `weight` times its gradient to that of A and B.
 
-        Through the r×r Gram matrices, `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`: exact, and BA is never formed.
+        Through the r×r Gram matrices, exact, without autograd, BA never formed: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`, with the
+        gradients `2 (BᵀB) A` and `2 B (AAᵀ)`.
 
         Args:
             relative: divide by `Σ_modules ‖W‖_F²` of the linears' own weights.
         """
-        device = self.A[0].device  # a model may be spread over several
-        total = sum(((b.T @ b) * (a @ a.T)).sum().to(device) for a, b in zip(self.A, self.B, strict=True))
-        return self.scale**2 * torch.as_tensor(total) / (self.weights_norm if relative else 1.0)
+        scale, values = self.scale**2 / (self.weights_norm if relative else 1.0), []
+        for a, b in zip(self.A, self.B, strict=True):
+            gram_a, gram_b = a @ a.T, b.T @ b  # [r, r]
+            values.append((gram_a * gram_b).sum().to(self.A[0].device))  # a model may be spread over several
+            for parameter, gradient in ((a, gram_b @ a), (b, b @ gram_a)):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(gradient, alpha=2 * weight * scale)
+        return scale * torch.stack(values).sum()
 
     @cached_property
     def weights_norm(self) -> float:
@@ -760,6 +861,8 @@ class LoRA(nn.Module):
             weight = weight_of(module)
             if not weight.is_floating_point() or weight.dim() != 2:
                 raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
+            if hasattr(weight, "full_tensor"):
+                raise ValueError(f"{path} is spread over ranks; save the adapter, load it without shard and merge.")
         for module, a, b in zip(inner.values(), self.A, self.B, strict=True):
             update = self.scale * (b @ a)
             weight = weight_of(module)
@@ -876,3 +979,85 @@ def _features(path: str, module: nn.Module) -> tuple[int, int]:
         n_in, n_out = weight_of(module).shape
         return n_in, n_out
     raise ValueError(f"{path} is a {type(module).__name__}, not a linear; LoRA can't be added to it.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts the same script N times. Each rank does a share of the work and all of them get all
+# of its results, so that nothing but the time differs from a single process. Alone, every function here does nothing.
+
+T = TypeVar("T")
+
+
+def connect() -> None:
+    """Joins the processes that torchrun started, if it did, and takes this rank's CUDA device.
+
+    Raises:
+        ValueError: a process group is there, but can't move what lies on the CPU.
+    """
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if world() > 1 and "cpu" not in dist.get_backend_config():
+        raise ValueError('The process group has no CPU backend; use dist.init_process_group("cpu:gloo,cuda:nccl").')
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this process is; rank 0 prints and writes."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors over the ranks, in place, in one go: the same bits on every rank."""
+    if world() > 1:
+        flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+def largest(value: int) -> int:
+    """The maximum over the ranks."""
+    return max(merged({rank(): value}).values())
+
+
+def merged(own: dict[Any, T]) -> dict[Any, T]:
+    """What all ranks have, in one dict."""
+    parts: list[Any] = [own]
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def first(compute: Callable[[], T]) -> T:
+    """What `compute()` gives on rank 0, on all of them; an error there is an error everywhere. For files."""
+    if world() == 1:
+        return compute()
+    result: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            result = [compute(), None]
+        except Exception as error:  # raised below, on every rank
+            result = [None, error]
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]  # type: ignore[no-any-return]
+
+
+def in_rounds(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool, int]]:
+    """Batches shared out in rounds of one for each rank: `(batch, counts, items done in the round)`.
+
+    All ranks run equally often, as sharded weights need it: in a last round that is not full, what does not `count` is
+    done twice.
+    """
+    for start in range(0, len(batches), world()):
+        now = batches[start : start + world()]
+        yield now[min(rank(), len(now) - 1)], rank() < len(now), sum(map(len, now))

@@ -72,7 +72,23 @@ from rrs.evaluate import (
     name_of,
     plot_front,
 )
-from rrs.hooks import Location, LoRA, Prompt, Reader, expert_parameters, linear_paths, locate, seeded
+from rrs.hooks import (
+    Location,
+    LoRA,
+    Prompt,
+    Reader,
+    add_up,
+    connect,
+    expert_parameters,
+    first,
+    largest,
+    linear_paths,
+    locate,
+    merged,
+    rank,
+    seeded,
+    world,
+)
 
 __version__ = "0.1.0"
 __all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
@@ -187,6 +203,9 @@ class RRSConfig:
 
     seed: int = 0
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
+
+    shard: bool = False
+    """Spread the frozen decoder's weights over the processes of torchrun (FSDP2), for bases that fit no single GPU."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "conditions", "target_modules", "betas", "layers"):  # JSON has lists only
@@ -472,11 +491,11 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.files() and not resume:
+        first(partial(self.folder.mkdir, parents=True, exist_ok=True))
+        if (files := first(self.files)) and not resume:
             raise FileExistsError(
-                f"{self.folder} holds checkpoints of a run ({self.files()[-1].name}). Pass resume=True to go on with "
-                "it, or another checkpoint_dir to start a new one."
+                f"{self.folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
+                "another checkpoint_dir to start a new one."
             )
 
     def files(self) -> list[Path]:
@@ -490,6 +509,9 @@ class Checkpoints:
 
     def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         """Writes the state after `step`; the ones before stay as they are until it is safely on disk."""
+        first(lambda: self._save(step, lora, optimizer, record))
+
+    def _save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         tensors = lora.tensors()
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
@@ -507,15 +529,9 @@ class Checkpoints:
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fills in the newest state and returns its record; an empty one if there is none."""
-        if not (files := self.files()):
+        record, tensors, files = first(self._read)
+        if not record:
             return {}
-        try:
-            with safe_open(files[-1], "pt") as file:
-                record = json.loads((file.metadata() or {})["rrs"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
-            raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
         known = record.pop("run")
         if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
             values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
@@ -529,6 +545,18 @@ class Checkpoints:
         lora.load_tensors(tensors)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return record
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor], list[Path]]:
+        """Record and tensors of the newest file, and all files."""
+        if not (files := self.files()):
+            return {}, {}, []
+        try:
+            with safe_open(files[-1], "pt") as file:
+                record = json.loads((file.metadata() or {})["rrs"])
+                return record, {name: file.get_tensor(name) for name in file.keys()}, files  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
+            raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
 
 
 @contextmanager
@@ -583,8 +611,8 @@ THINKERS = {
 class RRS:
     """A model, its processor, and what RRS does to them.
 
-    The model's own weights and modules are never changed, except by `merge`: `fit` and `load` attach a LoRA through
-    hooks, `disable()` takes it off again.
+    The model's own weights and modules are never changed, except by `merge` and where `RRSConfig.shard` spreads them:
+    `fit` and `load` attach a LoRA through hooks, `disable()` takes it off again.
 
     Args:
         model: any LALM (or text LLM) of transformers, loaded with its language-model head.
@@ -594,6 +622,12 @@ class RRS:
         build_inputs: `(text or None, waveform or None) -> model inputs` of one prompt, instead of the chat template;
             waveforms come at the rate of its attribute `rate`, or at 16000 Hz.
         verbose: print progress, resolved values and the preflight.
+        max_cached: bytes of encoded clips to keep in memory (on the model's device); what comes beyond goes to a
+            memory-mapped temporary file.
+
+    Several processes: `torchrun --nproc-per-node N script.py` runs any script data-parallel. Batches are shared out
+    over the ranks, so configuration and result stay those of a single process; all ranks make the same calls, rank 0
+    prints and writes.
     """
 
     def __init__(
@@ -606,12 +640,17 @@ class RRS:
         head: str | None = None,
         build_inputs: Callable[[str | None, Any], dict[str, Any]] | None = None,
         verbose: bool = True,
+        max_cached: int = 4 * 2**30,
     ) -> None:
-        self.model, self.processor, self.config, self.verbose = model, processor, config or RRSConfig(), verbose
+        connect()
+        self.model, self.processor, self.config = model, processor, config or RRSConfig()
+        self.verbose = verbose and rank() == 0
         self.location: Location = locate(model, decoder=decoder, head=head)
         self.render = build_inputs or Renderer(processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.reader = Reader(model, self.location, self.render)
+        self.reader = Reader(model, self.location, self.render, max_cached=max_cached)
+        if self.config.shard:
+            self.reader.shard()
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
         if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
             raise ValueError(
@@ -639,6 +678,7 @@ class RRS:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         verbose: bool = True,
+        max_cached: int = 4 * 2**30,
     ) -> RRS:
         """Load model and processor by name or folder.
 
@@ -648,7 +688,9 @@ class RRS:
             device: default CUDA, else MPS, else CPU.
             dtype: default bfloat16 on CUDA, float32 elsewhere.
             trust_remote_code: run Python code that comes with the checkpoint; off unless you ask for it.
+            verbose, max_cached: see `RRS`.
         """
+        connect()
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else _mps_or_cpu()))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         name = str(name_or_dir)
@@ -667,7 +709,9 @@ class RRS:
         )
         with needed_packages(f"The processor of {name}"):
             processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return cls(model.to(device).eval(), processor, config, verbose=verbose)
+        if not (config and config.shard and world() > 1):  # else it goes to the devices block by block
+            model.to(device)
+        return cls(model.eval(), processor, config, verbose=verbose, max_cached=max_cached)
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
@@ -707,12 +751,16 @@ class RRS:
         if spoken is not None:
             with self.disabled(), self._quiet_model(), self._bar(len(examples), "read clips") as bar:
                 for i, example in enumerate(examples):
+                    # Each rank reads a share, and first of all what decides how this model is read.
+                    own = i % world() == rank() or self.reader.undecided or self.reader.sharded
                     try:
-                        if example.has(spoken):
+                        if own and example.has(spoken):
                             self.read(example, spoken)
                     except DataError as error:
                         bad[i] = str(error) if example.id in str(error) else f"{example.id}: {error}"
                     bar.update()
+            bad = dict(sorted(merged(bad).items()))
+            self.reader.exchange_clips()
         if bad:
             message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
             if on_error == "raise":
@@ -809,15 +857,23 @@ class RRS:
         for prompt in prompts:  # the ids hold template, instruction, and how long the audio is
             key.update(prompt.ids.numpy().tobytes())
         path = Path(folder) / f"extract-{name}-{key.hexdigest()[:16]}.safetensors"
-        try:
-            return load_file(path)["rows"]
-        except FileNotFoundError:
-            pass
-        except (SafetensorError, KeyError, OSError) as error:
-            self._say(f"{path} is damaged ({error}); it is computed again")
-        rows = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, to_safetensors({"rows": rows}))
+
+        def known() -> Tensor | None:
+            try:
+                return load_file(path)["rows"]
+            except FileNotFoundError:
+                return None
+            except (SafetensorError, KeyError, OSError) as error:
+                self._say(f"{path} is damaged ({error}); it is computed again")
+                return None
+
+        def keep(rows: Tensor) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, to_safetensors({"rows": rows}))
+
+        if (rows := first(known)) is None:
+            rows = compute()
+            first(partial(keep, rows))
         return rows
 
     def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
@@ -892,7 +948,10 @@ class RRS:
         }
         paths = linear_paths(self.location, c.target_modules, c.layers)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
-        optimizer = torch.optim.AdamW(lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
+        optimizer = torch.optim.AdamW(
+            lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay,
+            fused=self.reader.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
         batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
         per_epoch = -(-batches // c.accumulate)
         steps = c.epochs * per_epoch
@@ -949,13 +1008,10 @@ class RRS:
                 # ---------------------------------------------------------------------- a single training step
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = c.learning_rate * (1 - step / steps)
-                drawn = seeded(c.seed, "instructions", step)
-                group = []
-                for condition, indices in plan[place * c.accumulate : (place + 1) * c.accumulate]:
-                    # The pool is shuffled per batch, so that the instruction says nothing about the label.
-                    pool = torch.randperm(len(c.prompts), generator=drawn).tolist()
-                    texts = [c.prompts[pool[k % len(pool)]] for k in range(len(indices))]
-                    group.append((condition, [(items[condition][i], t) for i, t in zip(indices, texts, strict=True)]))
+                group = [
+                    (condition, [(items[condition][i], instruction) for i, instruction in batch])
+                    for condition, batch in _draw(c, plan[place * c.accumulate : (place + 1) * c.accumulate], step)
+                ]
                 try:
                     micro, mse, penalty = self._gradients(group, loss, objective, weight, micro, step)
                     norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
@@ -989,13 +1045,16 @@ class RRS:
                 if place == per_epoch - 1:
                     self._check_divergence(history, per_epoch)
                 due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
-                if checkpoints and (due or signals):
+                stop = largest(signals[-1] if signals else 0) if checkpoints else 0  # to one rank is to all
+                if checkpoints and (due or stop):
                     checks = [asdict(check) for check in self.checks]
                     checkpoints.save(
                         step + 1, lora, optimizer, {"history": history, "micro": micro, "preflight": checks}
                     )
-                    if signals:
-                        self._say(f"signal {signals[-1]} in step {step + 1}. {checkpoints.last}; resume=True goes on")
+                    if stop:
+                        self._say(f"signal {stop} in step {step + 1}. {checkpoints.last}; resume=True goes on")
+                        if not signals:
+                            signal.raise_signal(stop)  # noted, like the other ranks' own
                         signal.raise_signal(signals.pop())  # whoever handled it before handles it now
             lora.eval()
         self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
@@ -1017,38 +1076,34 @@ class RRS:
     ) -> tuple[int, float, float]:
         """One step's gradients, at most `micro` prompts at a time, in fewer when memory runs out.
 
+        With several ranks each does its share of the step's prompts, and the gradients are added up.
+
         Args:
             group: the step's batches: condition, and (item, instruction) of each prompt.
             weight: of the penalty.
 
         Returns:
-            `micro` as it now is, and the means of MSE and penalty.
+            `micro` as it now is, the mean of the batches' MSE, and the penalty.
         """
         assert self.lora is not None
+        c = self.config
         while True:
             try:
-                sums = torch.zeros(2)
-                for k, (condition, batch) in enumerate(group):
-                    for start in range(0, len(batch), micro):
-                        part = batch[start : start + micro]
-                        share = len(part) / len(batch) / len(group)
-                        self.lora.key = (self.config.seed, step, k, start)  # of dropout
-                        prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
-                        goals = [item.target for item, _ in part]
-                        if objective:
-                            mse = objective(self.reader, prompts, goals)
-                        else:
-                            mse = self._distance(prompts, goals, loss)
-                        penalty = self.lora.penalty(relative=self.config.penalty_form == "relative")
-                        total = mse + weight * penalty
-                        if not torch.isfinite(total):
-                            names = [item.example.id for item, _ in part]
-                            raise FloatingPointError(f"the loss is {total.item()} on {condition} {names}")
-                        (total * share).backward()
-                        sums += share * torch.stack([mse.detach().cpu(), penalty.detach().cpu()])
-                return micro, *sums.tolist()
+                losses = []
+                passes = _passes(group, micro, rank(), world())
+                if self.reader.sharded:  # all ranks run equally often, if need be for nothing
+                    most = max(len(_passes(group, micro, k, world())) for k in range(world()))
+                    passes += [(*_passes(group, micro, 0, 1)[0][:3], 0.0)] * (most - len(passes))
+                for place, condition, part, share in passes:
+                    self.lora.key = (c.seed, step, *place)  # of dropout
+                    prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
+                    goals = [item.target for item, _ in part]
+                    mse = objective(self.reader, prompts, goals) if objective else self._distance(prompts, goals, loss)
+                    (mse * share).backward()
+                    losses.append(mse.detach().float().to(self.reader.device))  # read below: no waiting for the device
+                break
             except RuntimeError as error:
-                if micro == 1 or not _is_out_of_memory(error):
+                if micro == 1 or self.reader.sharded or not _is_out_of_memory(error):
                     raise
             # Here, not in `except`: the error's traceback holds on to the activations.
             self.lora.zero_grad(set_to_none=True)
@@ -1060,6 +1115,23 @@ class RRS:
                 RRSWarning,
                 stacklevel=3,
             )
+        for p in self.lora.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a rank with nothing to do
+        total = torch.zeros((), device=self.reader.device)
+        for value, (*_, share) in zip(losses, passes, strict=True):
+            total += share * value
+        add_up([total, *(p.grad for p in self.lora.parameters() if p.grad is not None)])
+        square = self.lora.add_penalty_gradient(weight, relative=c.penalty_form == "relative")
+        mean, penalty = torch.stack([total, square.to(total)]).tolist()
+        if not math.isfinite(mean + penalty):
+            at = [
+                f"{condition} {[item.example.id for item, _ in part]}"
+                for value, (_, condition, part, _) in zip(losses, passes, strict=True)
+                if not torch.isfinite(value)
+            ]
+            where = at or (f"a rank other than {rank()}" if world() > 1 else "the weights alone")
+            raise FloatingPointError(f"the loss is {mean}, the penalty {penalty}, on {where}")
+        return micro, mean, penalty
 
     def _distance(self, prompts: Sequence[Prompt], goals: Sequence[Tensor], loss: Loss) -> Tensor:
         """The loss at the prompts' ends, plus that along their answers, a mean over the prompts.
@@ -1148,13 +1220,13 @@ class RRS:
         self._say(f"config: {json.dumps(asdict(self.config))}")
         # What can be wrong is found here, before hours of extraction.
         token = self.token_id(self.config.refusal_token)
-        if self.config.refusal and (first := self._ids(self.config.refusal)[0]) != token:
+        if self.config.refusal and (begins := self._ids(self.config.refusal)[0]) != token:
             raise ValueError(
-                f"refusal={self.config.refusal!r} begins with {self.tokenizer.decode([first])!r}, not with the "
+                f"refusal={self.config.refusal!r} begins with {self.tokenizer.decode([begins])!r}, not with the "
                 f"refusal_token {self.config.refusal_token!r}; change one of them."
             )
         linear_paths(self.location, self.config.target_modules, self.config.layers)
-        started = checkpoint_dir is not None and bool(Checkpoints(checkpoint_dir, {}, resume).files())
+        started = checkpoint_dir is not None and bool(first(Checkpoints(checkpoint_dir, {}, resume).files))
         usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
         harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
         if both := shared(harmful, benign):
@@ -1723,7 +1795,9 @@ class RRS:
         """
         if self.lora is None:
             raise ValueError("There is nothing to save; call fit() first.")
-        directory = Path(directory).resolve()
+        return first(partial(self._save, Path(directory).resolve(), overwrite, self.lora))
+
+    def _save(self, directory: Path, overwrite: bool, lora: LoRA) -> Path:
         if directory.exists() and not directory.is_dir():
             raise FileExistsError(f"{directory} is a file; choose a folder.")
         if held := {path.name for path in directory.iterdir()} if directory.exists() else set():
@@ -1742,10 +1816,10 @@ class RRS:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base or None,
-            "r": self.lora.r,
-            "lora_alpha": self.lora.scale * self.lora.r,
-            "lora_dropout": self.lora.dropout,
-            "target_modules": self.lora.paths,  # whole paths: bare names would match the audio tower as well
+            "r": lora.r,
+            "lora_alpha": lora.scale * lora.r,
+            "lora_dropout": lora.dropout,
+            "target_modules": lora.paths,  # whole paths: bare names would match the audio tower as well
             "bias": "none",
             "inference_mode": True,
         }
@@ -1753,7 +1827,7 @@ class RRS:
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]
         files = {
-            "adapter_model.safetensors": to_safetensors(self.lora.tensors(), {"format": "pt"}),
+            "adapter_model.safetensors": to_safetensors(lora.tensors(), {"format": "pt"}),
             "adapter_config.json": json.dumps(peft, indent=2).encode(),
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": self._card().encode(),
@@ -2006,6 +2080,35 @@ def _epoch(
     return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
 
 
+def _draw(
+    config: RRSConfig, batches: Sequence[tuple[str, list[int]]], step: int
+) -> list[tuple[str, list[tuple[int, str]]]]:
+    """A step's batches of `_epoch`, with an instruction for each index."""
+    out, drawn = [], seeded(config.seed, "instructions", step)
+    for condition, indices in batches:
+        # The pool is shuffled per batch, so that the instruction says nothing about the label.
+        pool = torch.randperm(len(config.prompts), generator=drawn).tolist()
+        out.append((condition, [(i, config.prompts[pool[k % len(pool)]]) for k, i in enumerate(indices)]))
+    return out
+
+
+def _passes(
+    group: Sequence[tuple[str, list[Any]]], micro: int, rank: int, world: int
+) -> list[tuple[tuple[int, int], str, list[Any], float]]:
+    """A rank's share of a step's batches, at most `micro` prompts at a time: (place, condition, prompts, weight).
+
+    A batch's mean counts `1 / len(group)`, however it is cut, and whether or not it is full.
+    """
+    n, before, out = sum(len(batch) for _, batch in group), 0, []
+    for k, (condition, batch) in enumerate(group):
+        own = range(max(n * rank // world - before, 0), min(n * (rank + 1) // world - before, len(batch)))
+        for start in own[::micro]:
+            part = batch[start : min(start + micro, own.stop)]
+            out.append(((k, start), condition, part, len(part) / len(batch) / len(group)))
+        before += len(batch)
+    return out
+
+
 def _describe(targets: Targets | Sequence[tuple[Example, Tensor]]) -> dict[str, dict[str, Any]]:
     if not isinstance(targets, Targets):
         goals = _hash(None, *(goal.detach().float().cpu().numpy().tobytes() for _, goal in targets))
@@ -2022,6 +2125,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     samples = []
     for value in model.parameters():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # spread over ranks
         flat = value.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
         samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import assert_same, rows
@@ -174,6 +176,22 @@ def test_composed_prompts_equal_the_processors(tiny):
             assert torch.equal(composed["inputs_embeds"], fresh["inputs_embeds"])
 
 
+@pytest.mark.parametrize("limit", [0, 3000])
+def test_clips_beyond_the_limit_are_on_disk(tiny, limit):
+    """All or some of them; what comes back is bit for bit what was put there, and the files go with the reader."""
+    free, bounded = RRS(*tiny, verbose=False), RRS(*tiny, verbose=False, max_cached=limit)
+    pairs = [[r.read(e, "audio-text") for e in load_examples(rows("harmful", 6))] for r in (free, bounded)]
+    assert torch.equal(*(r.reader.represent(p) for r, p in zip((free, bounded), pairs, strict=True)))
+    in_memory = [p.rows for p in pairs[1] if not p.rows.untyped_storage().filename]
+    assert sum(rows_.numel() * 4 for rows_ in in_memory) <= limit
+    assert bool(in_memory) is (limit > 0)
+    assert free.reader._folder is None
+    folder = Path(bounded.reader._folder.name)
+    assert list(folder.iterdir())
+    bounded.reader._folder.cleanup()
+    assert not folder.exists()
+
+
 def test_inexact_replay_falls_back_to_the_full_model(tiny):
     """A model whose head sees something else than the decoder's output is noticed, said, and still right."""
 
@@ -224,14 +242,11 @@ def lora_on(model, **kwargs):
 def test_lora_penalty_is_the_dense_one(tiny):
     lora = lora_on(tiny[0])
     dense = sum(((lora.scale * b @ a) ** 2).sum() for a, b in zip(lora.A, lora.B, strict=True))
-    gram = lora.penalty()
-    assert torch.allclose(gram, dense, rtol=1e-5)
-    for x, y in zip(
-        torch.autograd.grad(gram, list(lora.parameters())),
-        torch.autograd.grad(dense, list(lora.parameters())),
-        strict=True,
-    ):
-        assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad(dense, list(lora.parameters()))
+    for times in (1, 2):  # it adds to gradients that are there
+        assert torch.allclose(lora.add_penalty_gradient(0.5), dense, rtol=1e-5)
+        for parameter, gradient in zip(lora.parameters(), wanted, strict=True):
+            assert torch.allclose(parameter.grad, 0.5 * times * gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_detached_is_bit_identical(tiny, snapshot):

@@ -546,7 +546,7 @@ def test_the_relative_penalty_has_no_scale(form, harmful, benign):
     for factor in (1.0, 8.0):  # clipping acts on the gradient's absolute size: off
         config = small(penalty_form=form, penalty=30.0 if form == "relative" else 0.05, max_grad_norm=1e9, epochs=4)
         r = RRS(*louder(factor), config, verbose=False).fit(harmful, benign, preflight=0)
-        change.append(r.lora.penalty(relative=True).item())
+        change.append(r.lora.add_penalty_gradient(0.0, relative=True).item())
     assert (change[1] == pytest.approx(change[0], rel=0.02)) == (form == "relative")
 
 
@@ -554,7 +554,7 @@ def test_the_relative_penalty_by_hand(fitted):
     dense = [fitted.lora.scale * (b @ a) for a, b in zip(fitted.lora.A, fitted.lora.B, strict=True)]
     weights = [fitted.model.get_submodule(path).weight for path in fitted.lora.paths]
     share = sum(w.square().sum() for w in dense) / sum(w.square().sum() for w in weights)
-    assert fitted.lora.penalty(relative=True).item() == pytest.approx(share.item(), rel=1e-4)
+    assert fitted.lora.add_penalty_gradient(0.0, relative=True).item() == pytest.approx(share.item(), rel=1e-4)
 
 
 def test_the_relative_penalty_transfers_between_sizes():
@@ -568,7 +568,7 @@ def test_the_relative_penalty_transfers_between_sizes():
             config = RRSConfig(**one, **sizes, penalty=penalty, penalty_form=form)
             r = RRS(*tiny_qwen2_audio(0, hidden, layers), config, verbose=False)
             r.train(r.make_targets(r.extract(rows("harmful", 8), rows("benign", 8))))
-            moved.append(r.lora.penalty(relative=True).sqrt().item())
+            moved.append(r.lora.add_penalty_gradient(0.0, relative=True).sqrt().item())
         ratios[form] = moved[0] / moved[1]
     assert 1 / 1.7 < ratios["relative"] < 1.7
     assert ratios["sum"] > 1.3 * ratios["relative"], ratios
