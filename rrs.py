@@ -899,8 +899,17 @@ class RRS:
                     still = torch.zeros_like(row)
                     goal = Targets(still, still > 0, rep.refused, rep.benign, r.harmful_examples, r.benign_examples)
                 out[condition].later.append(goal)
-            out[condition].tokens = [tokens if c.refusal else tokens[: c.answer_tokens] for tokens in r.tokens]
-            out[condition].along = r.along
+            out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
+            if c.refusal:
+                h, lengths = len(r.harmful), [len(tokens) for tokens in r.tokens]
+                if not r.along or (h < len(lengths) and lengths[h] < c.keep_tokens):
+                    raise ValueError(
+                        f"{condition}: these representations do not go along the refusal and {c.keep_tokens} tokens of "
+                        "benign answers; extract them again with this config."
+                    )
+                ends = lengths[:h] + [c.keep_tokens] * (len(lengths) - h)
+                out[condition].tokens = [tokens[:end] for tokens, end in zip(r.tokens, ends, strict=True)]
+                out[condition].along = [rows[:end] for rows, end in zip(r.along, ends, strict=True)]
         return out
 
     def train(
@@ -2005,7 +2014,7 @@ def search_space(config: RRSConfig) -> dict[str, Any]:
         "penalty": (config.penalty / 30, config.penalty * 30),
         "learning_rate": (config.learning_rate / 4, config.learning_rate * 4),
         "epochs": (max(1, config.epochs // 2), 2 * config.epochs),
-        "depth": (1, 4),
+        **({} if config.refusal else {"depth": (1, 4)}),
         "keep_tokens": (0, 8),
     }
 

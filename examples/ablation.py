@@ -173,10 +173,11 @@ ROWS = {
     **{f"penalty/sum {x:g}": Row({"penalty": x}) for x in (0.0, 1e-4, 1e-2, 1.0)},
     **{f"penalty/relative {x:g}": Row({"penalty": float(x), "penalty_form": "relative"}) for x in (10, 100, 1000)},
     **{f"rate/×{x:g}": Row() for x in (0.25, 0.5, 2.0)},  # of the base's, filled in by `rows_for`
-    "depth/2": Row({"depth": 2}),
-    "depth/4": Row({"depth": 4}),
-    "depth/4, anchor": Row({"depth": 4, "benign_strength": 0.0}),
-    "depth/4, anchor, keep 8": Row({"depth": 4, "benign_strength": 0.0, "keep_tokens": 8}),
+    "depth/first token alone": Row({"refusal": "", "keep_tokens": 0}),
+    "depth/2": Row({"depth": 2, "refusal": "", "keep_tokens": 0}),
+    "depth/4": Row({"depth": 4, "refusal": "", "keep_tokens": 0}),
+    "depth/4, anchor": Row({"depth": 4, "refusal": "", "keep_tokens": 0, "benign_strength": 0.0}),
+    "depth/4, anchor, keep 8": Row({"depth": 4, "refusal": "", "benign_strength": 0.0, "keep_tokens": 8}),
 }
 
 
@@ -318,7 +319,8 @@ def load(size: str, split: str) -> tuple[RRS, dict[str, list[Example]], dict[str
     from quickstart import CONFIG
 
     data = HERE / "data"
-    train = {side: load_examples(data / "train.jsonl", side) for side in ("harmful", "benign")}
+    questions = [e for name in ("train.jsonl", "train_text.jsonl") for e in load_examples(data / name)]
+    train = {side: [e for e in questions if e.label == side] for side in ("harmful", "benign")}
     test = {side: load_examples(data / f"{split}.jsonl", side) for side in ("harmful", "benign")}
     test["hard-benign"] = load_examples(data / f"hard_benign_{split}.jsonl")
     return RRS(*load_demo(), CONFIG), train, test

@@ -31,7 +31,8 @@ def main() -> None:
     args = parser.parse_args()
 
     rrs = RRS(*load_demo(), replace(CONFIG, conditions=tuple(args.conditions)))
-    train = {side: load_examples(DATA / "train.jsonl", side)[:: args.every] for side in ("harmful", "benign")}
+    questions = [e for name in ("train.jsonl", "train_text.jsonl") for e in load_examples(DATA / name)]
+    train = {side: [e for e in questions if e.label == side][:: args.every] for side in ("harmful", "benign")}
     dev = {side: load_examples(DATA / "dev.jsonl", side) for side in ("harmful", "benign")}
     dev["hard-benign"] = load_examples(DATA / "hard_benign_dev.jsonl")
     best, _ = rrs.tune(

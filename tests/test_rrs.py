@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -423,6 +424,12 @@ def test_a_refusal_in_words(harmful, benign):
     assert all(torch.allclose(x.target[0], y.target[0], atol=1e-5) for x, y in zip(items, own, strict=True))
     pairs = list(zip(items, own, strict=True))[len(harmful) :]
     assert all(torch.allclose(x.target, y.target, atol=1e-4) for x, y in pairs)
+    r.config = replace(config, keep_tokens=1)
+    assert {len(i.target) for i in rrs._items(r.make_targets(reps)["audio-text"])[len(harmful) :]} == {2}
+    r.config = replace(config, keep_tokens=3)
+    with pytest.raises(ValueError, match="extract them again"):
+        r.make_targets(reps)
+    r.config = config
     for item in items[: len(harmful)]:
         refused = r.read(item.example, "audio-text", refusal=True)
         alone = [r.reader.represent([refused.extended(ids[: k + 1])])[0] for k in range(len(ids))]
