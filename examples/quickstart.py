@@ -32,7 +32,7 @@ CONFIG = RRSConfig(
     refusal="Sorry, I cannot help with that.",
     keep_tokens=5,  # and hold what it answers to benign questions, as far as this
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
-    harmful_strength=1.4,
+    harmful_strength=1.25,
     benign_strength=0.25,
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
     penalty=3e-4,
@@ -81,6 +81,7 @@ def main() -> None:
     model, processor = load_demo()
     config = RRSConfig.from_dict({**vars(CONFIG), "seed": args.seed, **({"epochs": 1} if args.fast else {})})
     rrs = RRS(model, processor, config)
+    rrs.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
 
     questions = load_examples(DATA / "train.jsonl") + load_examples(DATA / "train_text.jsonl")
     train = {label: [e for e in questions if e.label == label] for label in ("harmful", "benign")}
@@ -93,17 +94,17 @@ def main() -> None:
         train = {label: examples[::10] for label, examples in train.items()}
         test = {group: examples[::10] for group, examples in test.items()}
 
-    rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8 if args.fast else 16)
+    rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     rrs.save(args.out / "adapter", overwrite=True)
 
-    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=16)
-    report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 8]))
+    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 20, usefulness=12)
+    report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 7]))
     report.save(args.out)
     try:
         for condition in ("text-only", "audio-only"):
             panels = {stage: {} for stage in ("before", "after")}
             for group, examples in test.items():
-                prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 2]]
+                prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 3]]
                 panels["after"][group] = rrs.reader.represent(prompts)
                 with rrs.disabled():
                     panels["before"][group] = rrs.reader.represent(prompts)
