@@ -314,12 +314,12 @@ class Representations:
     """R_h+ `[harmful, hidden]`: harmful with the refusal prompt appended."""
     benign_examples: list[Example]
     harmful_examples: list[Example]
-    along: list[Tensor] = field(default_factory=list)
-    """With `config.refusal`: of each input, R_h+ or R_b after each of its `tokens` `[tokens, hidden]`."""
     later: list[Representations] = field(default_factory=list)
     """The same after each of the `tokens`; empty one token deep."""
     tokens: list[tuple[int, ...]] = field(default_factory=list)
     """How harmful inputs are refused, then how benign ones are answered: the first `config.answer_tokens` tokens."""
+    along: list[Tensor] = field(default_factory=list)
+    """With `config.refusal`: of each input, R_h+ or R_b after each of its `tokens` `[tokens, hidden]`."""
 
     @property
     def delta(self) -> Tensor:
@@ -341,12 +341,12 @@ class Targets:
     """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
-    along: list[Tensor] = field(default_factory=list)
-    """With `config.refusal`: of each input, the targets after its `tokens` `[tokens, hidden]`."""
     later: list[Targets] = field(default_factory=list)
     """The same after each of the `tokens`; empty one token deep."""
     tokens: list[tuple[int, ...]] = field(default_factory=list)
     """The answers' first tokens, of harmful inputs, then of benign ones; see `Representations.tokens`."""
+    along: list[Tensor] = field(default_factory=list)
+    """With `config.refusal`: of each input, the targets after its `tokens` `[tokens, hidden]`."""
 
 
 def make_targets(

@@ -18,6 +18,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,10 +60,11 @@ def of_its_own(rrs: RRS, reps: Mapping[str, Representations], row: Row, key: Cal
 
 def subset(rep: Representations, h: list[int], b: list[int]) -> Representations:
     """The representations of some harmful and some benign examples."""
-    tokens = [rep.tokens[i] for i in (*h, *(len(rep.harmful) + i for i in b))] if rep.tokens else []
+    order = [*h, *(len(rep.harmful) + i for i in b)]
+    tokens, along = ([rows[i] for i in order] if rows else [] for rows in (rep.tokens, rep.along))
     examples = [rep.benign_examples[i] for i in b], [rep.harmful_examples[i] for i in h]
     later = [subset(x, h, b) for x in rep.later]
-    return Representations(rep.benign[b], rep.harmful[h], rep.refused[h], *examples, later, tokens)
+    return Representations(rep.benign[b], rep.harmful[h], rep.refused[h], *examples, later, tokens, along)
 
 
 def pair(example: Example) -> tuple[str, ...]:
@@ -275,6 +277,7 @@ def measure(
     return {
         "refused": {group: rates(report, group, report.counted(group)) for group in test},
         "degenerate": rates(report, "", ("degenerate",)),
+        "moved": math.sqrt(rrs.lora.add_penalty_gradient(0.0, relative=True)) if rrs.lora else 0.0,
         "prefilled": {group: rates(forced, group, forced.counted(group)) for group in harmful},
         "kl": sum(kl) / len(kl) if kl else None,
         "counts": {group: Rate.of(1 for a in report.answers if a.group == group).n // 2 for group in test},

@@ -43,8 +43,8 @@ def test_demo_reads_text_like_its_language_model(demo):
     """As text, the demo is SmolLM2: a spoken and a written refusal mean the same model refused."""
     model, processor = demo
     rrs = RRS(model, processor, verbose=False)
-    answer = rrs.generate([{"text": "What is the capital of France?"}], "text-only", max_new_tokens=12)[0]
-    assert "Paris" in answer
+    answer = rrs.generate([{"text": "What is the tallest mountain in the world?"}], "text-only", max_new_tokens=12)[0]
+    assert "Everest" in answer
     prompt = processor.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert "<|im_start|>user\nHi<|im_end|>" in prompt
     assert "AUDIO" not in prompt
