@@ -32,7 +32,7 @@ CONFIG = RRSConfig(
     refusal="Sorry, I cannot help with that.",
     keep_tokens=5,  # and hold what it answers to benign questions, as far as this
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
-    harmful_strength=1.25,
+    harmful_strength=1.4,
     benign_strength=0.25,
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
     penalty=3e-4,
@@ -97,7 +97,7 @@ def main() -> None:
     rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     rrs.save(args.out / "adapter", overwrite=True)
 
-    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 20, usefulness=12)
+    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
     report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 7]))
     report.save(args.out)
     try:

@@ -19,7 +19,8 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(*command: str, timeout: int = 900) -> str:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # tests run on all cores at once
     done = subprocess.run(
         [sys.executable, *command], cwd=EXAMPLES, env=env, capture_output=True, text=True, timeout=timeout
     )
