@@ -319,14 +319,9 @@ def load(size: str, split: str) -> tuple[RRS, dict[str, list[Example]], dict[str
         train, test = ({side: load_examples(rows(side, 6, seed)) for side in sides} for seed in (0, 100))
         return RRS(*tiny_qwen2_audio(), config), train, test
     from demo_lalm import load_demo
-    from quickstart import CONFIG
+    from quickstart import CONFIG, evaluation_questions, training_questions
 
-    data = HERE / "data"
-    questions = [e for name in ("train.jsonl", "train_text.jsonl") for e in load_examples(data / name)]
-    train = {side: [e for e in questions if e.label == side] for side in ("harmful", "benign")}
-    test = {side: load_examples(data / f"{split}.jsonl", side) for side in ("harmful", "benign")}
-    test["hard-benign"] = load_examples(data / f"hard_benign_{split}.jsonl")
-    return RRS(*load_demo(), CONFIG), train, test
+    return RRS(*load_demo(), CONFIG), training_questions(), evaluation_questions(split)
 
 
 def main() -> None:

@@ -188,8 +188,9 @@ def main() -> None:
         paths = dict(pair.split("=", 1) for pair in args.test)
         test = {group: load_examples(path) for group, path in paths.items()}
     else:
-        test = {side: load_examples(DATA / "test.jsonl", side) for side in ("harmful", "benign")}
-        test["hard-benign"] = load_examples(DATA / "hard_benign_test.jsonl")
+        from quickstart import evaluation_questions
+
+        test = evaluation_questions()
     if args.fast:
         rrs.config = replace(rrs.config, epochs=1)
         train, test = ({k: v[::10] for k, v in groups.items()} for groups in (train, test))

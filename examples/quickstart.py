@@ -45,15 +45,32 @@ CONFIG = RRSConfig(
 )
 
 
-def word_error_rate(reference: str, heard: str) -> float:
-    """Edits per word of the reference; case and punctuation do not count."""
-    a, b = ("".join(c for c in s.lower() if c.isalnum() or c == " ").split() for s in (reference, heard))
+def training_questions() -> dict[str, list[Example]]:
+    """The demo's questions to train on, spoken and as text, by label."""
+    questions = load_examples(DATA / "train.jsonl") + load_examples(DATA / "train_text.jsonl")
+    return {label: [e for e in questions if e.label == label] for label in ("harmful", "benign")}
+
+
+def evaluation_questions(split: str = "test") -> dict[str, list[Example]]:
+    """The demo's questions to measure on, by group; split: "dev" or "test"."""
+    groups = {label: load_examples(DATA / f"{split}.jsonl", label) for label in ("harmful", "benign")}
+    return {**groups, "hard-benign": load_examples(DATA / f"hard_benign_{split}.jsonl")}
+
+
+def word_edits(a: list[str], b: list[str]) -> int:
+    """Levenshtein distance in words."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1] / max(1, len(a))
+    return row[-1]
+
+
+def word_error_rate(reference: str, heard: str) -> float:
+    """Edits per word of the reference; case and punctuation do not count."""
+    a, b = ("".join(c for c in s.lower() if c.isalnum() or c == " ").split() for s in (reference, heard))
+    return word_edits(a, b) / max(1, len(a))
 
 
 def what_it_hears(rrs: RRS, examples: list[Example]) -> str:
@@ -83,13 +100,7 @@ def main() -> None:
     rrs = RRS(model, processor, config)
     rrs.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
 
-    questions = load_examples(DATA / "train.jsonl") + load_examples(DATA / "train_text.jsonl")
-    train = {label: [e for e in questions if e.label == label] for label in ("harmful", "benign")}
-    test = {
-        "harmful": load_examples(DATA / "test.jsonl", "harmful"),
-        "benign": load_examples(DATA / "test.jsonl", "benign"),
-        "hard-benign": load_examples(DATA / "hard_benign_test.jsonl"),
-    }
+    train, test = training_questions(), evaluation_questions()
     if args.fast:
         train = {label: examples[::10] for label, examples in train.items()}
         test = {group: examples[::10] for group, examples in test.items()}

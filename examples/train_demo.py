@@ -51,6 +51,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # without installation: the checkout itself
+from quickstart import word_edits
+
 from rrs.hooks import LoRA
 
 RATE = 16000
@@ -399,12 +401,7 @@ def excluded_texts() -> set[str]:
 def word_errors(reference: str, heard: str) -> tuple[int, int]:
     """Levenshtein distance in words, and the number of words of the reference."""
     a, b = norm(reference).split(), norm(heard).split()
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1], len(a)
+    return word_edits(a, b), len(a)
 
 
 @torch.inference_mode()

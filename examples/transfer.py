@@ -220,8 +220,9 @@ def main() -> None:
     if args.test:
         test = {group: load_examples(path) for group, path in (pair.split("=", 1) for pair in args.test)}
     else:
-        test = {side: load_examples(DATA / f"{args.split}.jsonl", side) for side in ("harmful", "benign")}
-        test["hard-benign"] = load_examples(DATA / f"hard_benign_{args.split}.jsonl")
+        from quickstart import evaluation_questions
+
+        test = evaluation_questions(args.split)
     test = {group: examples[:: args.every] for group, examples in test.items()}
     speech = Example("harmless", audio=args.harmless).clip[1](RATE)
     transfer(

@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from demo_lalm import load_demo
-from quickstart import CONFIG, DATA
+from quickstart import CONFIG, evaluation_questions, training_questions
 
-from rrs import RRS, load_examples
+from rrs import RRS
 
 
 def main() -> None:
@@ -31,13 +31,10 @@ def main() -> None:
     args = parser.parse_args()
 
     rrs = RRS(*load_demo(), replace(CONFIG, conditions=tuple(args.conditions)))
-    questions = [e for name in ("train.jsonl", "train_text.jsonl") for e in load_examples(DATA / name)]
-    train = {side: [e for e in questions if e.label == side][:: args.every] for side in ("harmful", "benign")}
-    dev = {side: load_examples(DATA / "dev.jsonl", side) for side in ("harmful", "benign")}
-    dev["hard-benign"] = load_examples(DATA / "hard_benign_dev.jsonl")
+    train = {side: examples[:: args.every] for side, examples in training_questions().items()}
     best, _ = rrs.tune(
         **train,
-        dev=dev,
+        dev=evaluation_questions("dev"),
         budget=args.budget,
         trials=args.trials,
         minutes=args.minutes,
