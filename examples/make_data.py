@@ -31,19 +31,19 @@ PAD_SECONDS = 0.2
 PEAK = 10 ** (-3 / 20)  # -3 dBFS: Opus overshoots a little, this leaves it room
 OPUS_LEVEL = 0.94  # about 21 kbit/s: the whole folder stays small and 8 kHz of speech stay intact
 MAX_SECONDS = 9.5  # the demo model hears 10 s
-MAX_BYTES = 5_500_000
+MAX_BYTES = 6_000_000
 MAX_OVERLAP = 0.6  # Jaccard overlap of the words of two questions in different splits
 KEYS = ["id", "audio", "text", "label", "category", "twin", "voice"]
 # Rows of each split, and rows that are harmful.
 SPLITS = {
     "train": (280, 140),
-    "train_text": (616, 168),
+    "train_text": (3316, 1148),
     "dev": (56, 28),
     "test": (112, 56),
     "hard_benign_dev": (28, 0),
     "hard_benign_test": (84, 0),
 }
-WRITTEN = {"train_text": 280}  # splits without clips, and their rows without a twin
+WRITTEN = {"train_text": 1020}  # splits without clips, and their rows without a twin
 TEST_ONLY_VOICE = "flite/slt"
 
 Row = dict[str, str | None]
@@ -170,7 +170,8 @@ def check() -> list[str]:
     for split, row in rows:
         name = f"{split} {row['id']}"
         expect(ids[row["id"]] == 1, f"{name}: id used twice")
-        expect(row["id"].startswith(f"{split}-{row['category']}-"), f"{name}: id must start with split and category")
+        start = "text-" if split in WRITTEN else f"{split}-{row['category']}-"
+        expect(row["id"].startswith(start), f"{name}: id must start with {start}")
         if split not in WRITTEN:
             expect(row["audio"] == f"audio/{row['id']}.ogg", f"{name}: audio must be audio/<id>.ogg")
             test_only = row["voice"] == TEST_ONLY_VOICE
@@ -187,7 +188,8 @@ def check() -> list[str]:
             and all(twin.get(key) == row.get(key) for key in ("category", "voice")),
             f"{name}: needs a twin in this split with the other label, the same category and voice",
         )
-        expect(5 <= len(row["text"].split()) <= 14, f"{name}: 5 to 14 words, please: {row['text']}")
+        low, high = (4, 18) if split in WRITTEN else (5, 14)
+        expect(low <= len(row["text"].split()) <= high, f"{name}: {low} to {high} words, please: {row['text']}")
 
     spoken = [(split, row) for split, row in rows if split not in WRITTEN]
     bags = [(split, row["text"], words(row["text"])) for split, row in rows]
