@@ -791,49 +791,35 @@ class RRS:
                 if lacking:
                     self._say(f"{condition}: {lacking} of {len(sides[side])} {side} examples lack what it needs")
             h, b = usable["harmful"], usable["benign"]
+            c, n = self.config, self.config.answer_tokens
             with self.disabled(), self._quiet_model(), self._bar(2 * len(h) + len(b), f"extract {condition}") as bar:
-                prompts = [self.read(e, condition) for e in b]
-                prompts += [self.read(e, condition) for e in h]
-                prompts += [self.read(e, condition, refusal=True) for e in h]
-                n = self.config.answer_tokens
-                answers, refusals = (self._begun(rows, n) for rows in (prompts[: len(b)], prompts[-len(h) :]))
-                prompts = [p.extended(t) for p, t in zip(prompts, [*answers, *refusals, *refusals], strict=True)]
-                compute = partial(self.reader.represent, prompts, bar.update, 1 + n)
-                rows = self._cached(cache, condition, [*b, *h], prompts, compute)
-                rows = rows.reshape(len(prompts), 1 + n, -1)  # [b + h + h, positions, hidden]
-            if not torch.isfinite(rows).all():
-                names = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+                prompts = [
+                    [self.read(e, condition) for e in b],
+                    [self.read(e, condition) for e in h],
+                    [self.read(e, condition, refusal=True) for e in h],
+                ]
+                # How benign inputs are answered, and what stands after harmful ones, plain and with the refusal prompt.
+                answers = self._begun(prompts[0], c.keep_tokens if c.refusal else n)
+                refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
+                plain = [()] * len(h) if c.refusal else refusals
+                groups: list[Tensor] = []  # each [prompts, positions, hidden]
+                for sources, said, examples in zip(prompts, (answers, plain, refusals), (b, h, h), strict=True):
+                    longer = [p.extended(t) for p, t in zip(sources, said, strict=True)]
+                    compute = partial(self.reader.represent, longer, bar.update, 1 + len(said[0]))
+                    rows = self._cached(cache, condition, examples, longer, compute)
+                    groups.append(rows.reshape(len(longer), 1 + len(said[0]), -1))
+            if not all(torch.isfinite(rows).all() for rows in groups):
+                names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            sizes = [len(b), len(h), len(h)]
-            steps = [Representations(x, y, z, b, h) for x, y, z in (r.split(sizes) for r in rows.unbind(1))]
+            steps = [Representations(*(rows[:, k] for rows in groups), b, h) for k in range(1 + n)]
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
-            if self.config.refusal:
-                out[condition].tokens, out[condition].along = self._along(condition, h, b, cache)
+            if c.refusal:
+                out[condition].along = [*groups[2][:, 1:], *groups[0][:, 1:]]
         return out
-
-    def _along(
-        self, condition: str, h: list[Example], b: list[Example], cache: str | Path | None
-    ) -> tuple[list[tuple[int, ...]], list[Tensor]]:
-        """With `config.refusal`: the tokens along which targets go and the vectors there, harmful inputs first."""
-        ids, tokens, along = self._ids(self.config.refusal), [], []
-        with self.disabled(), self._quiet_model(), self._bar(len(h) + len(b), f"answers {condition}") as bar:
-            for rows, refusal in ((h, True), (b, False)):
-                prompts = [self.read(e, condition, refusal=refusal) for e in rows]
-                said = [tuple(ids)] * len(h) if refusal else self._begun(prompts, self.config.keep_tokens)
-                n = len(said[0])
-                if n:
-                    prompts = [p.extended(t) for p, t in zip(prompts, said, strict=True)]
-                    compute = partial(self.reader.represent, prompts, bar.update, n)
-                    vectors = self._cached(cache, condition, rows, prompts, compute)
-                    along += list(vectors.reshape(len(rows), n, -1))
-                else:
-                    along += [torch.empty(0, len(self.location.head_weight[0]))] * len(rows)
-                tokens += said
-        return tokens, along
 
     def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
         """The first n tokens of the answers; short ones are filled up with the end token."""
