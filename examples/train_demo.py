@@ -41,7 +41,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from demo_lalm import WEIGHTS, DemoLALM, Listener, load_demo
+from demo_lalm import CACHE, WEIGHTS, DemoLALM, Listener, load_demo
 from make_data import speak_flite, speak_hibari
 from safetensors.torch import load_file, save_file
 from scipy.signal import resample_poly
@@ -554,14 +554,14 @@ class Student(nn.Module):
                 seen[b, at : at + n, past + at : past + at + n] = torch.ones(n, n).tril().bool()
                 wanted.append((b, at + len(prompt) - 1, len(answer)))
                 at += n
-        first = self.lm[0](input_ids=torch.tensor([self.before]), use_cache=True).past_key_values
+        first = getattr(self.lm[0](input_ids=torch.tensor([self.before]), use_cache=True), CACHE)
         cache = DynamicCache()
         for i, layer in enumerate(first.layers):
             cache.update(*(part.expand(size, -1, -1, -1) for part in (layer.keys, layer.values)), i)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
         embedded = torch.cat([torch.stack(heard), self.table[ids]], 1)
         hidden = self.lm[0](
-            inputs_embeds=embedded, attention_mask=mask, position_ids=position, past_key_values=cache
+            inputs_embeds=embedded, attention_mask=mask, position_ids=position, **{CACHE: cache}
         ).last_hidden_state
         return [self.head[0](hidden[b, start : start + n]) for b, start, n in wanted]
 
