@@ -1136,9 +1136,15 @@ class RRS:
             goals: `[1 + answer tokens, hidden]` each.
         """
         total: Any = 0
-        for positions in sorted({len(goal) for goal in goals}):
-            rows = [i for i, goal in enumerate(goals) if len(goal) == positions]
-            h = self.reader.last_hidden([prompts[i] for i in rows], positions).float()  # [rows, positions, hidden]
+        by_length = {n: [i for i, goal in enumerate(goals) if len(goal) == n] for n in sorted({*map(len, goals)})}
+        ends: Tensor | None = None
+        if max(by_length) <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
+            ends = self.reader.last_hidden(prompts, max(by_length))  # [prompts, most positions, hidden]
+        for positions, rows in by_length.items():
+            if ends is not None:
+                h = ends[rows, -positions:].float()  # [rows, positions, hidden]
+            else:
+                h = self.reader.last_hidden([prompts[i] for i in rows], positions).float()
             goal = torch.stack([goals[i] for i in rows]).to(h)  # [rows, positions, hidden]
             mse = loss(h[:, 0], goal[:, 0])
             if positions > 1:  # together they weigh as much as the first
