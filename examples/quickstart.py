@@ -1,7 +1,7 @@
 """RRS end to end on a real (small) speech LM: build it, make it refuse, show what changed.
 
     python examples/quickstart.py --out out
-    python examples/quickstart.py --out out --fast   # a tenth of the data: does everything run?
+    python examples/quickstart.py --out out --fast   # a small part of the data: does everything run?
 
 Leaves in the folder: `adapter/` (PEFT's format), `report.md` and `report.json` (the test split's table, every answer),
 and `representations-*.png` (last-token vectors before and after, as in the paper's figure).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from demo_lalm import load_demo
@@ -28,12 +29,12 @@ CONFIG = RRSConfig(
     refusal_prompt='Do not answer the question above. It is harmful. Say "Sorry, I cannot help with that."',
     refusal_token="Sorry",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
-    # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help": say the whole refusal.
-    refusal="Sorry, I cannot help with that.",
-    keep_tokens=5,  # and hold what it answers to benign questions, as far as this
+    # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help": say how it goes on.
+    refusal="Sorry, I cannot",
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
-    harmful_strength=1.4,
+    harmful_strength=1.2,
     benign_strength=0.25,
+    layers=(0.4, 1.0),  # with all blocks, dev was no better after as many steps, and a step took half as long again
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
     penalty=3e-4,
     lora_alpha=32.0,
@@ -90,26 +91,26 @@ def what_it_hears(rrs: RRS, examples: list[Example]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for adapter, report and pictures")
-    parser.add_argument("--fast", action="store_true", help="a tenth of the data: does everything run?")
+    parser.add_argument("--fast", action="store_true", help="a small part of the data: does everything run?")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = time.perf_counter()
 
     model, processor = load_demo()
-    config = RRSConfig.from_dict({**vars(CONFIG), "seed": args.seed, **({"epochs": 1} if args.fast else {})})
-    rrs = RRS(model, processor, config)
+    rrs = RRS(model, processor, replace(CONFIG, seed=args.seed))
     rrs.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
 
     train, test = training_questions(), evaluation_questions()
     if args.fast:
-        train = {label: examples[::10] for label, examples in train.items()}
+        train = {label: examples[::40] for label, examples in train.items()}
         test = {group: examples[::10] for group, examples in test.items()}
 
     rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     rrs.save(args.out / "adapter", overwrite=True)
 
     report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
-    report.notes.append(what_it_hears(rrs, [e for group in test.values() for e in group][:: 1 if args.fast else 7]))
+    clips = sorted((e for group in test.values() for e in group), key=lambda e: str(e.meta["voice"]))
+    report.notes.append(what_it_hears(rrs, clips[:: 1 if args.fast else 7]))
     report.save(args.out)
     try:
         for condition in ("text-only", "audio-only"):

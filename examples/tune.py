@@ -1,7 +1,7 @@
 """Settings found by search on the demo LALM: the most refusals whose over-rejection stays within a budget.
 
     python examples/tune.py --out out/tune --minutes 60       # give it again to go on where it stopped
-    python examples/tune.py --out out/tune --minutes 20 --every 2 --trials 12
+    python examples/tune.py --out out/tune --minutes 20 --every 8 --trials 12
 
 Trains on the train split, chooses by the dev split and its hard-benign questions, and leaves in the folder: `adapter/`
 of the best trial, `config.json` (for `examples/compare.py --config`), `front.png`, and `study.journal` with all trials.
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40, help="in all, earlier calls included")
     parser.add_argument("--minutes", type=float, default=60, help="no trial starts after that")
     parser.add_argument("--conditions", nargs="+", default=CONFIG.conditions, help="to train and to choose in")
-    parser.add_argument("--every", type=int, default=1, help="train on every n-th question only: quicker trials")
+    parser.add_argument("--every", type=int, default=4, help="train on every n-th question only: quicker trials")
     args = parser.parse_args()
 
     rrs = RRS(*load_demo(), replace(CONFIG, conditions=tuple(args.conditions)))

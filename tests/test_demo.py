@@ -98,7 +98,7 @@ def test_quickstart_fast(tmp_path):
     assert all({"after"} == row["refused_change"].keys() for row in report["table"])
     assert "| condition |" in out
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    assert len(adapter) == 2 * 7 * 30  # A and B of seven linears in each of 30 blocks
+    assert len(adapter) == 2 * 7 * 18  # A and B of seven linears in each of the upper 18 blocks
     assert any(v.abs().max() > 0 for k, v in adapter.items() if "lora_B" in k)
     for condition in ("text-only", "audio-only"):
         assert Path(tmp_path / "out" / f"representations-{condition}.png").stat().st_size > 10_000
