@@ -442,6 +442,22 @@ def test_a_refusal_in_words(harmful, benign):
     assert F.mse_loss(r.reader.represent(prompts, last=len(ids)), goal) < 0.7 * before
 
 
+@pytest.mark.parametrize("most", [5, 400], ids=["one pass", "a prompt is shorter than that"])
+def test_the_loss_of_prompts_with_different_numbers_of_targets(tiny, harmful, most):
+    """Together, each counts as it does alone, at its own positions."""
+    r = RRS(*tiny, small(), verbose=False)
+    examples, lengths = load_examples(harmful)[:3], [1, 3, most]
+    prompts = [r.read(e, "text-only").extended(range(n - 1)) for e, n in zip(examples, lengths, strict=True)]
+    goals = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in lengths]
+    assert (most > len(prompts[0])) == (most == 400)
+    alone = []
+    for prompt, goal in zip(prompts, goals, strict=True):
+        h = r.reader.represent([prompt], last=len(goal))[0]
+        alone.append(F.mse_loss(h[0], goal[0]) + (F.mse_loss(h[1:], goal[1:]) if len(goal) > 1 else 0))
+    with torch.no_grad():
+        assert torch.allclose(r._distance(prompts, goals, F.mse_loss), torch.stack(alone).mean(), atol=1e-5)
+
+
 def test_a_refusal_begins_with_the_refusal_token(tiny, harmful, benign):
     with pytest.raises(ValueError, match=r"begins with 'N', not with the refusal_token 'I'"):
         RRS(*tiny, small(refusal="No."), verbose=False).fit(harmful, benign)
