@@ -814,7 +814,8 @@ class RRS:
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            steps = [Representations(*(rows[:, k] for rows in groups), b, h) for k in range(1 + n)]
+            at = zip(*(rows.unbind(1) for rows in groups), strict=False)  # all three go 1 + n positions
+            steps = [Representations(x, y, z, b, h) for x, y, z in at]
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
             if c.refusal:
