@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -802,13 +803,16 @@ class RRS:
                 answers = self._begun(prompts[0], c.keep_tokens if c.refusal else n)
                 refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
                 plain = [()] * len(h) if c.refusal else refusals
-                groups: list[Tensor] = []  # each [prompts, positions, hidden]
-                for sources, said, examples in zip(prompts, (answers, plain, refusals), (b, h, h), strict=True):
-                    longer = [p.extended(t) for p, t in zip(sources, said, strict=True)]
-                    compute = partial(self.reader.represent, longer, bar.update, 1 + len(said[0]))
-                    rows = self._cached(cache, condition, examples, longer, compute)
-                    groups.append(rows.reshape(len(longer), 1 + len(said[0]), -1))
-            if not all(torch.isfinite(rows).all() for rows in groups):
+                parts = [
+                    ([p.extended(t) for p, t in zip(rows, said, strict=True)], 1 + len(said[0]))
+                    for rows, said in zip(prompts, (answers, plain, refusals), strict=True)
+                ]
+                every = [p for part, _ in parts for p in part]
+                compute = partial(self._positions, parts, bar.update)
+                rows = self._cached(cache, condition, [*b, *h], every, compute).flatten(0, -2)
+                sizes = [len(part) * last for part, last in parts]
+                groups = [r.reshape(len(p), k, -1) for r, (p, k) in zip(rows.split(sizes), parts, strict=True)]
+            if not torch.isfinite(rows).all():
                 names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
                     f"{condition}: the model's last hidden state is NaN or infinite. "
@@ -821,6 +825,15 @@ class RRS:
             if c.refusal:
                 out[condition].along = [*groups[2][:, 1:], *groups[0][:, 1:]]
         return out
+
+    def _positions(self, parts: Sequence[tuple[list[Prompt], int]], progress: Callable[[int], object]) -> Tensor:
+        """The vectors at the last positions of prompts, `[prompts · positions, hidden]`: parts with as many positions
+        as their neighbour share its batches."""
+        out = []
+        for last, run in groupby(parts, key=lambda part: part[1]):
+            prompts = [p for part, _ in run for p in part]
+            out.append(self.reader.represent(prompts, progress, last).flatten(0, 1))
+        return torch.cat(out)
 
     def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
         """The first n tokens of the answers; short ones are filled up with the end token."""
