@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="of the demo data, to measure on")
     parser.add_argument("--conditions", nargs="+", help="to train and measure in; default: the base configuration's")
     parser.add_argument("--epochs", type=int, help="instead of the base configuration's")
-    parser.add_argument("--every", type=int, default=4, help="train on every n-th question only (--size demo)")
+    parser.add_argument("--every", type=int, help="train on every n-th question only; default: 4 on the demo, else 1")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     args = parser.parse_args()
     if args.list:
@@ -342,8 +342,8 @@ def main() -> None:
     rrs, train, test = load(args.size, args.split)
     changes = {"conditions": args.conditions and tuple(args.conditions), "epochs": args.epochs}
     rrs.config = replace(rrs.config, **{k: v for k, v in changes.items() if v})
-    if args.size == "demo":
-        train = {side: examples[:: args.every] for side, examples in train.items()}
+    every = args.every or (4 if args.size == "demo" else 1)
+    train = {side: examples[::every] for side, examples in train.items()}
     ablate(
         rrs, rows_for(rrs.config, args.rows), train, test, args.out, conditions=rrs.config.conditions,
         max_new_tokens=args.max_new_tokens,

@@ -34,7 +34,8 @@ CONFIG = RRSConfig(
     # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
     harmful_strength=1.2,
     benign_strength=0.25,
-    layers=(0.4, 1.0),  # with all blocks, dev was no better after as many steps, and a step took half as long again
+    # All blocks told held-out twins apart no better in a first comparison (70 steps, one run each), at slower steps.
+    layers=(0.4, 1.0),
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
     penalty=3e-4,
     lora_alpha=32.0,
