@@ -12,9 +12,9 @@ from conftest import assert_same, rows, tiny_qwen2_audio
 from torch.nn import functional as F
 
 import rrs
-from rrs import RRS, RRSConfig, select_features
+from rrs import RRS, RRSConfig, _epoch, select_features
 from rrs.data import load_examples
-from rrs.hooks import linear_paths
+from rrs.hooks import linear_paths, seeded
 
 THREE = ("audio-text", "text-only", "audio-only")
 
@@ -595,3 +595,32 @@ def test_the_relative_penalty_transfers_between_sizes():
         ratios[form] = moved[0] / moved[1]
     assert 1 / 1.7 < ratios["relative"] < 1.7
     assert ratios["sum"] > 1.3 * ratios["relative"], ratios
+
+
+def test_grouping_by_length_only_reorders():
+    rows, size = {"text-only": list(range(101)), "audio-only": list(range(7))}, 4
+    lengths = {k: [(37 * i) % 29 for i in v] for k, v in rows.items()}
+    plain = _epoch(rows, size, seeded(0))
+    grouped = _epoch(rows, size, seeded(0), lengths)
+
+    def padding(plan):
+        return sum(len(b) * max(lengths[k][i] for i in b) - sum(lengths[k][i] for i in b) for k, b in plan)
+
+    for plan in (plain, grouped):
+        assert sorted((k, i) for k, b in plan for i in b) == sorted((k, i) for k, v in rows.items() for i in v)
+        assert sorted(len(b) for _, b in plan) == sorted([size] * 26 + [1, 3])
+    assert padding(grouped) < padding(plain) / 3
+    assert grouped == _epoch(rows, size, seeded(0), lengths)
+    assert grouped != _epoch(rows, size, seeded(1), lengths)
+
+
+def test_training_on_prompts_grouped_by_length(tiny, harmful, benign):
+    seen = []
+
+    def note(h, goal):
+        seen.append(len(h))
+        return F.mse_loss(h, goal)
+
+    rrs = RRS(*tiny, small(epochs=1, group_by_length=True), verbose=False).fit(harmful, benign, loss=note, preflight=0)
+    assert sorted(seen) == [2, 3, 3, 3]
+    assert len(rrs.history) == 2
