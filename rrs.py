@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +157,10 @@ class RRSConfig:
     """Tokens of the same answers at which training aims, beyond `depth`, at vanilla vectors as they are: the answer's
     for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
 
+    keep_share: float = 1.0
+    """Share of the benign inputs, drawn at random, whose answers are held so; fewer cost less. Below 1 it needs
+    `refusal`, as otherwise all inputs go along as many tokens."""
+
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
 
@@ -232,6 +235,10 @@ class RRSConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
         if not isinstance(self.keep_tokens, int) or self.keep_tokens < 0:
             raise ValueError(f"keep_tokens={self.keep_tokens!r} must be a whole number of at least 0.")
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"keep_share={self.keep_share!r} must lie in (0, 1]; keep_tokens=0 holds no answers.")
+        if self.keep_share < 1 and not self.refusal:
+            raise ValueError(f"keep_share={self.keep_share!r} needs refusal=…; without it, every answer is held.")
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
@@ -804,39 +811,50 @@ class RRS:
                     [self.read(e, condition, refusal=True) for e in h],
                 ]
                 # How benign inputs are answered, and what stands after harmful ones, plain and with the refusal prompt.
-                answers = self._begun(prompts[0], c.keep_tokens if c.refusal else n)
+                kept = set(range(len(b)))
+                if c.keep_share < 1:
+                    drawn = torch.randperm(len(b), generator=seeded(c.seed, "kept", condition))
+                    kept = set(drawn[: max(1, round(c.keep_share * len(b)))].tolist())
+                said = self._begun([prompts[0][i] for i in sorted(kept)], c.keep_tokens if c.refusal else n)
+                answers = [()] * len(b)
+                for i, tokens in zip(sorted(kept), said, strict=True):
+                    answers[i] = tokens
                 refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
                 plain = [()] * len(h) if c.refusal else refusals
-                parts = [
-                    ([p.extended(t) for p, t in zip(rows, said, strict=True)], 1 + len(said[0]))
-                    for rows, said in zip(prompts, (answers, plain, refusals), strict=True)
+                every = [
+                    prompt.extended(tokens)
+                    for part, after in zip(prompts, (answers, plain, refusals), strict=True)
+                    for prompt, tokens in zip(part, after, strict=True)
                 ]
-                every = [p for part, _ in parts for p in part]
-                compute = partial(self._positions, parts, bar.update)
-                rows = self._cached(cache, condition, [*b, *h], every, compute).flatten(0, -2)
-                sizes = [len(part) * last for part, last in parts]
-                groups = [r.reshape(len(p), k, -1) for r, (p, k) in zip(rows.split(sizes), parts, strict=True)]
+                lasts = [1 + len(tokens) for tokens in (*answers, *plain, *refusals)]
+                compute = partial(self._positions, every, lasts, bar.update)
+                rows = self._cached(cache, condition, [*b, *h], every, compute)  # [all positions, hidden]
+                ends = list(rows.split(lasts))  # each [1 + its tokens, hidden]
+                groups = [ends[: len(b)], ends[len(b) : len(b) + len(h)], ends[len(b) + len(h) :]]
             if not torch.isfinite(rows).all():
                 names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            at = zip(*(rows.unbind(1) for rows in groups), strict=False)  # all three go 1 + n positions
-            steps = [Representations(x, y, z, b, h) for x, y, z in at]
+            steps = [
+                Representations(*(torch.stack([end[k] for end in group]) for group in groups), b, h)
+                for k in range(min(lasts))
+            ]
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
             if c.refusal:
-                out[condition].along = [*groups[2][:, 1:], *groups[0][:, 1:]]
+                out[condition].along = [end[1:] for end in (*groups[2], *groups[0])]
         return out
 
-    def _positions(self, parts: Sequence[tuple[list[Prompt], int]], progress: Callable[[int], object]) -> Tensor:
-        """The vectors at the last positions of prompts, `[prompts · positions, hidden]`: parts with as many positions
-        as their neighbour share its batches."""
-        out = []
-        for last, run in groupby(parts, key=lambda part: part[1]):
-            prompts = [p for part, _ in run for p in part]
-            out.append(self.reader.represent(prompts, progress, last).flatten(0, 1))
+    def _positions(self, prompts: Sequence[Prompt], lasts: Sequence[int], progress: Callable[[int], object]) -> Tensor:
+        """The vectors at the last `lasts[i]` positions of prompt i, one prompt after the other `[positions, hidden]`;
+        prompts with as many positions share batches."""
+        out: list[Tensor] = [torch.empty(0)] * len(prompts)
+        for last in sorted(set(lasts)):
+            alike = [i for i, n in enumerate(lasts) if n == last]
+            for i, rows in zip(alike, self.reader.represent([prompts[i] for i in alike], progress, last), strict=True):
+                out[i] = rows
         return torch.cat(out)
 
     def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
@@ -906,12 +924,12 @@ class RRS:
             out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
             if c.refusal:
                 h, lengths = len(r.harmful), [len(tokens) for tokens in r.tokens]
-                if not r.along or (h < len(lengths) and lengths[h] < c.keep_tokens):
+                if not r.along or max(lengths[h:]) < c.keep_tokens:
                     raise ValueError(
                         f"{condition}: these representations do not go along the refusal and {c.keep_tokens} tokens of "
                         "benign answers; extract them again with this config."
                     )
-                ends = lengths[:h] + [c.keep_tokens] * (len(lengths) - h)
+                ends = lengths[:h] + [min(n, c.keep_tokens) for n in lengths[h:]]
                 out[condition].tokens = [tokens[:end] for tokens, end in zip(r.tokens, ends, strict=True)]
                 out[condition].along = [rows[:end] for rows, end in zip(r.along, ends, strict=True)]
         return out

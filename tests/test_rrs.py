@@ -41,6 +41,8 @@ def fitted(tiny, harmful, benign):
         ({"conditions": "audio-text"}, "conditions"),
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
+        ({"keep_share": 0.0, "refusal": "Sorry"}, "keep_share=0.0"),
+        ({"keep_share": 0.5, "keep_tokens": 4}, "needs refusal"),
         ({"depth": 0}, "depth=0"),
         ({"layers": (0.5, 0.2)}, "layers="),
         ({"penalty_form": "mean"}, "penalty_form='mean'"),
@@ -440,6 +442,24 @@ def test_a_refusal_in_words(harmful, benign):
     before = F.mse_loss(r.reader.represent(prompts, last=len(ids)), goal)
     r.fit(harmful, benign, preflight=0)
     assert F.mse_loss(r.reader.represent(prompts, last=len(ids)), goal) < 0.7 * before
+
+
+def test_a_share_of_the_answers_is_held(tiny, harmful, benign, tmp_path):
+    """keep_share: as many benign inputs as it says go along their answers, to the same vectors; the rest to one."""
+    every = small(refusal="I can't.", keep_tokens=2)
+    r = RRS(*tiny, every, verbose=False)
+    full = rrs._items(r.make_targets(r.extract(harmful, benign))["audio-text"])
+    r.config = replace(every, keep_share=0.4)
+    for _ in range(2):  # the second time from the cache
+        part = rrs._items(r.make_targets(r.extract(harmful, benign, cache=tmp_path))["audio-text"])
+        assert [i.example.id for i in part] == [i.example.id for i in full]
+        assert sorted(len(i.target) for i in part[len(harmful) :]) == [1, 1, 1, 3, 3]
+        for some, item in zip(part, full, strict=True):
+            assert some.tokens == item.tokens[: len(some.tokens)]
+            assert torch.allclose(some.target, item.target[: len(some.target)], atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == 1
+    r.fit(harmful, benign, preflight=0)
+    assert all(math.isfinite(row["loss"]) for row in r.history)
 
 
 @pytest.mark.parametrize("most", [5, 400], ids=["one pass", "a prompt is shorter than that"])
