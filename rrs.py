@@ -1011,8 +1011,8 @@ class RRS:
         }
         checkpoints = None
         history: list[dict[str, float]] = []
-        lengths = {
-            condition: [len(self.read(item.example, condition)) + len(item.tokens) for item in rows]
+        lengths = {  # of the prompts alone: what is added to them goes by label, and batches should not
+            condition: [len(self.read(item.example, condition)) for item in rows]
             for condition, rows in (items.items() if c.group_by_length else ())
         }
         micro = c.batch_size

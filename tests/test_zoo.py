@@ -5,8 +5,10 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import transformers
 import zoo
 from conftest import rows
+from packaging.version import Version
 from torch import nn
 
 from rrs import RRS, RRSConfig
@@ -51,6 +53,12 @@ def true_vector(rrs: RRS, inputs, audio: bool) -> torch.Tensor:
     out = rrs.location.head(vector[:, -1])  # and it is what makes the logits, up to the model's own scaling or capping
     assert torch.equal(out.argmax(-1), logits[:, -1].argmax(-1))
     return vector[0, -1]
+
+
+def test_no_class_is_left_out():
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {transformers.__version__} lacks {zoo.MISSING}")
+    assert len(zoo.ZOO) == 21
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
