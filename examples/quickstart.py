@@ -31,19 +31,24 @@ CONFIG = RRSConfig(
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help": say how it goes on.
     refusal="Sorry, I cannot",
-    # Pushing benign inputs by a full Δ breaks this model's answers; a quarter keeps them.
-    harmful_strength=1.2,
-    benign_strength=0.25,
-    # All blocks told held-out twins apart no better in a first comparison (70 steps, one run each), at slower steps.
+    # Where answers to harmless inputs are not held, they slip into "I cannot help" or loops after their first word.
+    keep_tokens=6,
+    keep_share=0.25,
+    # What sets the two sides apart is the sum; a smaller one learns less. Its split moves the border between them.
+    harmful_strength=1.0,
+    benign_strength=0.4,
+    # All blocks told held-out twins apart no better at the same number of steps, and those are slower.
     layers=(0.4, 1.0),
-    # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model.
-    penalty=3e-4,
+    # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model,
+    # and at 3e-4 and half this rate even the training questions were told apart no better than new ones.
+    penalty=2e-5,
     lora_alpha=32.0,
     lora_dropout=0.0,
-    learning_rate=2e-3,
-    epochs=2,
-    batch_size=16,
+    learning_rate=4e-3,
+    epochs=1,
+    batch_size=8,
     accumulate=1,
+    group_by_length=True,
 )
 
 
