@@ -25,6 +25,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
+from transformers.utils.versions import require_version
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where things are
@@ -41,6 +42,8 @@ REFUSED = {
     "Qwen2_5OmniForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
     "Qwen3OmniMoeForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
 }
+# The release of transformers before which a class can't be served; FIXED_INPUTS says what it could not be told.
+NEEDS = {"VibeVoiceAsrForConditionalGeneration": "5.23"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,12 @@ def locate(
 
     Raises:
         ValueError: a part is missing or ambiguous. The message lists the candidates and the argument that decides.
+        ImportError: the class needs a newer transformers.
     """
     if reason := REFUSED.get(type(model).__name__):
         raise ValueError(f"{type(model).__name__} is not supported: {reason}.")
+    if since := NEEDS.get(type(model).__name__):
+        require_version(f"transformers>={since}", f"RRS can't make {type(model).__name__} repeatable before.")
     paths = {id(module): path for path, module in model.named_modules()}  # first name wins, as in state_dict
 
     def given(path: str, argument: str) -> nn.Module:

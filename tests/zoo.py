@@ -14,7 +14,10 @@ import peft
 import torch
 import transformers as tf
 from conftest import SPECIAL, byte_tokenizer
+from packaging.version import Version
 from torch import Tensor, nn
+
+from rrs.hooks import NEEDS
 
 TOKENIZER = byte_tokenizer()
 IDS = {token: TOKENIZER.convert_tokens_to_ids(token) for token in SPECIAL}
@@ -442,13 +445,14 @@ _ALL = (
     granite_speech_plus, phi4_multimodal, qwen3_asr, glmasr, fun_asr_nano, moss_transcribe_diarize, vibevoice_asr,
     gemma3n, gemma4, gemma4_unified, nemotron_h_omni, inkling, muse_spark, dots3_note,
 )  # fmt: skip
-# Those that are younger than the oldest transformers that RRS supports.
+# Those that the oldest transformers that RRS supports does not have, or does not have yet as RRS needs them.
 _LATER = {
-    "qwen3_asr": "Qwen3ASRConfig", "fun_asr_nano": "FunAsrNanoConfig",
-    "moss_transcribe_diarize": "MossTranscribeDiarizeConfig", "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3_Config",
-    "inkling": "InklingConfig", "muse_spark": "MuseSparkConfig", "dots3_note": "Dots3NoteConfig",
+    "moss_transcribe_diarize": "MossTranscribeDiarizeConfig", "muse_spark": "MuseSparkConfig",
+    "dots3_note": "Dots3NoteConfig",
 }  # fmt: skip
 MISSING = [name for name, config in _LATER.items() if not hasattr(tf, config)]
+if Version(tf.__version__) < Version(NEEDS["VibeVoiceAsrForConditionalGeneration"]):
+    MISSING.append("vibevoice_asr")
 ZOO: dict[str, Callable[[], Built]] = {build.__name__: build for build in _ALL if build.__name__ not in MISSING}
 
 
