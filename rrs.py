@@ -811,14 +811,7 @@ class RRS:
                     [self.read(e, condition, refusal=True) for e in h],
                 ]
                 # How benign inputs are answered, and what stands after harmful ones, plain and with the refusal prompt.
-                kept = set(range(len(b)))
-                if c.keep_share < 1:
-                    drawn = torch.randperm(len(b), generator=seeded(c.seed, "kept", condition))
-                    kept = set(drawn[: max(1, round(c.keep_share * len(b)))].tolist())
-                said = self._begun([prompts[0][i] for i in sorted(kept)], c.keep_tokens if c.refusal else n)
-                answers = [()] * len(b)
-                for i, tokens in zip(sorted(kept), said, strict=True):
-                    answers[i] = tokens
+                answers = self._begun(prompts[0], c.keep_tokens if c.refusal else n, c.keep_share, condition)
                 refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
                 plain = [()] * len(h) if c.refusal else refusals
                 every = [
@@ -857,11 +850,20 @@ class RRS:
                 out[i] = rows
         return torch.cat(out)
 
-    def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
-        """The first n tokens of the answers; short ones are filled up with the end token."""
-        answers = self._answer(prompts, n, "answers") if n else [""] * len(prompts)
-        ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] if a else [] for a in answers]
-        return [tuple((i + n * [self.tokenizer.eos_token_id])[:n]) for i in ids]
+    def _begun(
+        self, prompts: Sequence[Prompt], n: int, share: float = 1.0, condition: str = ""
+    ) -> list[tuple[int, ...]]:
+        """The first n tokens of the answers, short ones filled up with the end token; of a random share of the
+        condition's prompts, `()` for the others."""
+        out: list[tuple[int, ...]] = [()] * len(prompts)
+        if not n:
+            return out
+        drawn = torch.randperm(len(prompts), generator=seeded(self.config.seed, "kept", condition)).tolist()
+        some = sorted(drawn[: max(1, round(share * len(drawn)))])
+        for i, answer in zip(some, self._answer([prompts[i] for i in some], n, "answers"), strict=True):
+            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
+            out[i] = tuple((ids + n * [self.tokenizer.eos_token_id])[:n])
+        return out
 
     def _cached(
         self,
@@ -1011,10 +1013,11 @@ class RRS:
         }
         checkpoints = None
         history: list[dict[str, float]] = []
-        lengths = {  # of the prompts alone: what is added to them goes by label, and batches should not
-            condition: [len(self.read(item.example, condition)) for item in rows]
-            for condition, rows in (items.items() if c.group_by_length else ())
-        }
+        lengths: dict[str, list[int]] = {}
+        if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
+            with self.disabled(), self._quiet_model():
+                for condition, rows in items.items():
+                    lengths[condition] = [len(self.read(item.example, condition)) for item in rows]
         micro = c.batch_size
         plan: list[tuple[str, list[int]]] = []
         if checkpoint_dir is not None:
