@@ -162,3 +162,13 @@ def test_two_threads_two_models_same_results():
     for thread in threads:
         thread.join()
     assert all(torch.equal(value, two[seed][k]) for seed in one for k, value in one[seed].items())
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_our_own_calls_deprecate_is_an_error(category):
+    """pyproject.toml's filters: the tests fail on a warning that a call from our modules causes."""
+    for module in ("rrs", "rrs.hooks", "rrs.data", "rrs.evaluate", "demo_lalm"):
+        with pytest.raises(category):
+            warnings.warn_explicit("on its way out", category, "somewhere.py", 1, module=module)
+    with pytest.warns(category):
+        warnings.warn_explicit("on its way out", category, "somewhere.py", 1, module="transformers.models")

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling import build
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("rrs.py", "hooks.py", "data.py", "evaluate.py")
@@ -46,7 +47,6 @@ def run(path: list[Path], cwd: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory) -> dict[str, Path]:
     """A standard and an editable wheel, built from a copy of the sources by the project's own build backend."""
-    build = pytest.importorskip("hatchling.build")
     source = tmp_path_factory.mktemp("source")
     for name in (*FILES, "pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
