@@ -830,10 +830,10 @@ class RRS:
                     f"{condition}: the model's last hidden state is NaN or infinite. "
                     + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
                 )
-            steps = [
-                Representations(*(torch.stack([end[k] for end in group]) for group in groups), b, h)
-                for k in range(min(lasts))
-            ]
+            steps = []
+            for k in range(min(lasts)):
+                r_b, r_h, r_plus = (torch.stack([end[k] for end in group]) for group in groups)  # each [n, hidden]
+                steps.append(Representations(r_b, r_h, r_plus, b, h))
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
             if c.refusal:
