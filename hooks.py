@@ -6,6 +6,7 @@ leaves the model bit-identical to before.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import inspect
 import math
@@ -1015,8 +1016,15 @@ def connect() -> None:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        atexit.register(_disconnect)
     if world() > 1 and "cpu" not in dist.get_backend_config():
         raise ValueError('The process group has no CPU backend; use dist.init_process_group("cpu:gloo,cuda:nccl").')
+
+
+def _disconnect() -> None:
+    """Ends the process group before the interpreter goes: its threads could abort a process that is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> int:
