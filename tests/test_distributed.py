@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 from conftest import rows, tiny_qwen2_audio
+from packaging.version import Version
 
 import rrs as package
 from rrs import RRS, RRSConfig, _passes
