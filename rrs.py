@@ -237,7 +237,7 @@ class RRSConfig:
             raise ValueError(f"keep_tokens={self.keep_tokens!r} must be a whole number of at least 0.")
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"keep_share={self.keep_share!r} must lie in (0, 1]; keep_tokens=0 holds no answers.")
-        if self.keep_share < 1 and not self.refusal:
+        if self.keep_share < 1 and self.keep_tokens and not self.refusal:
             raise ValueError(f"keep_share={self.keep_share!r} needs refusal=…; without it, every answer is held.")
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
@@ -811,7 +811,8 @@ class RRS:
                     [self.read(e, condition, refusal=True) for e in h],
                 ]
                 # How benign inputs are answered, and what stands after harmful ones, plain and with the refusal prompt.
-                answers = self._begun(prompts[0], c.keep_tokens if c.refusal else n, c.keep_share, condition)
+                held, share = (c.keep_tokens, c.keep_share) if c.refusal else (n, 1.0)
+                answers = self._begun(prompts[0], held, share, condition)
                 refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
                 plain = [()] * len(h) if c.refusal else refusals
                 every = [

@@ -179,7 +179,9 @@ ROWS = {
     "depth/2": Row({"depth": 2, "refusal": "", "keep_tokens": 0}),
     "depth/4": Row({"depth": 4, "refusal": "", "keep_tokens": 0}),
     "depth/4, anchor": Row({"depth": 4, "refusal": "", "keep_tokens": 0, "benign_strength": 0.0}),
-    "depth/4, anchor, keep 8": Row({"depth": 4, "refusal": "", "benign_strength": 0.0, "keep_tokens": 8}),
+    "depth/4, anchor, keep 8": Row(
+        {"depth": 4, "refusal": "", "benign_strength": 0.0, "keep_tokens": 8, "keep_share": 1.0}
+    ),
 }
 
 
