@@ -1014,11 +1014,6 @@ class RRS:
         }
         checkpoints = None
         history: list[dict[str, float]] = []
-        lengths: dict[str, list[int]] = {}
-        if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
-            with self.disabled(), self._quiet_model():
-                for condition, rows in items.items():
-                    lengths[condition] = [len(self.read(item.example, condition)) for item in rows]
         micro = c.batch_size
         plan: list[tuple[str, list[int]]] = []
         if checkpoint_dir is not None:
@@ -1032,6 +1027,11 @@ class RRS:
                 self.checks = [Preflight.from_dict(check) for check in saved["preflight"]]
             if resume:
                 self._say(f"{checkpoints.last}: {len(history)} of {steps} steps are done")
+        lengths: dict[str, list[int]] = {}
+        if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
+            with self.disabled(), self._quiet_model():
+                for condition, rows in items.items():
+                    lengths[condition] = [len(self.read(item.example, condition)) for item in rows]
 
         with (
             _postponed_signals(checkpoints is not None) as signals,

@@ -15,8 +15,7 @@ import soundfile
 import torch
 import transformers as tf
 import zoo
-from conftest import RATE, TEMPLATE, byte_tokenizer, rows, tone
-from packaging.version import Version
+from conftest import OLDER, RATE, TEMPLATE, byte_tokenizer, rows, tone
 from torch import nn
 
 from rrs import RRS, RRSConfig
@@ -28,9 +27,7 @@ HARMFUL, BENIGN = rows("harmful", 3), rows("benign", 3)
 SMALL = {"learning_rate": 1e-2, "penalty": 1e-3, "batch_size": 3, "epochs": 1, "lora_r": 2}
 
 
-newest = pytest.mark.skipif(
-    Version(tf.__version__) < Version("5.23"), reason="the stand-in knows the insides of this processor in 5.23"
-)
+newest = pytest.mark.skipif(OLDER, reason="the stand-in knows the insides of this processor in 5.23")
 
 
 def job(rrs: RRS, again, tmp_path, conditions=THREE) -> None:

@@ -641,9 +641,9 @@ def test_training_on_prompts_grouped_by_length(tiny, harmful, benign):
         seen.append(len(h))
         return F.mse_loss(h, goal)
 
-    rrs = RRS(*tiny, small(epochs=1, group_by_length=True), verbose=False).fit(harmful, benign, loss=note, preflight=0)
+    r = RRS(*tiny, small(epochs=1, group_by_length=True), verbose=False).fit(harmful, benign, loss=note, preflight=0)
     assert sorted(seen) == [2, 3, 3, 3]
-    assert len(rrs.history) == 2
+    assert len(r.history) == 2
     fresh = RRS(*tiny_qwen2_audio(), small(epochs=1, group_by_length=True), verbose=False)  # its clips are not read yet
     fresh.train({"audio-text": [(e, torch.zeros(32)) for e in load_examples(harmful)]})
     assert len(fresh.history) == 1
