@@ -87,7 +87,7 @@ def generate(
         stop = StoppingCriteriaList(
             [_Decided(tokenizer, [questions[i] for i in batch], start)] if questions is not None else []
         )
-        inputs = make() if make else reader.collate(chosen)
+        inputs = make() if make else reader.openings(chosen, settings)
         together = {"synced_gpus": True} if reader.sharded else {}
         new = model.generate(**inputs, **together, generation_config=settings, stopping_criteria=stop)[:, start:]
         texts = tokenizer.batch_decode([[*begun, *ids] for ids in new.tolist()], skip_special_tokens=True)

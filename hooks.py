@@ -7,6 +7,7 @@ leaves the model bit-identical to before.
 from __future__ import annotations
 
 import atexit
+import copy
 import hashlib
 import inspect
 import math
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 from transformers.utils.versions import require_version
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,6 +359,7 @@ class Reader:
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
         self.from_embeddings = True  # may generate() start from embeddings?
         self.share_prefix = True
+        self.continues_prefix: bool | None = None  # may generate() go on from it? decided on the first batch
         self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
@@ -652,6 +654,43 @@ class Reader:
                 embeds[i, start : start + len(prompt.rows)] = prompt.rows.to(embeds)
         return {**inputs, "inputs_embeds": embeds, "attention_mask": mask}
 
+    @torch.no_grad()
+    def openings(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
+        """What `model.generate` starts from: left-padded embeddings. What all prompts begin with has then already run,
+        once, and is there as a key-value cache, unless this model's answers from it are not the same.
+
+        Args:
+            settings: those of the answers.
+        """
+        shared = self._shared_prefix(prompts, 1) if self.share_prefix and not settings.cache_implementation else 0
+        if any(hasattr(module, "rope_deltas") for module in self.model.modules()):
+            self.continues_prefix = False  # Qwen-Omni's positions follow from its last prefill, of whatever that was
+        if shared and self.continues_prefix is None:
+            pair = [min(prompts, key=len), max(prompts, key=len)]
+            plain, continued = self._first_steps(self.collate(pair), settings), self._continued(pair, shared)
+            self.continues_prefix = bool(continued) and self._close(self._first_steps(continued, settings), plain)
+        continued = self._continued(prompts, shared) if shared and self.continues_prefix else {}
+        return continued or self.collate(prompts)
+
+    def _continued(self, prompts: Sequence[Prompt], shared: int) -> dict[str, Any]:
+        """Inputs of `generate` with the first `shared` positions in a cache; empty where there is no such cache."""
+        cache = self._prefix_cache(prompts, shared)
+        if cache is None or any(cache.is_sliding):  # a window would count the padding below
+            return {}
+        # Padding stands between the shared part and the rest; the mask with a hole gives every token its position.
+        rest, prefix = self.collate(prompts, shared), self._embed(prompts[0].ids[None, :shared])
+        prefix["attention_mask"] = rest["attention_mask"].new_ones(1, shared)
+        whole = {k: torch.cat([prefix[k].expand(len(prompts), *prefix[k].shape[1:]), rest[k]], dim=1) for k in rest}
+        return {**whole, _cache_name(self.model): cache}
+
+    def _first_steps(self, inputs: Mapping[str, Any], settings: GenerationConfig) -> Tensor:
+        """What the head multiplies in the first three steps of answers `[3, batch, hidden]`."""
+        few, path = copy.deepcopy(settings), self.location.head_path
+        few.update(max_new_tokens=3, min_new_tokens=3)
+        with capture(self.model, path, where="input", position=-1) as record:
+            self.model.generate(**inputs, generation_config=few)  # type: ignore[operator]
+        return torch.stack(record[path])
+
     def _replay(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
         """The last `last` positions' vectors `[batch, last, hidden]` from cached decoder inputs.
 
@@ -665,19 +704,27 @@ class Reader:
         del inputs["attention_mask"]
         with self.own_lora(prompts[0].audio):
             if shared:
-                prefix = decoder(**self._embed(prompts[0].ids[None, :shared]), use_cache=True)
-                cache = _ask_cache(prefix)
-                # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
-                if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
-                    self.share_prefix = False
+                cache = self._prefix_cache(prompts, shared)
+                if cache is None:
                     return self._replay(prompts, last)
-                cache.batch_repeat_interleave(len(prompts))
                 out = decoder(**inputs, **{_cache_name(decoder): cache}, use_cache=True)[0]
             else:
                 out = decoder(**inputs, use_cache=False)[0]
         ends = torch.tensor([len(prompt) - shared for prompt in prompts])
         h = out[torch.arange(len(prompts))[:, None], ends[:, None] + torch.arange(-last, 0)]
         return h if self.scale == 1 else h * self.scale
+
+    def _prefix_cache(self, prompts: Sequence[Prompt], length: int) -> Cache | None:
+        """The key-value cache of the first `length` positions, which all prompts share, once for each of them; `None`,
+        and prefixes are not shared from then on, where it can't be repeated.
+        """
+        cache = _ask_cache(self.location.decoder(**self._embed(prompts[0].ids[None, :length]), use_cache=True))
+        # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
+        if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
+            self.share_prefix = False
+            return None
+        cache.batch_repeat_interleave(len(prompts))
+        return cache
 
     @staticmethod
     def _shared_prefix(prompts: Sequence[Prompt], last: int) -> int:

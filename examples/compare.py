@@ -16,7 +16,7 @@ What is compared. The paper names its SFT baselines without defining them; the d
     RRS             the method
 
 SFT's refusals are the model's own under the refusal prompt (a fixed sentence where it does not refuse). SFT and RRS
-share LoRA, loop, learning rate and number of epochs; RRS's Frobenius penalty is RRS's alone.
+share LoRA, loop and number of epochs; RRS's Frobenius penalty is RRS's alone, and SFT may have its own learning rate.
 
 Leaves in the folder: `report.md`, `report.json` and figures, `adapter/` (of RRS), and `answers.jsonl`, from which an
 interrupted evaluation continues when the command is given again.
@@ -108,6 +108,7 @@ def compare(
     strengths: Sequence[float] = (1.0,),
     max_new_tokens: int = 40,
     preflight: int = 16,
+    sft_rate: float | None = None,
 ) -> Report:
     """Trains what has to be trained, answers everything by every method, and saves the report.
 
@@ -116,6 +117,7 @@ def compare(
         train: `{"harmful": …, "benign": …}`.
         test: `{group: examples}`, as in `RRS.evaluate`.
         strengths: of steering, a row each.
+        sft_rate: learning rate of SFT; default RRS's.
     """
     config = rrs.config
     if missing := [c for c in conditions if c not in config.conditions]:
@@ -135,7 +137,8 @@ def compare(
         "SFT mirror": {first: refusals[first] + answers[first]},
         "SFT parallel": {c: refusals[c] + answers[c] for c in conditions},
     }
-    rrs.config = replace(config, penalty=0.0)
+    rrs.config = replace(config, penalty=0.0, learning_rate=sft_rate or config.learning_rate)
+    rates = f"Learning rate: RRS {config.learning_rate:g}, SFT {rrs.config.learning_rate:g}."
     for name, pairs in structures.items():
         rrs.train(pairs, objective=unlikelihood)
         loras[name] = rrs.lora
@@ -154,7 +157,8 @@ def compare(
         f"System prompt: {SYSTEM!r}",
         "Steering adds s · Δ∘mask at the head's input, at every token of the answer. SFT basic: harmful question → the "
         f"model's own refusal, in {first}; mirror: and benign question → its own answer; parallel: both in "
-        f"{', '.join(conditions)}. The paper names these structures without defining them; the definitions are ours.",
+        f"{', '.join(conditions)}. The paper names these structures without defining them; the definitions are ours. "
+        + rates,
     ]
     rrs.lora = loras["RRS"]
     rrs.enable()
@@ -171,6 +175,7 @@ def main() -> None:
     parser.add_argument("--benign", type=Path, default=DATA / "train.jsonl", help="benign questions to train on")
     parser.add_argument("--test", action="append", metavar="GROUP=PATH", help="repeat: harmful=…, benign=…, …")
     parser.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0], help="of steering, a row each")
+    parser.add_argument("--sft-rate", type=float, help="learning rate of SFT; default: RRS's")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--fast", action="store_true", help="a tenth of the data, an epoch: does everything run?")
     args = parser.parse_args()
@@ -180,7 +185,9 @@ def main() -> None:
         from demo_lalm import load_demo
         from quickstart import CONFIG
 
-        rrs = RRS(*load_demo(), RRSConfig.from_dict({**vars(CONFIG), **fields}))
+        # Trained where it is measured, as steering needs a Δ there; and on the spoken questions alone, of which there
+        # are a tenth as many, so more passes over them.
+        rrs = RRS(*load_demo(), RRSConfig.from_dict({**vars(CONFIG), "conditions": CONDITIONS, "epochs": 4, **fields}))
     else:
         rrs = RRS.from_pretrained(args.model, RRSConfig.from_dict({"conditions": CONDITIONS, **fields}))
     train = {"harmful": load_examples(args.harmful, "harmful"), "benign": load_examples(args.benign, "benign")}
@@ -194,7 +201,17 @@ def main() -> None:
     if args.fast:
         rrs.config = replace(rrs.config, epochs=1)
         train, test = ({k: v[::10] for k, v in groups.items()} for groups in (train, test))
-    print(compare(rrs, train, test, args.out, strengths=args.strength, max_new_tokens=args.max_new_tokens))
+    print(
+        compare(
+            rrs,
+            train,
+            test,
+            args.out,
+            strengths=args.strength,
+            max_new_tokens=args.max_new_tokens,
+            sft_rate=args.sft_rate,
+        )
+    )
 
 
 if __name__ == "__main__":
