@@ -149,6 +149,11 @@ class RRSConfig:
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
+    benign_weight: float = 1.0
+    """Weight of benign inputs in the loss; harmful ones have 1. Where inputs can't be told apart, training aims between
+    the two targets, by how likely each is: more weight takes less of that as harmful, and moves no target for it, as
+    the strengths do. The paper: 1."""
+
     depth: int = 1
     """Positions with a Δ and a selection of their own: 1 (the paper) is the prompt's end alone, k goes on along the
     first k − 1 tokens of the model's own refusal (of harmful inputs, under the refusal prompt) or answer (benign)."""
@@ -230,7 +235,7 @@ class RRSConfig:
         for name in ("depth", "lora_r", "epochs", "batch_size", "accumulate"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
-        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
+        for name in ("lora_alpha", "learning_rate", "max_grad_norm", "benign_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
         if not isinstance(self.keep_tokens, int) or self.keep_tokens < 0:
@@ -1137,7 +1142,12 @@ class RRS:
                     self.lora.key = (c.seed, step, *place)  # of dropout
                     prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
                     goals = [item.target for item, _ in part]
-                    mse = objective(self.reader, prompts, goals) if objective else self._distance(prompts, goals, loss)
+                    weights = [c.benign_weight if i.example.label == "benign" else 1.0 for i, _ in part]
+                    mse = (
+                        objective(self.reader, prompts, goals)
+                        if objective
+                        else self._distance(prompts, goals, weights, loss)
+                    )
                     (mse * share).backward()
                     losses.append(mse.detach().float().to(self.reader.device))  # read below: no waiting for the device
                 break
@@ -1172,19 +1182,23 @@ class RRS:
             raise FloatingPointError(f"the loss is {mean}, the penalty {penalty}, on {where}")
         return micro, mean, penalty
 
-    def _distance(self, prompts: Sequence[Prompt], goals: Sequence[Tensor], loss: Loss) -> Tensor:
-        """The loss at the prompts' ends, plus that along their answers, a mean over the prompts.
+    def _distance(
+        self, prompts: Sequence[Prompt], goals: Sequence[Tensor], weights: Sequence[float], loss: Loss
+    ) -> Tensor:
+        """The loss at the prompts' ends, plus that along their answers, a weighted sum over the prompts' number.
 
         Args:
             prompts: with answer tokens at their ends, or none.
             goals: `[1 + answer tokens, hidden]` each.
+            weights: of each prompt.
         """
         total: Any = 0
-        by_length = {n: [i for i, goal in enumerate(goals) if len(goal) == n] for n in sorted({*map(len, goals)})}
-        ends: Tensor | None = None
-        if max(by_length) <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
-            ends = self.reader.last_hidden(prompts, max(by_length))  # [prompts, most positions, hidden]
-        for positions, rows in by_length.items():
+        kinds = [(len(goal), weight) for goal, weight in zip(goals, weights, strict=True)]
+        alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted({*kinds})}
+        most, ends = max(map(len, goals)), None
+        if most <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
+            ends = self.reader.last_hidden(prompts, most)  # [prompts, most positions, hidden]
+        for (positions, weight), rows in alike.items():
             if ends is not None:
                 h = ends[rows, -positions:].float()  # [rows, positions, hidden]
             else:
@@ -1193,7 +1207,7 @@ class RRS:
             mse = loss(h[:, 0], goal[:, 0])
             if positions > 1:  # together they weigh as much as the first
                 mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
-            total = total + len(rows) / len(goals) * mse
+            total = total + weight * len(rows) / len(goals) * mse
         return total
 
     @contextmanager
@@ -2046,6 +2060,7 @@ def search_space(config: RRSConfig) -> dict[str, Any]:
     return {
         "harmful_strength": (0.5, 2.0),
         "benign_strength": (0.0, 1.0),
+        "benign_weight": (1.0, 4.0),
         "top": ["positive", 12.5, 25.0, 50.0],
         "penalty": (config.penalty / 30, config.penalty * 30),
         "learning_rate": (config.learning_rate / 4, config.learning_rate * 4),

@@ -151,7 +151,9 @@ ROWS = {
     "base": Row(),
     "benign/push": Row({"benign_strength": 1.0}),  # the paper's
     "benign/push a quarter": Row({"benign_strength": 0.25}),
+    "benign/keep none": Row({"keep_tokens": 0}),
     "benign/anchor": Row({"benign_strength": 0.0}),
+    "benign/anchor, weight 3": Row({"benign_strength": 0.0, "benign_weight": 3.0}),
     "benign/anchor, keep 4": Row({"benign_strength": 0.0, "keep_tokens": 4}),
     "benign/anchor, keep 8": Row({"benign_strength": 0.0, "keep_tokens": 8}),
     "benign/KL": Row(train=partial(held_by_kl, weight=1.0)),

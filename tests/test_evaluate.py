@@ -356,6 +356,49 @@ def test_steering_as_a_stage(model, harmful, benign):
     assert report.usefulness[1]["kl"]["value"] > 1
 
 
+@pytest.mark.parametrize("condition", ["audio-text", "text-only", "audio-only"])
+def test_answers_begin_with_what_prompts_share_only_once(model, benign, condition):
+    """Its positions run once a batch, and the answers are those without sharing."""
+    positions: list[int] = []
+
+    def note(_module, _args, kwargs):
+        shape = kwargs["inputs_embeds"].shape
+        positions.append(shape[0] * shape[1])
+
+    answers, ran = [], []
+    model.generate(benign, condition, max_new_tokens=1)  # clips are read and checked
+    for shares in (True, False):
+        model.reader.continues_prefix = shares
+        positions.clear()
+        handle = model.location.decoder.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            answers.append(model.generate(benign, condition, max_new_tokens=5))
+        finally:
+            handle.remove()
+        ran.append(sum(positions))
+    prompts = [model.read(e, condition) for e in load_examples(benign)]
+    shared = model.reader._shared_prefix(prompts, 1)
+    assert shared > 0
+    assert answers[0] == answers[1]
+    assert ran[1] - ran[0] == (len(prompts) - 1) * shared
+
+
+def test_answers_that_differ_from_a_shared_prefix_do_not_use_it(model, benign, monkeypatch):
+    """The first batch decides, by what the head sees in three steps of two answers each way."""
+    true = model.generate(benign, "text-only", max_new_tokens=5)
+    assert model.reader.continues_prefix is True
+    continued = model.reader._continued
+
+    def off(prompts, shared):
+        inputs = continued(prompts, shared)
+        return {**inputs, "inputs_embeds": inputs["inputs_embeds"] * 1.5}
+
+    model.reader.continues_prefix = None
+    monkeypatch.setattr(model.reader, "_continued", off)
+    assert model.generate(benign, "text-only", max_new_tokens=5) == true
+    assert model.reader.continues_prefix is False
+
+
 def test_stopping_early(model, benign, monkeypatch):
     """Each answer ends when it is decided, the others go on; what is said until then is the same."""
     full = model.generate(benign, "text-only", max_new_tokens=24)

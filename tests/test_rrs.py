@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_same, rows, tiny_qwen2_audio
+from torch import nn
 from torch.nn import functional as F
 
 import rrs
@@ -41,6 +42,7 @@ def fitted(tiny, harmful, benign):
         ({"conditions": "audio-text"}, "conditions"),
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
+        ({"benign_weight": 0.0}, "benign_weight=0.0"),
         ({"keep_share": 0.0, "refusal": "Sorry"}, "keep_share=0.0"),
         ({"keep_share": 0.5, "keep_tokens": 4}, "needs refusal"),
         ({"depth": 0}, "depth=0"),
@@ -70,7 +72,7 @@ def test_config_defaults_are_the_papers():
     assert (c.weight_decay, c.max_grad_norm, c.epochs, c.batch_size, c.accumulate) == (1e-3, 1.0, 10, 4, 2)
     assert (c.refusal_token, c.top, c.penalty, len(c.prompts)) == ("I", "positive", 1.0, 10)
     assert (c.harmful_strength, c.benign_strength, c.depth, c.keep_tokens) == (1, 1, 1, 0)
-    assert (c.penalty_form, c.layers) == ("sum", (0, 1))
+    assert (c.penalty_form, c.layers, c.benign_weight) == ("sum", (0, 1), 1)
 
 
 @pytest.mark.parametrize(("top", "kept"), [(12.5, 8), (25, 16), (50, 32), (100, 64), (0.1, 1)])
@@ -474,8 +476,37 @@ def test_the_loss_of_prompts_with_different_numbers_of_targets(tiny, harmful, mo
     for prompt, goal in zip(prompts, goals, strict=True):
         h = r.reader.represent([prompt], last=len(goal))[0]
         alone.append(F.mse_loss(h[0], goal[0]) + (F.mse_loss(h[1:], goal[1:]) if len(goal) > 1 else 0))
-    with torch.no_grad():
-        assert torch.allclose(r._distance(prompts, goals, F.mse_loss), torch.stack(alone).mean(), atol=1e-5)
+    for weights in ([1.0, 1.0, 1.0], [1.0, 3.0, 0.5]):
+        true = (torch.stack(alone) * torch.tensor(weights)).mean()
+        with torch.no_grad():
+            assert torch.allclose(r._distance(prompts, goals, weights, F.mse_loss), true, atol=1e-5)
+
+
+def test_benign_weight_counts_benign_inputs_alone(tiny, harmful, benign):
+    """In the first step, before anything is learnt, the gradient is that of harmful inputs and w times the others'."""
+
+    def gradients(weight: float) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        n = len(harmful) + len(benign)
+        c = small(batch_size=n, accumulate=1, penalty=0.0, benign_weight=weight, max_grad_norm=1e9, lora_dropout=0.0)
+        r = RRS(*tiny, c, verbose=False)
+        clip = nn.utils.clip_grad_norm_
+
+        def note(parameters, most):
+            parameters = list(parameters)
+            seen.extend([] if seen else [p.grad.clone() for p in parameters])
+            return clip(parameters, most)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.utils, "clip_grad_norm_", note)
+            r.fit(harmful, benign, preflight=0)
+        r.disable()
+        return seen
+
+    one, two, five = (gradients(w) for w in (1.0, 2.0, 5.0))
+    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(one, two, strict=True))
+    for a, b, c in zip(one, two, five, strict=True):  # linear in the weight
+        assert torch.allclose(c - a, 4 * (b - a), atol=1e-5 * float(c.abs().max() + 1))
 
 
 def test_a_refusal_begins_with_the_refusal_token(tiny, harmful, benign):
