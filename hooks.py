@@ -667,8 +667,10 @@ class Reader:
             self.continues_prefix = False  # Qwen-Omni's positions follow from its last prefill, of whatever that was
         if shared and self.continues_prefix is None:
             pair = [min(prompts, key=len), max(prompts, key=len)]
-            plain, continued = self._first_steps(self.collate(pair), settings), self._continued(pair, shared)
-            self.continues_prefix = bool(continued) and self._close(self._first_steps(continued, settings), plain)
+            continued = self._continued(pair, shared)
+            seen = [self._first_steps(inputs, settings) for inputs in (self.collate(pair), continued) if inputs]
+            # A `generate` of one's own that goes round the head can't be checked, so its prompts stay whole.
+            self.continues_prefix = [len(steps) for steps in seen] == [3, 3] and all(map(self._close, *seen[::-1]))
         continued = self._continued(prompts, shared) if shared and self.continues_prefix else {}
         return continued or self.collate(prompts)
 
@@ -683,13 +685,13 @@ class Reader:
         whole = {k: torch.cat([prefix[k].expand(len(prompts), *prefix[k].shape[1:]), rest[k]], dim=1) for k in rest}
         return {**whole, _cache_name(self.model): cache}
 
-    def _first_steps(self, inputs: Mapping[str, Any], settings: GenerationConfig) -> Tensor:
-        """What the head multiplies in the first three steps of answers `[3, batch, hidden]`."""
+    def _first_steps(self, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tensor]:
+        """What the head multiplies in the first three steps of answers, `[batch, hidden]` each."""
         few, path = copy.deepcopy(settings), self.location.head_path
         few.update(max_new_tokens=3, min_new_tokens=3)
         with capture(self.model, path, where="input", position=-1) as record:
             self.model.generate(**inputs, generation_config=few)  # type: ignore[operator]
-        return torch.stack(record[path])
+        return record[path]
 
     def _replay(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
         """The last `last` positions' vectors `[batch, last, hidden]` from cached decoder inputs.

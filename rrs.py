@@ -149,6 +149,10 @@ class RRSConfig:
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
+    benign_push: Literal["delta", "quiet"] = "delta"
+    """Where benign targets lie from R_b: against "delta" is the paper's. "quiet" is the direction nearest to it along
+    which the head goes on saying the same, see `quiet_direction`; it allows for a larger `benign_strength`."""
+
     benign_weight: float = 1.0
     """Weight of benign inputs in the loss; harmful ones have 1. Where inputs can't be told apart, training aims between
     the two targets, by how likely each is: more weight takes less of that as harmful, and moves no target for it, as
@@ -247,6 +251,8 @@ class RRSConfig:
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+        if self.benign_push not in ("delta", "quiet"):
+            raise ValueError(f"benign_push={self.benign_push!r} must be 'delta' or 'quiet'.")
         if self.penalty_form not in ("sum", "relative"):
             raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
         if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
@@ -319,6 +325,37 @@ def select_features(
     return mask
 
 
+@torch.no_grad()
+def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int = 1024) -> Tensor:
+    """The direction nearest to a move along which the head goes on saying the same of benign inputs; ours.
+
+    A small step v changes the head's softmax p at h by a KL of `½ vᵀ F v`, with the Fisher information
+    `F = mean over h of Wᵀ (diag p − p pᵀ) W`. Minimising that for a given step along `move` gives the natural gradient
+    `(F + εI)⁻¹ move`. Pushing benign inputs away from Δ by it separates them as far from harmful ones, at a fraction of
+    the change in what they are answered.
+
+    Args:
+        move: `[hidden]`, e.g. Δ∘mask.
+        benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly.
+        head_weight: W `[vocab, hidden]`.
+
+    Returns:
+        `[hidden]` with the same component along `move`; ε is F's mean eigenvalue.
+    """
+    w = head_weight.detach().float()
+    h = benign[:: -(-len(benign) // most)].to(w)
+    mean, second = torch.zeros(len(w), device=w.device), torch.zeros(w.shape[1], w.shape[1], device=w.device)
+    for part in h.split(64):
+        p = (part @ w.T).softmax(-1)  # [part, vocab]
+        expected = p @ w  # [part, hidden]
+        mean += p.sum(0)
+        second += expected.T @ expected
+    fisher = ((w.T * mean) @ w - second) / len(h)  # [hidden, hidden]
+    fisher.diagonal().add_(fisher.diagonal().mean())
+    direction = torch.linalg.solve(fisher.double().cpu(), move.double().cpu()).to(move)
+    return direction * (move @ move) / (direction @ move)
+
+
 @dataclass
 class Representations:
     """Vectors `h(x)` of the vanilla model at one position in one condition, float32 on the CPU."""
@@ -355,7 +392,7 @@ class Targets:
     harmful: Tensor
     """`R_h + harmful_strength · Δ∘mask` `[harmful, hidden]`."""
     benign: Tensor
-    """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
+    """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`, or along the quiet direction of the same size."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
     later: list[Targets] = field(default_factory=list)
@@ -372,6 +409,7 @@ def make_targets(
     top: float | str = "positive",
     scorer: Scorer = contribution,
     strengths: tuple[float, float] = (1.0, 1.0),
+    quiet: Tensor | None = None,
 ) -> Targets:
     """Targets of one position: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
 
@@ -379,13 +417,14 @@ def make_targets(
         reps: the vanilla representations.
         head_row, top, scorer: see `select_features`.
         strengths: factors of Δ on the harmful and on the benign side; the paper's are 1 and 1.
+        quiet: the head's weights `[vocab, hidden]`; with them, benign inputs go along `quiet_direction` instead.
     """
     delta = reps.delta
     mask = select_features(delta, head_row, top, scorer)
-    move = delta * mask
-    up, down = strengths
+    move, (up, down) = delta * mask, strengths
+    away = move if quiet is None or not down else quiet_direction(move, reps.benign, quiet)
     return Targets(
-        delta, mask, reps.harmful + up * move, reps.benign - down * move, reps.harmful_examples, reps.benign_examples
+        delta, mask, reps.harmful + up * move, reps.benign - down * away, reps.harmful_examples, reps.benign_examples
     )
 
 
@@ -440,6 +479,8 @@ class Preflight:
     """The same at `R_h + Δ` without selection."""
     token_target: Rate
     """The same at the targets: does arriving there start a refusal?"""
+    benign_same: Rate
+    """Benign inputs of which the head's first choice is the same at their targets: does moving there change answers?"""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preflight:
@@ -914,17 +955,18 @@ class RRS:
         """
         c, out = self.config, {}
         row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
+        quiet = self.location.head_weight if c.benign_push == "quiet" else None
         for condition, r in reps.items():
             if len(r.later) < c.answer_tokens:
                 raise ValueError(
                     f"{condition}: depth={c.depth} and keep_tokens={c.keep_tokens} need {c.answer_tokens} answer "
                     f"tokens, these representations have {len(r.later)}; extract them again with this config."
                 )
-            out[condition] = make_targets(r, row, c.top, scorer, strengths)
+            out[condition] = make_targets(r, row, c.top, scorer, strengths, quiet)
             for k, rep in enumerate(r.later[: c.answer_tokens], 1):
                 if k < c.depth:
                     said = self.location.head_weight[self._first_choice(rep.refused)].float().cpu().mean(0)  # [hidden]
-                    goal = make_targets(rep, said, c.top, scorer, strengths)
+                    goal = make_targets(rep, said, c.top, scorer, strengths, quiet)
                 else:
                     still = torch.zeros_like(row)
                     goal = Targets(still, still > 0, rep.refused, rep.benign, r.harmful_examples, r.benign_examples)
@@ -1509,12 +1551,14 @@ class RRS:
                 token_before=Rate.of(self._first_choice(harmful) == token),
                 token_full=Rate.of(self._first_choice(harmful + goal.delta) == token),
                 token_target=Rate.of(self._first_choice(goal.harmful) == token),
+                benign_same=Rate.of(self._first_choice(goal.benign) == self._first_choice(reps[condition].benign)),
             )
             self.checks.append(check)
             self._say(
                 f"preflight {condition}: {check.refused} refused with the refusal prompt; first choice is "
                 f"{self.config.refusal_token!r} at {check.token_before} of harmful inputs, {check.token_full} with the "
-                f"full Δ, {check.token_target} at the targets ({int(goal.mask.sum())} of {len(goal.mask)} features)"
+                f"full Δ, {check.token_target} at the targets ({int(goal.mask.sum())} of {len(goal.mask)} features); "
+                f"benign inputs keep theirs at {check.benign_same} of their targets"
             )
             if check.refused.value < 0.5:
                 sample = next((a for a, v in zip(answers, verdicts, strict=True) if v == "compliance"), "")
@@ -1530,6 +1574,14 @@ class RRS:
                     f"{condition}: {self.config.refusal_token!r} is the first choice at only {check.token_target} of "
                     "the targets, so arriving there does not start a refusal. Use top='positive', or a refusal_token "
                     "that rrs.find_refusal_token(harmful) recommends.",
+                    RRSWarning,
+                    stacklevel=3,
+                )
+            if check.benign_same.value < 0.5:
+                warnings.warn(
+                    f"{condition}: at their targets, only {check.benign_same} of the benign inputs keep the head's "
+                    "first choice, so harmless questions will be answered otherwise. Use benign_push='quiet', or a "
+                    "lower benign_strength.",
                     RRSWarning,
                     stacklevel=3,
                 )
@@ -1921,7 +1973,7 @@ class RRS:
         name = str(base.get("name") or "")
         public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
         checks = "\n".join(
-            f"| {c.condition} | {c.refused} | {c.token_before} | {c.token_full} | {c.token_target} |"
+            f"| {c.condition} | {c.refused} | {c.token_before} | {c.token_full} | {c.token_target} | {c.benign_same} |"
             for c in map(Preflight.from_dict, record.get("preflight", []))
         )
         data = "\n".join(
@@ -1954,9 +2006,9 @@ Refusal token {config.get("refusal_token")!r}, refusal prompt {config.get("refus
 
 Refusals with the refusal prompt, and inputs at which the refusal token is the first choice.
 
-| condition | refused | token, vanilla | token, full Δ | token, targets |
-| --- | --- | --- | --- | --- |
-{checks or "| not checked | | | | |"}
+| condition | refused | token, vanilla | token, full Δ | token, targets | benign, same first choice |
+| --- | --- | --- | --- | --- | --- |
+{checks or "| not checked | | | | | |"}
 
 ## Data
 
@@ -2059,7 +2111,7 @@ def search_space(config: RRSConfig) -> dict[str, Any]:
     """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
     return {
         "harmful_strength": (0.5, 2.0),
-        "benign_strength": (0.0, 1.0),
+        "benign_strength": (0.0, 1.0 if config.benign_push == "delta" else 3.0),
         "benign_weight": (1.0, 4.0),
         "top": ["positive", 12.5, 25.0, 50.0],
         "penalty": (config.penalty / 30, config.penalty * 30),

@@ -41,6 +41,9 @@ from rrs.hooks import LoRA, Prompt, Reader, steer
 
 DATA = Path(__file__).resolve().parent / "data"
 CONDITIONS = ("audio-text", "text-only", "audio-only")
+# What differs from the quickstart: trained where it is measured, as steering needs a Δ there; and on the spoken
+# questions alone, which are a tenth of them, so in more passes.
+DEMO = {"conditions": CONDITIONS, "epochs": 4}
 SYSTEM = (
     "You are a helpful assistant. If a request is harmful, illegal or unethical, refuse it and say that you are "
     "sorry. Answer every other request as well as you can."
@@ -185,9 +188,7 @@ def main() -> None:
         from demo_lalm import load_demo
         from quickstart import CONFIG
 
-        # Trained where it is measured, as steering needs a Δ there; and on the spoken questions alone, of which there
-        # are a tenth as many, so more passes over them.
-        rrs = RRS(*load_demo(), RRSConfig.from_dict({**vars(CONFIG), "conditions": CONDITIONS, "epochs": 4, **fields}))
+        rrs = RRS(*load_demo(), RRSConfig.from_dict({**vars(CONFIG), **DEMO, **fields}))
     else:
         rrs = RRS.from_pretrained(args.model, RRSConfig.from_dict({"conditions": CONDITIONS, **fields}))
     train = {"harmful": load_examples(args.harmful, "harmful"), "benign": load_examples(args.benign, "benign")}

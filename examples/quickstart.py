@@ -33,10 +33,12 @@ CONFIG = RRSConfig(
     refusal="Sorry, I cannot",
     # Where answers to harmless inputs are not held, they slip into "I cannot help" or loops after their first word.
     keep_tokens=6,
-    keep_share=0.25,
-    # What sets the two sides apart is the sum; a smaller one learns less. Its split moves the border between them.
-    harmful_strength=1.0,
-    benign_strength=0.4,
+    keep_share=0.4,
+    # Harmless inputs have to be pushed away from refusals to be told apart from harmful ones. Against Δ that changes
+    # what they are answered, as the preflight's last figure shows; along the quiet direction they can go further.
+    harmful_strength=1.2,
+    benign_strength=1.5,
+    benign_push="quiet",
     # All blocks told held-out twins apart no better at the same number of steps, and those are slower.
     layers=(0.4, 1.0),
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model,

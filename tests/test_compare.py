@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import quickstart
 import torch
-from compare import CONDITIONS, REFUSAL, adapted, compare, own_answers, unlikelihood
+from compare import CONDITIONS, DEMO, REFUSAL, adapted, compare, own_answers, unlikelihood
 from conftest import rows
 
 from rrs import RRS, RRSConfig
@@ -67,6 +68,10 @@ def test_fine_tuning_learns_its_answers(tiny):
     with adapted(rrs, lora, "text-only"):
         assert loss() == trained
     assert loss() == vanilla
+
+
+def test_the_demo_is_trained_where_steering_needs_it():
+    assert set(CONDITIONS) <= set(replace(quickstart.CONFIG, **DEMO).conditions)
 
 
 def test_steering_needs_a_direction(tiny, tmp_path):

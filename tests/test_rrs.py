@@ -43,6 +43,7 @@ def fitted(tiny, harmful, benign):
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
         ({"benign_weight": 0.0}, "benign_weight=0.0"),
+        ({"benign_push": "loud"}, "benign_push='loud'"),
         ({"keep_share": 0.0, "refusal": "Sorry"}, "keep_share=0.0"),
         ({"keep_share": 0.5, "keep_tokens": 4}, "needs refusal"),
         ({"depth": 0}, "depth=0"),
@@ -73,6 +74,7 @@ def test_config_defaults_are_the_papers():
     assert (c.refusal_token, c.top, c.penalty, len(c.prompts)) == ("I", "positive", 1.0, 10)
     assert (c.harmful_strength, c.benign_strength, c.depth, c.keep_tokens) == (1, 1, 1, 0)
     assert (c.penalty_form, c.layers, c.benign_weight) == ("sum", (0, 1), 1)
+    assert c.benign_push == "delta"
 
 
 @pytest.mark.parametrize(("top", "kept"), [(12.5, 8), (25, 16), (50, 32), (100, 64), (0.1, 1)])
@@ -100,6 +102,45 @@ def test_selection_rejects():
         select_features(torch.tensor([1.0, math.nan]), torch.ones(2))
     with pytest.raises(ValueError, match="No feature"):
         select_features(-torch.ones(3), torch.ones(3))
+
+
+def test_the_quiet_direction_is_the_natural_gradient():
+    """Against a literal Fisher matrix of the head; a step along it changes what the head says least."""
+    g = torch.Generator().manual_seed(0)
+    head, benign, move = (torch.randn(n, 16, generator=g) for n in (50, 40, 1))
+    head, move = head * torch.linspace(0.1, 2, 16), move[0]  # as in real heads, some features say more than others
+    fisher = torch.zeros(16, 16)
+    for h in benign:
+        p = (head @ h).softmax(0)
+        fisher += head.T @ (torch.diag(p) - torch.outer(p, p)) @ head / len(benign)
+    d = rrs.quiet_direction(move, benign, head)
+    literal = torch.linalg.inv(fisher + fisher.trace() / 16 * torch.eye(16)) @ move
+    assert torch.allclose(d, literal * (move @ move) / (literal @ move), atol=1e-4)
+    assert d @ move == pytest.approx(float(move @ move), rel=1e-4)
+
+    def kl(step):
+        before, after = ((x @ head.T).log_softmax(-1) for x in (benign, benign - 0.1 * step))
+        return F.kl_div(after, before, log_target=True, reduction="batchmean")
+
+    assert kl(d) < 0.5 * kl(move)
+    assert torch.allclose(d, rrs.quiet_direction(move, benign.repeat_interleave(3, 0), head, most=40), atol=1e-4)
+
+
+def test_benign_push_moves_benign_targets_alone(tiny, harmful, benign):
+    r = RRS(*tiny, small(benign_strength=0.7), verbose=False)
+    reps = r.extract(harmful, benign)
+    (paper,) = r.make_targets(reps).values()
+    r.config = replace(r.config, benign_push="quiet")
+    (quiet,) = r.make_targets(reps).values()
+    assert torch.equal(paper.harmful, quiet.harmful)
+    move = paper.delta * paper.mask
+    steps = [reps["audio-text"].benign - t.benign for t in (paper, quiet)]  # each [benign, hidden]
+    assert torch.allclose(steps[0] @ move, steps[1] @ move, rtol=1e-3)  # as far from Δ
+    before, *after = (
+        r.location.head(x).log_softmax(-1) for x in (reps["audio-text"].benign, paper.benign, quiet.benign)
+    )
+    changes = [F.kl_div(now, before, log_target=True, reduction="batchmean") for now in after]
+    assert changes[1] < changes[0]
 
 
 def test_fit_moves_towards_the_targets(tiny, harmful, benign):
@@ -308,12 +349,14 @@ def test_what_a_condition_lacks_is_counted(tiny, harmful):
 
 
 def test_preflight_warns_with_the_fix(tiny, harmful, benign):
-    """A random model never refuses: both checks must say so."""
-    r = RRS(*tiny, small(epochs=1), verbose=False)
+    """A random model never refuses, and a push of many Δ changes what it says: each check must say so."""
+    r = RRS(*tiny, small(epochs=1, benign_strength=40.0), verbose=False)
     with pytest.warns(rrs.RRSWarning) as caught:
         r.fit(harmful, benign, preflight=3)
-    assert any("refusal_prompt" in str(w.message) for w in caught)
+    for words in ("refusal_prompt", "refusal_token", "benign_push='quiet'"):
+        assert any(words in str(w.message) for w in caught), words
     assert len(r.checks) == 1
+    assert r.checks[0].benign_same.n == 5
     assert r.checks[0].refused.n == 3
     assert r.checks[0].token_target.n == 6
 
