@@ -149,9 +149,9 @@ class RRSConfig:
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
-    benign_push: Literal["delta", "quiet"] = "delta"
-    """Where benign targets lie from R_b: against "delta" is the paper's. "quiet" is the direction nearest to it along
-    which the head goes on saying the same, see `quiet_direction`; it allows for a larger `benign_strength`."""
+    direction: Literal["delta", "quiet"] = "delta"
+    """Along what both sides are moved: the paper's Δ, or "quiet", the direction nearest to it along which the head goes
+    on saying the same of benign inputs, see `quiet_direction`; it takes larger strengths, about twice the harmful one."""
 
     benign_weight: float = 1.0
     """Weight of benign inputs in the loss; harmful ones have 1. Where inputs can't be told apart, training aims between
@@ -251,8 +251,8 @@ class RRSConfig:
         for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
-        if self.benign_push not in ("delta", "quiet"):
-            raise ValueError(f"benign_push={self.benign_push!r} must be 'delta' or 'quiet'.")
+        if self.direction not in ("delta", "quiet"):
+            raise ValueError(f"direction={self.direction!r} must be 'delta' or 'quiet'.")
         if self.penalty_form not in ("sum", "relative"):
             raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
         if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
@@ -332,7 +332,8 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
     A small step v changes the head's softmax p at h by a KL of `½ vᵀ F v`, with the Fisher information
     `F = mean over h of Wᵀ (diag p − p pᵀ) W`. Minimising that for a given step along `move` gives the natural gradient
     `(F + εI)⁻¹ move`. Pushing benign inputs away from Δ by it separates them as far from harmful ones, at a fraction of
-    the change in what they are answered.
+    the change in what they are answered. And those that are drawn part of the way to refusals, as no model tells all
+    apart, go on with their own first choice until it is a refusal; along Δ, which lowers whatever is common, others'.
 
     Args:
         move: `[hidden]`, e.g. Δ∘mask.
@@ -390,9 +391,9 @@ class Targets:
     mask: Tensor
     """Kept features `[hidden]`, boolean."""
     harmful: Tensor
-    """`R_h + harmful_strength · Δ∘mask` `[harmful, hidden]`."""
+    """`R_h + harmful_strength · Δ∘mask` `[harmful, hidden]`, or along the quiet direction, as benign ones."""
     benign: Tensor
-    """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`, or along the quiet direction of the same size."""
+    """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
     harmful_examples: list[Example]
     benign_examples: list[Example]
     later: list[Targets] = field(default_factory=list)
@@ -417,14 +418,15 @@ def make_targets(
         reps: the vanilla representations.
         head_row, top, scorer: see `select_features`.
         strengths: factors of Δ on the harmful and on the benign side; the paper's are 1 and 1.
-        quiet: the head's weights `[vocab, hidden]`; with them, benign inputs go along `quiet_direction` instead.
+        quiet: the head's weights `[vocab, hidden]`; with them, `quiet_direction` takes the place of Δ∘mask.
     """
     delta = reps.delta
     mask = select_features(delta, head_row, top, scorer)
     move, (up, down) = delta * mask, strengths
-    away = move if quiet is None or not down else quiet_direction(move, reps.benign, quiet)
+    if quiet is not None:
+        move = quiet_direction(move, reps.benign, quiet)
     return Targets(
-        delta, mask, reps.harmful + up * move, reps.benign - down * away, reps.harmful_examples, reps.benign_examples
+        delta, mask, reps.harmful + up * move, reps.benign - down * move, reps.harmful_examples, reps.benign_examples
     )
 
 
@@ -955,7 +957,7 @@ class RRS:
         """
         c, out = self.config, {}
         row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
-        quiet = self.location.head_weight if c.benign_push == "quiet" else None
+        quiet = self.location.head_weight if c.direction == "quiet" else None
         for condition, r in reps.items():
             if len(r.later) < c.answer_tokens:
                 raise ValueError(
@@ -1580,7 +1582,7 @@ class RRS:
             if check.benign_same.value < 0.5:
                 warnings.warn(
                     f"{condition}: at their targets, only {check.benign_same} of the benign inputs keep the head's "
-                    "first choice, so harmless questions will be answered otherwise. Use benign_push='quiet', or a "
+                    "first choice, so harmless questions will be answered otherwise. Use direction='quiet', or a "
                     "lower benign_strength.",
                     RRSWarning,
                     stacklevel=3,
@@ -2110,8 +2112,8 @@ def _items(targets: Targets) -> list[Item]:
 def search_space(config: RRSConfig) -> dict[str, Any]:
     """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
     return {
-        "harmful_strength": (0.5, 2.0),
-        "benign_strength": (0.0, 1.0 if config.benign_push == "delta" else 3.0),
+        "harmful_strength": (0.5, 2.0) if config.direction == "delta" else (1.0, 4.0),
+        "benign_strength": (0.0, 1.0 if config.direction == "delta" else 3.0),
         "benign_weight": (1.0, 4.0),
         "top": ["positive", 12.5, 25.0, 50.0],
         "penalty": (config.penalty / 30, config.penalty * 30),

@@ -149,14 +149,14 @@ class Row:
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 ROWS = {
     "base": Row(),
-    "benign/push": Row({"benign_push": "delta", "benign_strength": 1.0}),  # the paper's
-    "benign/push a quarter": Row({"benign_push": "delta", "benign_strength": 0.25}),
+    "benign/along Δ": Row({"direction": "delta", "harmful_strength": 1.0, "benign_strength": 1.0}),  # the paper's
+    "benign/along Δ, a quarter": Row({"direction": "delta", "harmful_strength": 1.0, "benign_strength": 0.25}),
     "benign/keep none": Row({"keep_tokens": 0}),
     "benign/anchor": Row({"benign_strength": 0.0}),
     "benign/anchor, weight 3": Row({"benign_strength": 0.0, "benign_weight": 3.0}),
     "benign/anchor, keep 4": Row({"benign_strength": 0.0, "keep_tokens": 4}),
     "benign/anchor, keep 8": Row({"benign_strength": 0.0, "keep_tokens": 8}),
-    **{f"benign/quiet {x:g}": Row({"benign_push": "quiet", "benign_strength": x}) for x in (0.5, 1.0, 2.0)},
+    **{f"benign/strength {x:g}": Row({"benign_strength": x}) for x in (0.5, 2.0)},
     "benign/KL": Row(train=partial(held_by_kl, weight=1.0)),
     "benign/KL ×10": Row(train=partial(held_by_kl, weight=10.0)),
     "delta/harmful − benign": Row(train=harmful_minus_benign),

@@ -38,7 +38,7 @@ CONFIG = RRSConfig(
     # what they are answered, as the preflight's last figure shows; along the quiet direction they can go further.
     harmful_strength=1.2,
     benign_strength=1.5,
-    benign_push="quiet",
+    direction="quiet",
     # All blocks told held-out twins apart no better at the same number of steps, and those are slower.
     layers=(0.4, 1.0),
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model,

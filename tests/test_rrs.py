@@ -43,7 +43,7 @@ def fitted(tiny, harmful, benign):
         ({"prompts": ()}, "prompts is empty"),
         ({"lora_r": 0}, "lora_r=0"),
         ({"benign_weight": 0.0}, "benign_weight=0.0"),
-        ({"benign_push": "loud"}, "benign_push='loud'"),
+        ({"direction": "loud"}, "direction='loud'"),
         ({"keep_share": 0.0, "refusal": "Sorry"}, "keep_share=0.0"),
         ({"keep_share": 0.5, "keep_tokens": 4}, "needs refusal"),
         ({"depth": 0}, "depth=0"),
@@ -74,7 +74,7 @@ def test_config_defaults_are_the_papers():
     assert (c.refusal_token, c.top, c.penalty, len(c.prompts)) == ("I", "positive", 1.0, 10)
     assert (c.harmful_strength, c.benign_strength, c.depth, c.keep_tokens) == (1, 1, 1, 0)
     assert (c.penalty_form, c.layers, c.benign_weight) == ("sum", (0, 1), 1)
-    assert c.benign_push == "delta"
+    assert c.direction == "delta"
 
 
 @pytest.mark.parametrize(("top", "kept"), [(12.5, 8), (25, 16), (50, 32), (100, 64), (0.1, 1)])
@@ -126,19 +126,17 @@ def test_the_quiet_direction_is_the_natural_gradient():
     assert torch.allclose(d, rrs.quiet_direction(move, benign.repeat_interleave(3, 0), head, most=40), atol=1e-4)
 
 
-def test_benign_push_moves_benign_targets_alone(tiny, harmful, benign):
-    r = RRS(*tiny, small(benign_strength=0.7), verbose=False)
+def test_targets_along_the_quiet_direction(tiny, harmful, benign):
+    r = RRS(*tiny, small(harmful_strength=1.5, benign_strength=0.7), verbose=False)
     reps = r.extract(harmful, benign)
     (paper,) = r.make_targets(reps).values()
-    r.config = replace(r.config, benign_push="quiet")
+    r.config = replace(r.config, direction="quiet")
     (quiet,) = r.make_targets(reps).values()
-    assert torch.equal(paper.harmful, quiet.harmful)
-    move = paper.delta * paper.mask
-    steps = [reps["audio-text"].benign - t.benign for t in (paper, quiet)]  # each [benign, hidden]
-    assert torch.allclose(steps[0] @ move, steps[1] @ move, rtol=1e-3)  # as far from Δ
-    before, *after = (
-        r.location.head(x).log_softmax(-1) for x in (reps["audio-text"].benign, paper.benign, quiet.benign)
-    )
+    vanilla, move = reps["audio-text"], paper.delta * paper.mask
+    for side in ("harmful", "benign"):
+        steps = [getattr(t, side) - getattr(vanilla, side) for t in (paper, quiet)]  # each [n, hidden]
+        assert torch.allclose(steps[0] @ move, steps[1] @ move, rtol=1e-3)  # as far along Δ
+    before, *after = (r.location.head(x).log_softmax(-1) for x in (vanilla.benign, paper.benign, quiet.benign))
     changes = [F.kl_div(now, before, log_target=True, reduction="batchmean") for now in after]
     assert changes[1] < changes[0]
 
@@ -353,7 +351,7 @@ def test_preflight_warns_with_the_fix(tiny, harmful, benign):
     r = RRS(*tiny, small(epochs=1, benign_strength=40.0), verbose=False)
     with pytest.warns(rrs.RRSWarning) as caught:
         r.fit(harmful, benign, preflight=3)
-    for words in ("refusal_prompt", "refusal_token", "benign_push='quiet'"):
+    for words in ("refusal_prompt", "refusal_token", "direction='quiet'"):
         assert any(words in str(w.message) for w in caught), words
     assert len(r.checks) == 1
     assert r.checks[0].benign_same.n == 5
