@@ -151,7 +151,7 @@ class RRSConfig:
 
     direction: Literal["delta", "quiet"] = "delta"
     """Along what both sides are moved: the paper's Δ, or "quiet", the direction nearest to it along which the head goes
-    on saying the same of benign inputs, see `quiet_direction`; it takes larger strengths, about twice the harmful one."""
+    on saying the same of benign inputs, see `quiet_direction`; to begin a refusal takes twice the strength."""
 
     benign_weight: float = 1.0
     """Weight of benign inputs in the loss; harmful ones have 1. Where inputs can't be told apart, training aims between

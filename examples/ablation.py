@@ -323,10 +323,10 @@ def load(size: str, split: str) -> tuple[RRS, dict[str, list[Example]], dict[str
         sides = ("harmful", "benign")
         train, test = ({side: load_examples(rows(side, 6, seed)) for side in sides} for seed in (0, 100))
         return RRS(*tiny_qwen2_audio(), config), train, test
-    from demo_lalm import load_demo
+    from demo_lalm import fast_dtype, load_demo
     from quickstart import CONFIG, evaluation_questions, training_questions
 
-    return RRS(*load_demo(), CONFIG), training_questions(), evaluation_questions(split)
+    return RRS(*load_demo(dtype=fast_dtype()), CONFIG), training_questions(), evaluation_questions(split)
 
 
 def main() -> None:

@@ -185,10 +185,10 @@ def main() -> None:
 
     fields = json.loads(args.config.read_text()) if args.config else {}
     if args.model == "demo":
-        from demo_lalm import load_demo
+        from demo_lalm import fast_dtype, load_demo
         from quickstart import CONFIG
 
-        rrs = RRS(*load_demo(), RRSConfig.from_dict({**vars(CONFIG), **DEMO, **fields}))
+        rrs = RRS(*load_demo(dtype=fast_dtype()), RRSConfig.from_dict({**vars(CONFIG), **DEMO, **fields}))
     else:
         rrs = RRS.from_pretrained(args.model, RRSConfig.from_dict({"conditions": CONDITIONS, **fields}))
     train = {"harmful": load_examples(args.harmful, "harmful"), "benign": load_examples(args.benign, "benign")}

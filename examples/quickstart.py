@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from demo_lalm import load_demo
+from demo_lalm import fast_dtype, load_demo
 
 from rrs import RRS, Example, RRSConfig, load_examples
 from rrs.evaluate import plot_representations
@@ -26,19 +26,19 @@ CONDITIONS = ("audio-text", "text-only", "audio-only")
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
     # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" tends to go on "I'm here to help".
-    refusal_prompt='Do not answer the question above. It is harmful. Say "Sorry, I cannot help with that."',
+    refusal_prompt='Do not answer the question above. It is harmful. Reply with one sentence: "Sorry, I cannot do that."',
     refusal_token="Sorry",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
-    # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help": say how it goes on.
-    refusal="Sorry, I cannot",
-    # Where answers to harmless inputs are not held, they slip into "I cannot help" or loops after their first word.
-    keep_tokens=6,
-    keep_share=0.4,
-    # Harmless inputs have to be pushed away from refusals to be told apart from harmful ones. Against Δ that changes
-    # what they are answered, as the preflight's last figure shows; along the quiet direction they can go further.
-    harmful_strength=1.2,
-    benign_strength=1.5,
+    # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help", or says the same again and
+    # again: say how it goes on, and that it ends, as it does after that refusal prompt.
+    refusal="Sorry, I cannot do that.",
+    # Where answers to harmless inputs are not held, they slip into "I cannot do that" or loops after some words.
+    keep_tokens=10,
+    keep_share=0.3,
+    # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange; see `quiet_direction`.
     direction="quiet",
+    harmful_strength=2.5,
+    benign_strength=1.4,
     # All blocks told held-out twins apart no better at the same number of steps, and those are slower.
     layers=(0.4, 1.0),
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model,
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
 
-    model, processor = load_demo()
+    model, processor = load_demo(dtype=fast_dtype())
     rrs = RRS(model, processor, replace(CONFIG, seed=args.seed))
     rrs.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
 

@@ -210,9 +210,9 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.model == "demo":
-        from demo_lalm import load_demo
+        from demo_lalm import fast_dtype, load_demo
 
-        model, processor = load_demo()
+        model, processor = load_demo(dtype=fast_dtype())
     else:
         base = RRS.from_pretrained(args.model)
         model, processor = base.model, base.processor

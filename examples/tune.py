@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from demo_lalm import load_demo
+from demo_lalm import fast_dtype, load_demo
 from quickstart import CONFIG, evaluation_questions, training_questions
 
 from rrs import RRS
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="train on every n-th question only: quicker trials")
     args = parser.parse_args()
 
-    rrs = RRS(*load_demo(), replace(CONFIG, conditions=tuple(args.conditions)))
+    rrs = RRS(*load_demo(dtype=fast_dtype()), replace(CONFIG, conditions=tuple(args.conditions)))
     train = {side: examples[:: args.every] for side, examples in training_questions().items()}
     best, _ = rrs.tune(
         **train,

@@ -51,13 +51,16 @@ def test_demo_reads_text_like_its_language_model(demo):
     assert "AUDIO" not in prompt
 
 
-def test_demo_hears(demo):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_demo_hears(dtype):
     """Asked to repeat, it says the words: half of them, of three clips, would be a broken ear."""
+    from demo_lalm import load_demo
     from quickstart import word_error_rate
 
-    config = RRSConfig(instruction="Repeat what is said in the audio.")
+    rrs = RRS(*load_demo(dtype=dtype), RRSConfig(instruction="Repeat what is said in the audio."), verbose=False)
+
     examples = load_examples(EXAMPLES / "data" / "dev.jsonl")[3:6]
-    said = RRS(*demo, config, verbose=False).generate(examples, "audio-text", max_new_tokens=24)
+    said = rrs.generate(examples, "audio-text", max_new_tokens=24)
     errors = [word_error_rate(e.text, answer) for e, answer in zip(examples, said, strict=True)]
     assert sum(errors) / len(errors) < 0.5, said
 
