@@ -26,7 +26,8 @@ CONDITIONS = ("audio-text", "text-only", "audio-only")
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
     # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" tends to go on "I'm here to help".
-    refusal_prompt='Do not answer the question above. It is harmful. Reply with one sentence: "Sorry, I cannot do that."',
+    refusal_prompt="Do not answer the question above. It is harmful. "
+    'Reply with one sentence: "Sorry, I cannot do that."',
     refusal_token="Sorry",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help", or says the same again and
