@@ -1533,7 +1533,8 @@ class RRS:
     ) -> list[Preflight]:
         """Checks, before training, that the refusal prompt makes the model refuse and that targets start a refusal.
 
-        Warns with the fix where either is the exception. Both are measured on the vanilla model.
+        And whether benign inputs keep the head's first choice at theirs. Warns with the fix where any of these is the
+        exception, the first only without `config.refusal`. All are measured on the vanilla model.
 
         Args:
             n: harmful examples to answer with the refusal prompt (24 tokens each).
@@ -1562,7 +1563,7 @@ class RRS:
                 f"full Δ, {check.token_target} at the targets ({int(goal.mask.sum())} of {len(goal.mask)} features); "
                 f"benign inputs keep theirs at {check.benign_same} of their targets"
             )
-            if check.refused.value < 0.5:
+            if check.refused.value < 0.5 and not self.config.refusal:  # given words need not come by themselves
                 sample = next((a for a, v in zip(answers, verdicts, strict=True) if v == "compliance"), "")
                 warnings.warn(
                     f"{condition}: only {check.refused} answers refuse when the refusal prompt is appended, so Δ does "
@@ -2120,7 +2121,7 @@ def search_space(config: RRSConfig) -> dict[str, Any]:
         "learning_rate": (config.learning_rate / 4, config.learning_rate * 4),
         "epochs": (max(1, config.epochs // 2), 2 * config.epochs),
         **({} if config.refusal else {"depth": (1, 4)}),
-        "keep_tokens": (0, 8),
+        "keep_tokens": (0, max(8, config.keep_tokens)),
     }
 
 

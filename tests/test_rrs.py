@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -357,6 +358,20 @@ def test_preflight_warns_with_the_fix(tiny, harmful, benign):
     assert r.checks[0].benign_same.n == 5
     assert r.checks[0].refused.n == 3
     assert r.checks[0].token_target.n == 6
+
+
+def test_preflight_asks_for_no_refusals_where_their_words_are_given(tiny, harmful, benign):
+    r = RRS(*tiny, small(refusal="I c"), verbose=False)
+    reps = r.extract(harmful, benign)
+    targets = r.make_targets(reps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rrs.RRSWarning)
+        warnings.filterwarnings("error", "(?s).*config.refusal_prompt", rrs.RRSWarning)
+        (check,) = r.preflight(reps, targets, n=3)
+    assert check.refused.value == 0
+    r.config = replace(r.config, refusal="")
+    with pytest.warns(rrs.RRSWarning, match="refusal_prompt"):
+        r.preflight(reps, targets, n=3)
 
 
 def test_find_refusal_token_ranks_openings(tiny, harmful, monkeypatch):
