@@ -399,7 +399,7 @@ def apply_trained(model: DemoLALM, weights: Path) -> None:
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 where this CPU multiplies it in hardware, about twice as fast as float32; elsewhere it is far slower."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # of x86; torch before 2.11 does not say
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # of x86; an older torch does not say
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
