@@ -422,7 +422,8 @@ def make_targets(
     """
     delta = reps.delta
     mask = select_features(delta, head_row, top, scorer)
-    move, (up, down) = delta * mask, strengths
+    move = delta * mask
+    up, down = strengths
     if quiet is not None:
         move = quiet_direction(move, reps.benign, quiet)
     return Targets(

@@ -58,7 +58,6 @@ def test_demo_hears(dtype):
     from quickstart import word_error_rate
 
     rrs = RRS(*load_demo(dtype=dtype), RRSConfig(instruction="Repeat what is said in the audio."), verbose=False)
-
     examples = load_examples(EXAMPLES / "data" / "dev.jsonl")[3:6]
     said = rrs.generate(examples, "audio-text", max_new_tokens=24)
     errors = [word_error_rate(e.text, answer) for e, answer in zip(examples, said, strict=True)]
