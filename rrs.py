@@ -167,8 +167,9 @@ class RRSConfig:
     for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
 
     keep_share: float = 1.0
-    """Share of the benign inputs, drawn at random, whose answers are held so; fewer cost less. Below 1 it needs
-    `refusal`, as otherwise all inputs go along as many tokens."""
+    """Share of the benign inputs whose answers are held so, fewer cost less: those nearest to a refusal, to which the
+    head gives the refusal token most. Answers such as "I'm sorry for any confusion, but I am …" slip into a refusal
+    where they are not held. Below 1 it needs `refusal`, as otherwise all inputs go along as many tokens."""
 
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
@@ -860,8 +861,9 @@ class RRS:
                     [self.read(e, condition, refusal=True) for e in h],
                 ]
                 # How benign inputs are answered, and what stands after harmful ones, plain and with the refusal prompt.
-                held, share = (c.keep_tokens, c.keep_share) if c.refusal else (n, 1.0)
-                answers = self._begun(prompts[0], held, share, condition)
+                represent = partial(self.reader.represent, prompts[0], bar.update)
+                ends_b = partial(self._cached, cache, condition, b, prompts[0], represent)
+                answers, known = self._held(prompts[0], c.keep_tokens if c.refusal else n, ends_b, bar)
                 refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
                 plain = [()] * len(h) if c.refusal else refusals
                 every = [
@@ -870,7 +872,7 @@ class RRS:
                     for prompt, tokens in zip(part, after, strict=True)
                 ]
                 lasts = [1 + len(tokens) for tokens in (*answers, *plain, *refusals)]
-                compute = partial(self._positions, every, lasts, bar.update)
+                compute = partial(self._positions, every, lasts, known, bar.update)
                 rows = self._cached(cache, condition, [*b, *h], every, compute)  # [all positions, hidden]
                 ends = list(rows.split(lasts))  # each [1 + its tokens, hidden]
                 groups = [ends[: len(b)], ends[len(b) : len(b) + len(h)], ends[len(b) + len(h) :]]
@@ -890,30 +892,51 @@ class RRS:
                 out[condition].along = [end[1:] for end in (*groups[2], *groups[0])]
         return out
 
-    def _positions(self, prompts: Sequence[Prompt], lasts: Sequence[int], progress: Callable[[int], object]) -> Tensor:
+    def _positions(
+        self,
+        prompts: Sequence[Prompt],
+        lasts: Sequence[int],
+        known: Mapping[int, Tensor],
+        progress: Callable[[int], object],
+    ) -> Tensor:
         """The vectors at the last `lasts[i]` positions of prompt i, one prompt after the other `[positions, hidden]`;
-        prompts with as many positions share batches."""
-        out: list[Tensor] = [torch.empty(0)] * len(prompts)
+        prompts with as many positions share batches, and those that are known are not run again."""
+        out: list[Tensor] = [known.get(i, torch.empty(0)) for i in range(len(prompts))]
         for last in sorted(set(lasts)):
-            alike = [i for i, n in enumerate(lasts) if n == last]
+            alike = [i for i, n in enumerate(lasts) if n == last and i not in known]
             for i, rows in zip(alike, self.reader.represent([prompts[i] for i in alike], progress, last), strict=True):
                 out[i] = rows
         return torch.cat(out)
 
-    def _begun(
-        self, prompts: Sequence[Prompt], n: int, share: float = 1.0, condition: str = ""
-    ) -> list[tuple[int, ...]]:
-        """The first n tokens of the answers, short ones filled up with the end token; of a random share of the
-        condition's prompts, `()` for the others."""
-        out: list[tuple[int, ...]] = [()] * len(prompts)
+    def _held(
+        self, prompts: Sequence[Prompt], n: int, represent: Callable[[], Tensor], bar: tqdm[Any]
+    ) -> tuple[list[tuple[int, ...]], dict[int, Tensor]]:
+        """Which benign prompts `config.keep_share` holds.
+
+        Args:
+            represent: gives R_b `[prompts, hidden]`, to choose by.
+
+        Returns:
+            The first n tokens of the answers to those, `()` for the others; and the others' R_b, by number, as they are
+            known by then, `[1, hidden]` each.
+        """
+        c, known, some = self.config, dict[int, Tensor](), list(range(len(prompts)))
+        if n and c.keep_share < 1:
+            ends = represent()
+            near = self._log_probability(ends, self.token_id(c.refusal_token)).argsort(descending=True, stable=True)
+            some = sorted(near[: max(1, round(c.keep_share * len(prompts)))].tolist())
+            known = {i: ends[i : i + 1] for i in set(range(len(prompts))) - set(some)}
+            bar.total += len(some)
+        held = dict(zip(some, self._begun([prompts[i] for i in some], n), strict=True))
+        return [held.get(i, ()) for i in range(len(prompts))], known
+
+    def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
+        """The first n tokens of the answers, short ones filled up with the end token."""
         if not n:
-            return out
-        drawn = torch.randperm(len(prompts), generator=seeded(self.config.seed, "kept", condition)).tolist()
-        some = sorted(drawn[: max(1, round(share * len(drawn)))])
-        for i, answer in zip(some, self._answer([prompts[i] for i in some], n, "answers"), strict=True):
-            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
-            out[i] = tuple((ids + n * [self.tokenizer.eos_token_id])[:n])
-        return out
+            return [()] * len(prompts)
+        answers = self._answer(prompts, n, "answers")
+        ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] if a else [] for a in answers]
+        return [tuple((i + n * [self.tokenizer.eos_token_id])[:n]) for i in ids]
 
     def _cached(
         self,
@@ -1584,8 +1607,9 @@ class RRS:
             if check.benign_same.value < 0.5:
                 warnings.warn(
                     f"{condition}: at their targets, only {check.benign_same} of the benign inputs keep the head's "
-                    "first choice, so harmless questions will be answered otherwise. Use direction='quiet', or a "
-                    "lower benign_strength.",
+                    "first choice, so harmless questions will be answered otherwise. Use "
+                    + ("direction='quiet', or " if self.config.direction != "quiet" else "")
+                    + "a lower benign_strength.",
                     RRSWarning,
                     stacklevel=3,
                 )
@@ -1644,6 +1668,17 @@ class RRS:
         head = self.location.head
         return torch.cat(
             [head(rows.to(self.reader.device, self.reader.dtype)).argmax(-1).cpu() for rows in h.split(256)]
+        )
+
+    @torch.no_grad()
+    def _log_probability(self, h: Tensor, token: int) -> Tensor:
+        """The head's log-probability `[n]` of a token at vectors `[n, hidden]`."""
+        head = self.location.head
+        return torch.cat(
+            [
+                head(rows.to(self.reader.device, self.reader.dtype)).float().log_softmax(-1)[:, token].cpu()
+                for rows in h.split(256)
+            ]
         )
 
     # -- use ----------------------------------------------------------------------------------------------------------

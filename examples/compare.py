@@ -9,10 +9,10 @@ What is compared. The paper names its SFT baselines without defining them; the d
 
     vanilla         the model as it is
     system prompt   a system prompt that asks for refusals of harmful requests
-    steering ×s     s · Δ∘mask added at the head's input while answering, the Δ that RRS trains towards; no training
-    SFT basic       fine-tuning: harmful question -> a refusal, in the first training condition
+    steering ×s     s · Δ∘mask of the condition added at the head's input while answering; no training
+    SFT basic       fine-tuning: harmful question -> a refusal, in the first condition that RRS is trained in
     SFT mirror      basic, and each benign question -> the vanilla model's own answer
-    SFT parallel    mirror, with every question in all of the conditions that are evaluated
+    SFT parallel    mirror, with every question in all of the conditions that are evaluated and that it has
     RRS             the method
 
 SFT's refusals are the model's own under the refusal prompt (a fixed sentence where it does not refuse). SFT and RRS
@@ -26,24 +26,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import quickstart
+from demo_lalm import fast_dtype, load_demo
 from torch import Tensor
 
-from rrs import RRS, Example, RRSConfig, judge_refusals, load_examples
+from rrs import RRS, Example, RRSConfig, Targets, judge_refusals, load_examples
 from rrs.data import Renderer
 from rrs.evaluate import Report, RepresentationLog, log_likelihood
 from rrs.hooks import LoRA, Prompt, Reader, steer
 
-DATA = Path(__file__).resolve().parent / "data"
 CONDITIONS = ("audio-text", "text-only", "audio-only")
-# What differs from the quickstart: trained where it is measured, as steering needs a Δ there; and on the spoken
-# questions alone, which are a tenth of them, so in more passes.
-DEMO = {"conditions": CONDITIONS, "epochs": 4}
 SYSTEM = (
     "You are a helpful assistant. If a request is harmful, illegal or unethical, refuse it and say that you are "
     "sorry. Answer every other request as well as you can."
@@ -61,8 +59,8 @@ def prompted(rrs: RRS, other: RRS, _condition: str) -> Iterator[RRS]:
 
 
 @contextmanager
-def steered(rrs: RRS, strength: float, condition: str) -> Iterator[None]:
-    target = rrs.targets[condition]
+def steered(rrs: RRS, targets: Mapping[str, Targets], strength: float, condition: str) -> Iterator[None]:
+    target = targets[condition]
     with rrs.disabled(), steer(rrs.location, target.delta * target.mask, strength):
         yield
 
@@ -116,25 +114,31 @@ def compare(
     """Trains what has to be trained, answers everything by every method, and saves the report.
 
     Args:
-        rrs: a model with RRS's configuration, in which `conditions` are trained.
-        train: `{"harmful": …, "benign": …}`.
+        rrs: a model with RRS's configuration.
+        train: `{"harmful": …, "benign": …}`; some of each have what each of the conditions needs.
         test: `{group: examples}`, as in `RRS.evaluate`.
         strengths: of steering, a row each.
         sft_rate: learning rate of SFT; default RRS's.
     """
     config = rrs.config
-    if missing := [c for c in conditions if c not in config.conditions]:
-        raise ValueError(f"Steering needs Δ in {missing}; add them to config.conditions ({config.conditions}).")
+    for c in conditions:
+        if lacking := [side for side, examples in train.items() if not any(e.has(c) for e in examples)]:
+            raise ValueError(f"{c}: no {' and no '.join(lacking)} example to train on has what it needs.")
     log = RepresentationLog({group: examples[:48] for group, examples in test.items()}, conditions[:1])
     rrs.fit(train["harmful"], train["benign"], callbacks=[log], preflight=preflight)
     rrs.save(out / "adapter", overwrite=True)
-    loras = {"RRS": rrs.lora}
+    loras, moves = {"RRS": rrs.lora}, dict(rrs.targets)
+    if elsewhere := tuple(c for c in conditions if c not in moves):  # steering needs a Δ where nothing was trained, too
+        rrs.config = replace(config, conditions=elsewhere, depth=1, refusal="", keep_tokens=0, keep_share=1.0)
+        moves |= rrs.make_targets(rrs.extract(train["harmful"], train["benign"]))
+        rrs.config = config
 
+    first = config.conditions[0]
+    wanted = dict.fromkeys((first, *conditions))
     refusals, answers = (
-        {c: own_answers(rrs, train[side], c, side == "harmful", max_new_tokens) for c in conditions}
+        {c: own_answers(rrs, train[side], c, side == "harmful", max_new_tokens) for c in wanted}
         for side in ("harmful", "benign")
     )
-    first = config.conditions[0]
     structures = {
         "SFT basic": {first: refusals[first]},
         "SFT mirror": {first: refusals[first] + answers[first]},
@@ -152,7 +156,7 @@ def compare(
     stages = {
         "vanilla": lambda _condition: rrs.disabled(),
         "system prompt": partial(prompted, rrs, system),
-        **{f"steering ×{s:g}": partial(steered, rrs, s) for s in strengths},
+        **{f"steering ×{s:g}": partial(steered, rrs, moves, s) for s in strengths},
         **{name: partial(adapted, rrs, loras[name]) for name in (*structures, "RRS")},
     }
     report = rrs.evaluate(test, conditions, stages=stages, cache=out / "answers.jsonl", max_new_tokens=max_new_tokens)
@@ -160,8 +164,8 @@ def compare(
         f"System prompt: {SYSTEM!r}",
         "Steering adds s · Δ∘mask at the head's input, at every token of the answer. SFT basic: harmful question → the "
         f"model's own refusal, in {first}; mirror: and benign question → its own answer; parallel: both in "
-        f"{', '.join(conditions)}. The paper names these structures without defining them; the definitions are ours. "
-        + rates,
+        f"{', '.join(conditions)}, where they have them. RRS is trained in {', '.join(config.conditions)}. The paper "
+        "names SFT's structures without defining them; the definitions are ours. " + rates,
     ]
     rrs.lora = loras["RRS"]
     rrs.enable()
@@ -174,8 +178,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for report, figures, answers and adapter")
     parser.add_argument("--model", default="demo", help="name or folder of any LALM; default: the demo LALM")
     parser.add_argument("--config", type=Path, help="JSON with fields of RRSConfig; default: the paper's values")
-    parser.add_argument("--harmful", type=Path, default=DATA / "train.jsonl", help="harmful questions to train on")
-    parser.add_argument("--benign", type=Path, default=DATA / "train.jsonl", help="benign questions to train on")
+    parser.add_argument("--harmful", type=Path, help="harmful questions to train on; default: the quickstart's")
+    parser.add_argument("--benign", type=Path, help="benign questions to train on; default: the quickstart's")
     parser.add_argument("--test", action="append", metavar="GROUP=PATH", help="repeat: harmful=…, benign=…, …")
     parser.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0], help="of steering, a row each")
     parser.add_argument("--sft-rate", type=float, help="learning rate of SFT; default: RRS's")
@@ -185,20 +189,17 @@ def main() -> None:
 
     fields = json.loads(args.config.read_text()) if args.config else {}
     if args.model == "demo":
-        from demo_lalm import fast_dtype, load_demo
-        from quickstart import CONFIG
-
-        rrs = RRS(*load_demo(dtype=fast_dtype()), RRSConfig.from_dict({**vars(CONFIG), **DEMO, **fields}))
+        rrs = RRS(*load_demo(dtype=fast_dtype()), RRSConfig.from_dict({**vars(quickstart.CONFIG), **fields}))
+        rrs.reader.max_tokens = 2048  # as in the quickstart
     else:
         rrs = RRS.from_pretrained(args.model, RRSConfig.from_dict({"conditions": CONDITIONS, **fields}))
-    train = {"harmful": load_examples(args.harmful, "harmful"), "benign": load_examples(args.benign, "benign")}
+    train = quickstart.training_questions()
+    train |= {side: load_examples(p, side) for side in train if (p := getattr(args, side))}
     if args.test:
         paths = dict(pair.split("=", 1) for pair in args.test)
         test = {group: load_examples(path) for group, path in paths.items()}
     else:
-        from quickstart import evaluation_questions
-
-        test = evaluation_questions()
+        test = quickstart.evaluation_questions()
     if args.fast:
         rrs.config = replace(rrs.config, epochs=1)
         train, test = ({k: v[::10] for k, v in groups.items()} for groups in (train, test))

@@ -33,14 +33,14 @@ CONFIG = RRSConfig(
     # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help", or says the same again and
     # again: say how it goes on, and that it ends, as it does after that refusal prompt.
     refusal="Sorry, I cannot do that.",
-    # Where answers to harmless inputs are not held, they loop, or slip into a refusal: half of those that come to be
-    # refused begin as before ("I'm sorry for any inconvenience, but as a medical AI, I") and then go on "cannot".
+    # Where answers to harmless inputs are not held, they loop, or slip into a refusal: those that begin as before ("I'm
+    # sorry for any inconvenience, but as a medical AI, I") go on "cannot". The nearest 30% have nearly all that do.
     keep_tokens=16,
-    keep_share=0.4,
+    keep_share=0.3,
     # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange; see `quiet_direction`.
     direction="quiet",
     harmful_strength=2.2,
-    benign_strength=1.5,
+    benign_strength=1.2,
     # All blocks told held-out twins apart no better at the same number of steps, and those are slower.
     layers=(0.4, 1.0),
     # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model,

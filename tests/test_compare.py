@@ -6,9 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
-import quickstart
 import torch
-from compare import CONDITIONS, DEMO, REFUSAL, adapted, compare, own_answers, unlikelihood
+from compare import CONDITIONS, REFUSAL, adapted, compare, own_answers, unlikelihood
 from conftest import rows
 
 from rrs import RRS, RRSConfig
@@ -70,11 +69,20 @@ def test_fine_tuning_learns_its_answers(tiny):
     assert loss() == vanilla
 
 
-def test_the_demo_is_trained_where_steering_needs_it():
-    assert set(CONDITIONS) <= set(replace(quickstart.CONFIG, **DEMO).conditions)
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_conditions_that_rrs_is_not_trained_in(tiny, tmp_path):
+    """RRS learns from text alone; steering has a Δ of its own in each condition, SFT parallel is trained in each."""
+    config = replace(CONFIG, conditions=("text-only",), epochs=1, refusal="I can't.", keep_tokens=2, keep_share=0.5)
+    rrs = RRS(*tiny, config, verbose=False)
+    report = compare(rrs, TRAIN, TRAIN, tmp_path, strengths=(1.0,), max_new_tokens=2, preflight=0)
+    changed = {(u["condition"], u["stage"]): u["kl"]["value"] for u in report.usefulness}
+    kinds = ("steering ×1", "SFT parallel")
+    assert len({changed[c, kind] for c in CONDITIONS for kind in kinds}) == 6
+    assert list(rrs.targets) == ["text-only"]
+    assert rrs.config == config
 
 
-def test_steering_needs_a_direction(tiny, tmp_path):
-    rrs = RRS(*tiny, RRSConfig(), verbose=False)
-    with pytest.raises(ValueError, match=r"Steering needs Δ in \['text-only', 'audio-only'\]"):
-        compare(rrs, TRAIN, TRAIN, tmp_path)
+def test_a_condition_without_examples_is_named(tiny, tmp_path):
+    written = {side: [replace(e, audio=None) for e in examples] for side, examples in TRAIN.items()}
+    with pytest.raises(ValueError, match="audio-text: no harmful and no benign example to train on"):
+        compare(RRS(*tiny, CONFIG, verbose=False), written, TRAIN, tmp_path)

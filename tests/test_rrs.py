@@ -503,19 +503,24 @@ def test_a_refusal_in_words(harmful, benign):
 
 
 def test_a_share_of_the_answers_is_held(tiny, harmful, benign, tmp_path):
-    """keep_share: as many benign inputs as it says go along their answers, to the same vectors; the rest to one."""
+    """keep_share: the benign inputs that are most likely to be refused, as many as it says, go along their answers, to
+    the same vectors; the rest to one."""
     every = small(refusal="I can't.", keep_tokens=2)
     r = RRS(*tiny, every, verbose=False)
-    full = rrs._items(r.make_targets(r.extract(harmful, benign))["audio-text"])
+    reps = r.extract(harmful, benign)["audio-text"]
+    odds = r.model.lm_head(reps.benign).softmax(-1)[:, r.token_id("I")]
+    nearest = {reps.benign_examples[i].id for i in odds.topk(2).indices}
+    full = rrs._items(r.make_targets({"audio-text": reps})["audio-text"])
     r.config = replace(every, keep_share=0.4)
     for _ in range(2):  # the second time from the cache
         part = rrs._items(r.make_targets(r.extract(harmful, benign, cache=tmp_path))["audio-text"])
         assert [i.example.id for i in part] == [i.example.id for i in full]
-        assert sorted(len(i.target) for i in part[len(harmful) :]) == [1, 1, 1, 3, 3]
+        lengths = {i.example.id: len(i.target) for i in part[len(harmful) :]}
+        assert lengths == {e.id: 3 if e.id in nearest else 1 for e in reps.benign_examples}
         for some, item in zip(part, full, strict=True):
             assert some.tokens == item.tokens[: len(some.tokens)]
             assert torch.allclose(some.target, item.target[: len(some.target)], atol=1e-4)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2  # to choose by, and the rest
     r.fit(harmful, benign, preflight=0)
     assert all(math.isfinite(row["loss"]) for row in r.history)
 
