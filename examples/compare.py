@@ -18,8 +18,8 @@ What is compared. The paper names its SFT baselines without defining them; the d
 SFT's refusals are the model's own under the refusal prompt (a fixed sentence where it does not refuse). SFT and RRS
 share LoRA, loop and number of epochs; RRS's Frobenius penalty is RRS's alone, and SFT may have its own learning rate.
 
-Leaves in the folder: `report.md`, `report.json` and figures, `adapter/` (of RRS), and `answers.jsonl`, from which an
-interrupted evaluation continues when the command is given again.
+Leaves in the folder: `summary.md` (a line a method), `report.md`, `report.json` and figures, `adapter/` (of RRS), and
+`answers.jsonl`, from which an interrupted evaluation continues when the command is given again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import quickstart
 from demo_lalm import fast_dtype, load_demo
@@ -170,7 +171,24 @@ def compare(
     rrs.lora = loras["RRS"]
     rrs.enable()
     report.save(out, log.maps)
+    (out / "summary.md").write_text(summary(report.to_dict()), encoding="utf-8")
     return report
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Markdown, a line a method: a cell has the values of all conditions. `report` is what `report.json` holds."""
+    rows = {(row["condition"], row["group"]): row for row in report["table"]}
+    conditions, groups = (list(dict.fromkeys(keys)) for keys in zip(*rows, strict=True))
+    kl = {(u["condition"], u["stage"]): u["kl"]["value"] for u in report["usefulness"]}
+    lines = [["method", *(f"{g} refused, %" for g in groups), "degenerate, %", "KL"], ["---"] * (3 + len(groups))]
+    for stage in report["table"][0]["refused"]:
+        cells = [[100 * rows[c, g]["refused"][stage]["value"] for c in conditions] for g in groups]
+        broken = [[rows[c, g]["degenerate"][stage] for g in groups] for c in conditions]
+        cells.append([100 * sum(x["k"] for x in each) / sum(x["n"] for x in each) for each in broken])
+        changed = " / ".join(f"{kl[c, stage]:.2f}" if (c, stage) in kl else "–" for c in conditions)
+        lines.append([stage, *(" / ".join(f"{x:.0f}" for x in cell) for cell in cells), changed])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{text}\nCells: {' / '.join(conditions)}. Degenerate: of all answers. KL: first token, benign inputs.\n"
 
 
 def main() -> None:
@@ -203,17 +221,16 @@ def main() -> None:
     if args.fast:
         rrs.config = replace(rrs.config, epochs=1)
         train, test = ({k: v[::10] for k, v in groups.items()} for groups in (train, test))
-    print(
-        compare(
-            rrs,
-            train,
-            test,
-            args.out,
-            strengths=args.strength,
-            max_new_tokens=args.max_new_tokens,
-            sft_rate=args.sft_rate,
-        )
+    report = compare(
+        rrs,
+        train,
+        test,
+        args.out,
+        strengths=args.strength,
+        max_new_tokens=args.max_new_tokens,
+        sft_rate=args.sft_rate,
     )
+    print(f"{report}\n{summary(report.to_dict())}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,14 @@ def test_all_methods_in_one_table(tiny, tmp_path):
     assert set(saved["table"][0]["refused_change"]) == set(methods[1:])
     text = (tmp_path / "report.md").read_text()
     assert all(f"| audio-only | {method} |" in text for method in methods)
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2 : 2 + len(methods)]] == [f"| {m}" for m in methods]
+    cells = lines[2].removesuffix(" |").split(" | ")
+    rows_of = {(row["condition"], row["group"]): row for row in saved["table"]}
+    for cell, group in zip(cells[1:], test, strict=False):
+        shares = [rows_of[c, group]["refused"]["vanilla"]["value"] for c in CONDITIONS]
+        assert cell == " / ".join(f"{100 * x:.0f}" for x in shares)
+    assert cells[-1] == "0.00 / 0.00 / 0.00"
     # what is left on the model is RRS's adapter and nothing else
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     own = RRS(model, processor, CONFIG, verbose=False)
