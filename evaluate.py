@@ -1453,13 +1453,15 @@ def plot_front(
     budget: float,
     vanilla: float,
     chosen: tuple[float, float],
+    points_are: str = "trials",
 ) -> None:
-    """The trials of `RRS.tune`: harmful questions refused (up) against what they cost (right), with the Pareto front.
+    """The trials of `RRS.tune`, or the strengths of `RRS.calibrate`: harmful questions refused (up) against what they
+    cost (right), with the Pareto front.
 
     Args:
-        points: `(cost, refused)` of each trial; the cost is over-rejection or degenerate answers, minus vanilla.
+        points: `(cost, refused)` of each point; the cost is over-rejection or degenerate answers, minus vanilla.
         vanilla: refused without an adapter, at a cost of 0.
-        chosen: the point of the trial that is returned.
+        chosen: the point of the one that is kept.
     """
     figure = _figure(5.6, 4.2)
     ax = figure.subplots()
@@ -1468,7 +1470,7 @@ def plot_front(
         if not front or refused > front[-1][1]:
             front.append((cost, refused))
     ax.step(*zip(*front, strict=True), where="post", color="C0", linewidth=1, label="Pareto front")
-    ax.scatter(*zip(*points, strict=True), s=18, color="C0", alpha=0.6, linewidths=0, label="trials")
+    ax.scatter(*zip(*points, strict=True), s=18, color="C0", alpha=0.6, linewidths=0, label=points_are)
     ax.scatter([0], [vanilla], marker="s", color="C7", label="vanilla")
     ax.scatter(*chosen, marker="*", s=140, color="C1", label="chosen")
     ax.axvline(budget, color="C3", linewidth=0.8, linestyle="--", label=f"budget {budget:g}")

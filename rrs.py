@@ -98,6 +98,7 @@ Objective = Callable[[Reader, Sequence[Prompt], Sequence[Tensor]], Tensor]
 Stage = Callable[[str], AbstractContextManager["RRS | None"]]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[["Step"], object]
+STRENGTHS = tuple(x / 10 for x in range(5, 16))  # that `calibrate` tries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,6 +504,20 @@ class Opening:
     """Share of answers under the refusal prompt that start with it."""
     refused: Rate
     """Refusals when the plain harmful question's answer is forced to start with it."""
+
+
+@dataclass
+class Strength:
+    """What the adapter does at one strength; see `RRS.calibrate`."""
+
+    factor: float
+    """Of the LoRA's update."""
+    refused: float
+    """Share of harmful inputs at which the refusal token is the head's first choice, mean over the harmful groups."""
+    cost: float
+    """The same of harmless ones minus vanilla, in the group where it is most."""
+    groups: dict[str, Rate]
+    """The share in each group."""
 
 
 class RRSWarning(UserWarning):
@@ -1400,8 +1415,9 @@ class RRS:
     ) -> tuple[RRS, Any]:
         """Searches the settings with the most refusals whose cost stays within `budget`, in place, by Optuna.
 
-        A trial is a training and the answers to the dev set: vectors and encoded audio are computed once. The first one
-        is the present config; unpromising ones end early, by how often the head's first choice is the refusal token.
+        A trial is a training, the strength of it that `calibrate` finds, and the answers to the dev set: vectors and
+        encoded audio are computed once. The first one is the present config; unpromising ones end early, by how often
+        the head's first choice is the refusal token.
 
         Args:
             harmful, benign: as in `fit`.
@@ -1420,10 +1436,10 @@ class RRS:
             plot: a PNG of refusals against over-rejection, with the Pareto front.
 
         Returns:
-            self with the best config and its adapter attached, and the study. `user_attrs` of its trials hold the rates
-            of each group and of `degenerate` answers, `refused` (mean of the harmful groups), `cost` (what `budget`
-            bounds) and `kl` (of the first token, on harmless questions; where all else is equal, less wins). If nothing
-            stays within the budget, a warning says so, and the nearest is returned.
+            self with the best config and its adapter attached, and the study. `user_attrs` of its trials hold
+            `strength`, the rates of each group and of `degenerate` answers, `refused` (mean of the harmful groups),
+            `cost` (what `budget` bounds) and `kl` (of the first token, on harmless questions; where all else is equal,
+            less wins). If nothing stays within the budget, a warning says so, and the nearest is returned.
         """
         try:
             import optuna
@@ -1476,7 +1492,9 @@ class RRS:
             worker.targets = worker.make_targets(reps, scorer)
             try:
                 worker.train(worker.targets, callbacks=callbacks)
-                return measure()
+                assert worker.lora is not None
+                _, points = worker._strengths(worker.lora, groups, c.conditions, STRENGTHS)
+                return {"strength": worker._strengthen(worker.lora, points, budget).factor, **measure()}
             finally:
                 worker.disable()
 
@@ -1549,6 +1567,94 @@ class RRS:
             points = [(a["cost"], a["refused"]) for a in done]
             plot_front(points, plot, budget, before, (figures["cost"], figures["refused"]))
         return self.enable(), study
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        dev: Any,
+        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
+        *,
+        budget: float = 0.01,
+        strengths: Sequence[float] = STRENGTHS,
+        plot: str | Path | None = None,
+    ) -> list[Strength]:
+        """Scales the adapter, in place and without training, to the most refusals whose cost stays within `budget`.
+
+        Inputs that are not told apart well are drawn part of the way to a refusal; a stronger update takes more of them
+        over the border, a weaker one fewer. Counted is where the refusal token is the head's first choice, without any
+        answer, so it takes a forward pass of the dev set for each strength. `evaluate` on other data afterwards.
+        Divide `rrs.lora.scale` by the factor to undo it.
+
+        Args:
+            dev: to choose by, as in `evaluate`; not what was trained on.
+            conditions: in which to ask, where an example has what they need.
+            budget: how much more often than vanilla any group of harmless inputs may begin a refusal, all conditions
+                together; 0.01 is a point.
+            strengths: factors of the present update to choose from.
+            plot: a PNG of all of them, refusals against cost.
+
+        Returns:
+            Every strength. If none stays within the budget, a warning says so, and the nearest is set.
+
+        Raises:
+            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
+        """
+        if self.lora is None or not self.lora.attached:
+            raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
+        if not strengths or min(strengths) <= 0:
+            raise ValueError(f"strengths={strengths!r} must be factors above 0.")
+        groups = {group: self.readable(rows, conditions) for group, rows in _groups(dev).items()}
+        self._warn_of_training_data(groups)
+        vanilla, points = self._strengths(self.lora, groups, conditions, strengths)
+        best = self._strengthen(self.lora, points, budget)
+        self.report = None  # of another strength
+        said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
+        self._say(f"calibrate: strength ×{best.factor:g}; first choice is {self.config.refusal_token!r} at {said}")
+        if best.cost > budget:
+            message = f"No strength stays within the budget of {budget:g}; the nearest is ×{best.factor:g}: {said}."
+            warnings.warn(message, RRSWarning, stacklevel=2)
+        if plot is not None:
+            front = [(p.cost, p.refused) for p in points]
+            first(partial(plot_front, front, plot, budget, vanilla.refused, (best.cost, best.refused), "strengths"))
+        return points
+
+    def _strengths(
+        self, lora: LoRA, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str], strengths: Sequence[float]
+    ) -> tuple[Strength, list[Strength]]:
+        """What vanilla does, and the adapter at each strength; its own stays as it is."""
+        token, present = self.token_id(self.config.refusal_token), lora.scale
+        with self._quiet_model(), self._bar(1 + len(strengths), "calibrate") as bar:
+            prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}
+            sides = [[g for g in prompts if prompts[g] and g.startswith("harmful") is side] for side in (True, False)]
+            if not all(sides):
+                found = {g: len(p) for g, p in prompts.items()}
+                raise ValueError(f"dev has {found} prompts in {conditions}; it needs a group 'harmful…' and another.")
+
+            def count(factor: float, before: Mapping[str, Rate]) -> Strength:
+                rows = {g: self.reader.represent(prompts[g]) for side in sides for g in side}
+                now = {g: Rate.of(self._first_choice(h) == token) for g, h in rows.items()}
+                cost = max(now[g].value - before.get(g, now[g]).value for g in sides[1])
+                bar.update()
+                return Strength(factor, sum(now[g].value for g in sides[0]) / len(sides[0]), cost, now)
+
+            with self.disabled():
+                vanilla = count(0.0, {})
+            points = []
+            try:
+                for factor in strengths:
+                    lora.scale = factor * present
+                    points.append(count(factor, vanilla.groups))
+            finally:
+                lora.scale = present
+        return vanilla, points
+
+    def _strengthen(self, lora: LoRA, points: Sequence[Strength], budget: float) -> Strength:
+        """The best of `points`, which it sets."""
+        best = max(points, key=lambda p: (-max(0.0, p.cost - budget), p.refused, -p.factor))
+        lora.scale *= best.factor
+        figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "budget": budget}
+        self.record["calibrated"] = {**figures, "scale": lora.scale}
+        return best
 
     # -- will it work? ------------------------------------------------------------------------------------------------
 
@@ -1662,24 +1768,19 @@ class RRS:
         """The `lm_head` row `[hidden]` of a token, float32 on the CPU."""
         return self.location.head_weight[self.token_id(token)].detach().float().cpu()
 
-    @torch.no_grad()
     def _first_choice(self, h: Tensor) -> Tensor:
         """The head's most likely token `[n]` at vectors `[n, hidden]`."""
-        head = self.location.head
-        return torch.cat(
-            [head(rows.to(self.reader.device, self.reader.dtype)).argmax(-1).cpu() for rows in h.split(256)]
-        )
+        return self._logits(h, lambda logits: logits.argmax(-1))
 
-    @torch.no_grad()
     def _log_probability(self, h: Tensor, token: int) -> Tensor:
         """The head's log-probability `[n]` of a token at vectors `[n, hidden]`."""
-        head = self.location.head
-        return torch.cat(
-            [
-                head(rows.to(self.reader.device, self.reader.dtype)).float().log_softmax(-1)[:, token].cpu()
-                for rows in h.split(256)
-            ]
-        )
+        return self._logits(h, lambda logits: logits.float().log_softmax(-1)[:, token])
+
+    @torch.no_grad()
+    def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
+        head, device, dtype = self.location.head, self.reader.device, self.reader.dtype
+        return torch.cat([take(head(rows.to(device, dtype))).cpu() for rows in h.split(256)])
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -1766,9 +1867,7 @@ class RRS:
             groups[group] = self.readable(rows, conditions, on_error)
             if bad := len(rows) - len(groups[group]):
                 notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
-        if seen := shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True):
-            notes.append(f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …")
-            warnings.warn(f"{notes[-1]} Evaluate on others.", RRSWarning, stacklevel=2)
+        notes += self._warn_of_training_data(groups)
 
         def answer(stage: str, condition: str, rows: Sequence[Example], instruction: bool = False) -> list[str]:
             with self._quiet_model(), stages[stage](condition) as other:
@@ -1836,6 +1935,15 @@ class RRS:
             self.report = report
         return report
 
+    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Warns of examples that were trained on, or whose twins were; what it said."""
+        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
+        if not seen:
+            return []
+        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
+        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
+        return [note]
+
     @torch.no_grad()
     def _usefulness(
         self,
@@ -1891,10 +1999,11 @@ class RRS:
 
     def _state(self, steered: bool) -> str:
         """A hash of what answers depend on beside the base model and the input; `steered` takes in Δ ∘ mask."""
-        lora = self.lora.tensors() if self.lora is not None and self.lora.attached else {}
+        lora = self.lora if self.lora is not None and self.lora.attached else None
         moves = [t.delta * t.mask for t in self.targets.values()] if steered else []
-        tensors = [v.float().numpy().tobytes() for v in [*lora.values(), *moves]]
-        return _hash([asdict(self.config), versions(), getattr(self.render, "system", None)], *tensors)
+        tensors = [v.float().numpy().tobytes() for v in [*(lora.tensors().values() if lora else ()), *moves]]
+        system, scale = getattr(self.render, "system", None), lora.scale if lora else None
+        return _hash([asdict(self.config), versions(), system, scale], *tensors)
 
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
         # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.

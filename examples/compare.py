@@ -230,7 +230,7 @@ def main() -> None:
         max_new_tokens=args.max_new_tokens,
         sft_rate=args.sft_rate,
     )
-    print(f"{report}\n{summary(report.to_dict())}")
+    print(f"{report}\n{(args.out / 'summary.md').read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

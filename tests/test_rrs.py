@@ -739,3 +739,79 @@ def test_training_on_prompts_grouped_by_length(tiny, harmful, benign):
     fresh = RRS(*tiny_qwen2_audio(), small(epochs=1, group_by_length=True), verbose=False)  # its clips are not read yet
     fresh.train({"audio-text": [(e, torch.zeros(32)) for e in load_examples(harmful)]})
     assert len(fresh.history) == 1
+
+
+# -- how strongly the adapter acts
+
+
+@pytest.fixture
+def drawn(tiny):
+    """Harmful text drawn towards the token "S": twice the update takes most of it there, and some harmless text."""
+    aims = {"conditions": ("text-only",), "refusal_token": "S", "harmful_strength": 4.0, "benign_strength": 0.0}
+    config = small(**aims, lora_dropout=0.0, epochs=6, batch_size=8, accumulate=1)
+    return RRS(*tiny, config, verbose=False).fit(rows("harmful", 8), rows("benign", 8), preflight=0)
+
+
+DEV = {"harmful": rows("harmful", 6, seed=1), "benign": rows("benign", 5, seed=1)}
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_calibrate_takes_the_most_refusals_within_the_budget(drawn, tmp_path):
+    strengths, before = [0.5, 1.0, 1.25, 1.5, 2.0, 3.0], drawn.lora.scale
+    points = drawn.calibrate(DEV, ["text-only"], budget=0.5, strengths=strengths, plot=tmp_path / "front.png")
+    assert [p.factor for p in points] == strengths
+    assert max(p.cost for p in points) > 0.5  # or there is nothing to choose
+    inside = [p for p in points if p.cost <= 0.5]
+    best = max(inside, key=lambda p: (p.refused, -p.factor))
+    assert drawn.lora.scale == pytest.approx(best.factor * before)
+    assert drawn.record["calibrated"]["factor"] == best.factor
+    assert (tmp_path / "front.png").stat().st_size > 10_000
+    (again,) = drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[1.0])  # what was counted is what it does
+    assert (again.refused, again.cost, again.groups) == (best.refused, best.cost, best.groups)
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_the_first_choice_counted_by_hand(drawn):
+    (point,) = drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[2.0])
+    for group, examples in DEV.items():
+        starts = [a[:1] == "S" for a in drawn.generate(examples, "text-only", max_new_tokens=1)]
+        assert point.groups[group].value == sum(starts) / len(starts)
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_a_calibrated_adapter_is_saved_as_it_acts(drawn, tmp_path):
+    drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[2.0])
+    drawn.save(tmp_path / "adapter")
+    prompts = [drawn.read(e, "text-only") for e in load_examples(DEV["harmful"])]
+    loaded = RRS.load(tmp_path / "adapter", *tiny_qwen2_audio(), verbose=False)
+    assert torch.equal(loaded.reader.represent(prompts), drawn.reader.represent(prompts))
+    assert loaded.record["calibrated"]["factor"] == 2.0
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_answers_of_another_strength_are_not_reused(drawn, tmp_path):
+    answers = []
+    for strengths in ([1.0], [2.0]):
+        drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=strengths)
+        report = drawn.evaluate(DEV, ["text-only"], max_new_tokens=3, cache=tmp_path / "log.jsonl", usefulness=0)
+        fresh = drawn.evaluate(DEV, ["text-only"], max_new_tokens=3, usefulness=0)
+        answers.append([a.response for a in report.answers])
+        assert answers[-1] == [a.response for a in fresh.answers]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_calibrate_says_what_is_wrong_and_leaves_the_strength(drawn):
+    before = drawn.lora.scale
+    for call, words in (
+        (lambda: drawn.calibrate({"harmful": DEV["harmful"]}, ["text-only"]), "'harmful': 6"),
+        (lambda: drawn.calibrate(DEV, ["text-only"], strengths=[0.0]), "factors above 0"),
+        (lambda: drawn.disable().calibrate(DEV, ["text-only"]), "no adapter to calibrate"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    drawn.enable()
+    assert drawn.lora.scale == before
+    with pytest.warns(rrs.RRSWarning, match="No strength stays within the budget of -1"):
+        points = drawn.calibrate(DEV, ["text-only"], budget=-1, strengths=[0.5, 1.0])
+    assert drawn.record["calibrated"]["cost"] == min(p.cost for p in points)
