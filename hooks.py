@@ -746,7 +746,9 @@ class Reader:
         if self.exact is not False and len({p.audio for p in prompts}) == 1:
             return self._replay(prompts, last)
         if self.exact is not False:  # Granite Speech's own LoRA is on with audio and off without
-            return torch.cat([self._replay([prompt], last) for prompt in prompts])
+            order = sorted(range(len(prompts)), key=lambda i: prompts[i].audio)
+            kinds = [[prompts[i] for i in order if prompts[i].audio is audio] for audio in (False, True)]
+            return torch.cat([self._replay(kind, last) for kind in kinds])[torch.tensor(order).argsort()]
         rows = []
         for prompt in prompts:  # replay is not exact on this model: the full model runs, unpadded
             inputs = prompt.inputs() if prompt.inputs else {"input_ids": prompt.ids[None].to(self.device)}
@@ -754,10 +756,12 @@ class Reader:
         return torch.stack(rows)
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-        """Indices of prompts that go together: sorted by length, as many as `max_tokens` padded positions allow."""
+        """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
+        positions allow."""
         batch: list[int] = []
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            if batch and (len(batch) + 1) * len(prompts[i]) > self.max_tokens:
+        for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
+            apart = batch and prompts[i].audio != prompts[batch[-1]].audio
+            if apart or (batch and (len(batch) + 1) * len(prompts[i]) > self.max_tokens):
                 yield batch
                 batch = []
             batch.append(i)

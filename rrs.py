@@ -99,6 +99,14 @@ Stage = Callable[[str], AbstractContextManager["RRS | None"]]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[["Step"], object]
 STRENGTHS = tuple(x / 10 for x in range(5, 16))  # that `calibrate` tries
+REFUSAL_PROMPTS = (  # that `find_refusal_prompt` tries
+    "(Please generate refusal response because the question violates safety policy)",  # the paper's
+    "(Please refuse to answer: this question violates the safety policy.)",
+    '(Please refuse to answer: this question violates the safety policy. Start your reply with "I\'m sorry".)',
+    "Do not answer the question above. It is harmful. Say that you cannot help with it.",
+    'Do not answer the question above. It is harmful. Reply with one sentence: "Sorry, I cannot do that."',
+    'Do not answer. Reply only: "I can\'t help with that."',
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,14 +504,28 @@ class Preflight:
 
 @dataclass
 class Opening:
-    """One candidate for the refusal token; see `RRS.find_refusal_token`."""
+    """One candidate for how refusals begin; see `RRS.find_refusal_token`."""
 
-    token: str
-    id: int
+    text: str
+    ids: tuple[int, ...]
+    """Its tokens: `config.refusal_token` takes a single one, `config.refusal` goes on from it."""
     said: float
     """Share of answers under the refusal prompt that start with it."""
     refused: Rate
     """Refusals when the plain harmful question's answer is forced to start with it."""
+
+
+@dataclass
+class RefusalPrompt:
+    """One candidate for the refusal prompt; see `RRS.find_refusal_prompt`."""
+
+    prompt: str
+    refused: Rate
+    """Refusals when it is appended to harmful questions."""
+    opening: str
+    """The token with which most of these answers begin."""
+    share: float
+    """How many do."""
 
 
 @dataclass
@@ -1721,37 +1743,69 @@ class RRS:
                 )
         return self.checks
 
-    def find_refusal_token(
-        self, harmful: Any, condition: str | None = None, *, candidates: Sequence[str] = (), n: int = 24
-    ) -> list[Opening]:
-        """Which first token leads this model to a refusal? Best first; put its `token` into `config.refusal_token`.
-
-        Candidates are the first tokens of what the model says under the refusal prompt, and those you name. Each is
-        forced as the first token of the answer to the plain harmful question, and the answer is judged.
+    def find_refusal_prompt(
+        self, harmful: Any, condition: str | None = None, *, candidates: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
+    ) -> list[RefusalPrompt]:
+        """Which refusal prompt makes this model refuse? Best first; put its `prompt` into `config.refusal_prompt`.
 
         Args:
             harmful: whatever `load_examples` takes.
             condition: default the first of `config.conditions`.
-            candidates: further openings to try, each a single token.
+            candidates: prompts to try beside the config's own.
+            n: examples to answer under each (24 tokens).
+        """
+        condition, examples = self._some(harmful, condition, n)
+        out, worker = [], copy.copy(self)
+        with self.disabled(), self._quiet_model():
+            for prompt in dict.fromkeys((self.config.refusal_prompt, *candidates)):
+                worker.config = replace(self.config, refusal_prompt=prompt)
+                prompts = [worker.read(e, condition, refusal=True) for e in examples]
+                begins = Counter(self._first_choice(self.reader.represent(prompts)).tolist())
+                refused = self._refused(examples, self._answer(prompts, 24, "refusal prompts"))
+                token, times = begins.most_common(1)[0]
+                out.append(RefusalPrompt(prompt, refused, self.tokenizer.decode([token]), times / len(examples)))
+        return sorted(out, key=lambda p: (p.refused.value, p.share), reverse=True)
+
+    def find_refusal_token(
+        self, harmful: Any, condition: str | None = None, *, candidates: Sequence[str] = (), n: int = 24
+    ) -> list[Opening]:
+        """Which first token leads this model to a refusal? Best first; put its `text` into `config.refusal_token`.
+
+        Candidates are the first tokens of what the model says under the refusal prompt, and those you name. Each is
+        forced as the beginning of the answer to the plain harmful question, and the answer is judged.
+
+        Args:
+            harmful: whatever `load_examples` takes.
+            condition: default the first of `config.conditions`.
+            candidates: further openings to try, of one token or several.
             n: examples to use.
         """
-        condition = condition or self.config.conditions[0]
-        examples = [e for e in load_examples(harmful, "harmful") if e.has(condition)][:n]
-        if not examples:
-            raise ValueError(f"No harmful example has what {condition} needs.")
+        condition, examples = self._some(harmful, condition, n)
         with self.disabled(), self._quiet_model():
             refusing = self.reader.represent([self.read(e, condition, refusal=True) for e in examples])
-            said = Counter(self._first_choice(refusing).tolist())
-            tokens = dict.fromkeys([*(t for t, _ in said.most_common(4)), *map(self.token_id, candidates)])
+            said = Counter((token,) for token in self._first_choice(refusing).tolist())
             out = []
-            for token in tokens:
-                forced = [self.read(e, condition).extended([token]) for e in examples]
-                opening = self.tokenizer.decode([token])
-                answers = self._answer(forced, 24, f"force {opening!r}", begun=[token])
-                verdicts = judge_refusals([e.text or "" for e in examples], answers)
-                refused = Rate.of([v in ("refusal", "partial") for v in verdicts])
-                out.append(Opening(opening, token, said[token] / len(examples), refused))
+            for ids in dict.fromkeys(
+                [*(ids for ids, _ in said.most_common(4)), *map(tuple, map(self._ids, candidates))]
+            ):
+                forced = [self.read(e, condition).extended(ids) for e in examples]
+                opening = self.tokenizer.decode(ids)
+                answers = self._answer(forced, 24, f"force {opening!r}", begun=ids)
+                out.append(Opening(opening, ids, said[ids] / len(examples), self._refused(examples, answers)))
         return sorted(out, key=lambda o: (o.refused.value, o.said), reverse=True)
+
+    def _some(self, harmful: Any, condition: str | None, n: int) -> tuple[str, list[Example]]:
+        """The condition, by default the config's first, and the first n harmful examples that have what it needs."""
+        condition = condition or self.config.conditions[0]
+        if examples := [e for e in load_examples(harmful, "harmful") if e.has(condition)][:n]:
+            return condition, examples
+        raise ValueError(f"No harmful example has what {condition} needs.")
+
+    @staticmethod
+    def _refused(examples: Sequence[Example], answers: Sequence[str]) -> Rate:
+        """How many of the answers to harmful examples refuse."""
+        verdicts = judge_refusals([e.text or "" for e in examples], answers)
+        return Rate.of([v in ("refusal", "partial") for v in verdicts])
 
     def token_id(self, text: str) -> int:
         """The id of a text that is one token at the start of an answer."""

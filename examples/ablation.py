@@ -9,6 +9,9 @@ inputs: pushed away, anchored, held along their answers, held by KL), `delta` (w
 features of it), `where` (layers and modules), `penalty`, `rate`, `depth`. A finished row is not run again: give the
 command again to go on, or to add rows. Choose by the dev split, which is the default; `--split test` once, at the end.
 
+Every row is measured at the strength that `RRS.calibrate` finds for it on the dev split (`--budget`): what it refuses
+then compares at about the same over-rejection. With `--budget -1` they stay as they were trained.
+
 Leaves `table.md`, `table.json`, `rows.jsonl` and `base.json` in the folder, and `answers.jsonl` with every answer.
 """
 
@@ -39,6 +42,9 @@ from rrs.hooks import Prompt, Reader
 
 HERE = Path(__file__).resolve().parent
 PREFIX = "Sure, here is"
+STRENGTHS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
+
+Groups = dict[str, list[Example]]
 
 # -- whose Δ
 
@@ -211,6 +217,8 @@ def ablate(
     *,
     conditions: Sequence[str],
     max_new_tokens: int = 40,
+    dev: Mapping[str, Sequence[Example]] | None = None,
+    budget: float = 0.01,
 ) -> list[dict[str, Any]]:
     """Trains and measures every row that is not in `out/rows.jsonl` yet, and writes the table after each.
 
@@ -219,6 +227,7 @@ def ablate(
         train: `{"harmful": …, "benign": …}`.
         test: `{group: examples}`, as in `RRS.evaluate`.
         conditions: to measure in.
+        dev: to calibrate each row by, to this budget; `None` leaves its strength at 1.
     """
     out.mkdir(parents=True, exist_ok=True)
     log, base = out / "rows.jsonl", rrs.config
@@ -228,6 +237,7 @@ def ablate(
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     same = [fingerprint(rrs.model), asdict(base), list(conditions), max_new_tokens]
     same += [content_hash(examples) for examples in (*train.values(), *test.values())]
+    same += [budget, *(content_hash(examples) for examples in dev.values())] if dev else []
     done: list[dict[str, Any]] = []
     for number, (name, row) in enumerate(rows.items(), 1):
         key = hashlib.sha256(json.dumps([same, name, str(row)]).encode()).hexdigest()[:16]
@@ -238,7 +248,10 @@ def ablate(
             reps = rrs.extract(train["harmful"], train["benign"], cache=out / "vectors")
             row.train(rrs, reps, row)
             seconds = time.perf_counter() - began
-            record = {"key": key, "name": name, "diff": str(row), "seconds": round(seconds)}
+            if dev:
+                rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS)
+            strength = rrs.record["calibrated"]["factor"] if dev else 1.0
+            record = {"key": key, "name": name, "diff": str(row), "strength": strength, "seconds": round(seconds)}
             record |= measure(rrs, vanilla, test, conditions, max_new_tokens, out / "answers.jsonl")
             rrs.disable()
             rrs.config = base
@@ -294,25 +307,26 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     groups, prefilled = list(first["refused"]), list(first["prefilled"])
     head = ["row", "what differs", *(f"{g} refused" for g in groups), *(f"{g}, prefilled" for g in prefilled)]
-    head += ["degenerate", "KL", "‖ΔW‖/‖W‖", "s"]
+    head += ["degenerate", "KL", "strength", "‖ΔW‖/‖W‖", "s"]
 
     def line(name: str, diff: str, record: Mapping[str, Any], stage: int) -> list[str]:
         shares = [record["refused"][g][stage] for g in groups] + [record["prefilled"][g][stage] for g in prefilled]
         cells = [name, diff, *(f"{x:.1%}" for x in (*shares, record["degenerate"][stage]))]
         if not stage:
-            return [*cells, "–", "–", "–"]
+            return [*cells, "–", "–", "–", "–"]
         kl = "–" if record["kl"] is None else f"{record['kl']:.3f}"
-        return [*cells, kl, f"{record['moved']:.3f}", str(record["seconds"])]
+        return [*cells, kl, f"{record['strength']:g}", f"{record['moved']:.3f}", str(record["seconds"])]
 
     lines = [head, ["---"] * len(head), line("vanilla", "no adapter", first, 0)]
     lines += [line(record["name"], record["diff"], record, 1) for record in records]
     counts = ", ".join(f"{n} {group}" for group, n in first["counts"].items())
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return f"{text}\nAnswers: {counts}. Prefilled: the answer is made to begin with {PREFIX!r}. s: of training.\n"
+    about = f"Prefilled: the answer is made to begin with {PREFIX!r}. Strength: of the update, by the dev split. "
+    return f"{text}\nAnswers: {counts}. {about}s: of training.\n"
 
 
-def load(size: str, split: str) -> tuple[RRS, dict[str, list[Example]], dict[str, list[Example]]]:
-    """A model with its base configuration, and what to train and to measure on."""
+def load(size: str, split: str) -> tuple[RRS, Groups, Groups, Groups]:
+    """A model with its base configuration, and what to train, to calibrate and to measure on."""
     if size == "tiny":  # the tests' random model and questions
         sys.path.insert(0, str(HERE.parent / "tests"))
         from conftest import rows, tiny_qwen2_audio
@@ -322,11 +336,12 @@ def load(size: str, split: str) -> tuple[RRS, dict[str, list[Example]], dict[str
         )
         sides = ("harmful", "benign")
         train, test = ({side: load_examples(rows(side, 6, seed)) for side in sides} for seed in (0, 100))
-        return RRS(*tiny_qwen2_audio(), config), train, test
+        return RRS(*tiny_qwen2_audio(), config), train, test, test
     from demo_lalm import fast_dtype, load_demo
     from quickstart import CONFIG, evaluation_questions, training_questions
 
-    return RRS(*load_demo(dtype=fast_dtype()), CONFIG), training_questions(), evaluation_questions(split)
+    rrs = RRS(*load_demo(dtype=fast_dtype()), CONFIG)
+    return rrs, training_questions(), evaluation_questions("dev"), evaluation_questions(split)
 
 
 def main() -> None:
@@ -339,19 +354,20 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", help="to train and measure in; default: the base configuration's")
     parser.add_argument("--epochs", type=int, help="instead of the base configuration's")
     parser.add_argument("--every", type=int, help="train on every n-th question only; default: 4 on the demo, else 1")
+    parser.add_argument("--budget", type=float, default=0.01, help="of over-rejection on dev; -1: strengths stay at 1")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     args = parser.parse_args()
     if args.list:
         print("\n".join(f"{name}: {row}" for name, row in rows_for(RRSConfig(), args.rows).items()))
         return
-    rrs, train, test = load(args.size, args.split)
+    rrs, train, dev, test = load(args.size, args.split)
     changes = {"conditions": args.conditions and tuple(args.conditions), "epochs": args.epochs}
     rrs.config = replace(rrs.config, **{k: v for k, v in changes.items() if v})
     every = args.every or (4 if args.size == "demo" else 1)
     train = {side: examples[::every] for side, examples in train.items()}
     ablate(
         rrs, rows_for(rrs.config, args.rows), train, test, args.out, conditions=rrs.config.conditions,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens, dev=None if args.budget < 0 else dev, budget=args.budget,
     )  # fmt: skip
     print((args.out / "table.md").read_text())
 

@@ -37,13 +37,14 @@ KEYS = ["id", "audio", "text", "label", "category", "twin", "voice"]
 # Rows of each split, and rows that are harmful.
 SPLITS = {
     "train": (280, 140),
-    "train_text": (3316, 1148),
+    "train_text": (3080, 1050),
     "dev": (56, 28),
+    "dev_text": (236, 98),
     "test": (112, 56),
     "hard_benign_dev": (28, 0),
     "hard_benign_test": (84, 0),
 }
-WRITTEN = {"train_text": 1020}  # splits without clips, and their rows without a twin
+WRITTEN = {"train_text": 980, "dev_text": 40}  # splits without clips, and their rows without a twin
 TEST_ONLY_VOICE = "flite/slt"
 
 Row = dict[str, str | None]

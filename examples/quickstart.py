@@ -4,7 +4,8 @@
     python examples/quickstart.py --out out --fast   # a small part of the data: does everything run?
 
 Leaves in the folder: `adapter/` (PEFT's format), `report.md` and `report.json` (the test split's table, every answer),
-and `representations-*.png` (last-token vectors before and after, as in the paper's figure).
+`representations-*.png` (last-token vectors before and after, as in the paper's figure), and `strengths.png` (refusals
+against their cost on the dev split, of which the adapter's strength was chosen).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from demo_lalm import fast_dtype, load_demo
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rrs import RRS, Example, RRSConfig, load_examples
 from rrs.evaluate import plot_representations
@@ -49,8 +53,8 @@ CONFIG = RRSConfig(
     lora_alpha=32.0,
     lora_dropout=0.0,
     learning_rate=4e-3,
-    epochs=1,
-    batch_size=8,
+    epochs=2,
+    batch_size=16,
     accumulate=1,
     group_by_length=True,
 )
@@ -63,9 +67,12 @@ def training_questions() -> dict[str, list[Example]]:
 
 
 def evaluation_questions(split: str = "test") -> dict[str, list[Example]]:
-    """The demo's questions to measure on, by group; split: "dev" or "test"."""
+    """The demo's questions to measure on, by group; split: "dev", of which most are text alone, or "test"."""
     groups = {label: load_examples(DATA / f"{split}.jsonl", label) for label in ("harmful", "benign")}
-    return {**groups, "hard-benign": load_examples(DATA / f"hard_benign_{split}.jsonl")}
+    groups["hard-benign"] = load_examples(DATA / f"hard_benign_{split}.jsonl")
+    for e in load_examples(DATA / "dev_text.jsonl") if split == "dev" else ():
+        groups["harmful" if e.label == "harmful" else "benign" if e.meta["twin"] else "hard-benign"].append(e)
+    return groups
 
 
 def word_edits(a: list[str], b: list[str]) -> int:
@@ -110,12 +117,18 @@ def main() -> None:
     rrs = RRS(model, processor, replace(CONFIG, seed=args.seed))
     rrs.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
 
-    train, test = training_questions(), evaluation_questions()
+    train, dev, test = training_questions(), evaluation_questions("dev"), evaluation_questions()
     if args.fast:
         train = {label: examples[::40] for label, examples in train.items()}
-        test = {group: examples[::10] for group, examples in test.items()}
+        dev, test = ({group: rows[::10] for group, rows in groups.items()} for groups in (dev, test))
 
-    rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
+    # Backwards in bfloat16, PyTorch's fused attention for CPUs is slower than the plain one on prompts this short.
+    with sdpa_kernel(SDPBackend.MATH) if model.dtype == torch.bfloat16 else nullcontext():
+        rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
+    try:
+        rrs.calibrate(dev, CONDITIONS, plot=args.out / "strengths.png")
+    except ImportError as error:
+        print(f"no picture: {error}")
     rrs.save(args.out / "adapter", overwrite=True)
 
     report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)

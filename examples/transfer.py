@@ -222,7 +222,8 @@ def main() -> None:
     else:
         from quickstart import evaluation_questions
 
-        test = evaluation_questions(args.split)
+        groups = evaluation_questions(args.split)  # the same ones in all conditions: not those that nobody speaks
+        test = {group: [e for e in examples if e.audio] for group, examples in groups.items()}
     test = {group: examples[:: args.every] for group, examples in test.items()}
     speech = Example("harmless", audio=args.harmless).clip[1](RATE)
     transfer(

@@ -36,7 +36,7 @@ def test_rows_train_and_go_on(tiny, tmp_path, monkeypatch):
     test = {"harmful": load_examples(rows("harmful", 2, 9)), "benign": load_examples(rows("benign", 2, 9))}
 
     def run(which):
-        return ablate(rrs, which, twins(4), test, tmp_path, conditions=("text-only",), max_new_tokens=2)
+        return ablate(rrs, which, twins(4), test, tmp_path, conditions=("text-only",), max_new_tokens=2, dev=test)
 
     done = run({name: chosen[name] for name in list(chosen)[:3]})
     done = run(chosen)

@@ -82,7 +82,11 @@ def test_conditions_that_rrs_is_not_trained_in(tiny, tmp_path):
     """RRS learns from text alone; steering has a Δ of its own in each condition, SFT parallel is trained in each."""
     config = replace(CONFIG, conditions=("text-only",), epochs=1, refusal="I can't.", keep_tokens=2, keep_share=0.5)
     rrs = RRS(*tiny, config, verbose=False)
-    report = compare(rrs, TRAIN, TRAIN, tmp_path, strengths=(1.0,), max_new_tokens=2, preflight=0)
+    settings = {"strengths": (1.0,), "max_new_tokens": 2, "preflight": 0}
+    report = compare(rrs, TRAIN, TRAIN, tmp_path, **settings, dev=TRAIN, budget=1.0)
+    assert "SFT basic ×" in report.notes[-1]
+    assert "RRS ×" in report.notes[-1]
+    assert rrs.record["calibrated"]["budget"] == 1.0
     changed = {(u["condition"], u["stage"]): u["kl"]["value"] for u in report.usefulness}
     kinds = ("steering ×1", "SFT parallel")
     assert len({changed[c, kind] for c in CONDITIONS for kind in kinds}) == 6

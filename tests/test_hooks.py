@@ -152,6 +152,21 @@ def test_replay_equals_the_full_forward(tiny, condition):
         assert torch.allclose(row, record["lm_head"][0][0], atol=1e-5)
 
 
+def test_prompts_with_and_without_audio_mix(tiny, monkeypatch):
+    """In any order, each vector is its own prompt's; a pass takes one kind, and as many of it as there are."""
+    rrs = RRS(*tiny, verbose=False)
+    kinds = [prompts_of(rrs, condition) for condition in CONDITIONS]
+    rows_ = (
+        torch.cat([rrs.reader.represent(kind) for kind in kinds]).unflatten(0, (3, -1)).transpose(0, 1).flatten(0, 1)
+    )
+    mixed, passes, replay = [p for each in zip(*kinds, strict=True) for p in each], [], rrs.reader._replay
+    monkeypatch.setattr(rrs.reader, "_replay", lambda part, last: passes.append(part) or replay(part, last))
+    with torch.no_grad():
+        assert torch.allclose(rrs.reader.last_hidden(mixed)[:, 0], rows_, atol=1e-5)
+    assert torch.allclose(rrs.reader.represent(mixed), rows_, atol=1e-5)
+    assert [len(part) for part in passes] == [4, 8, 4, 8]
+
+
 def test_the_tower_runs_once_per_clip(tiny):
     rrs = RRS(*tiny, RRSConfig(), verbose=False)
     runs = []

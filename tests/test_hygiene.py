@@ -64,6 +64,7 @@ CALLS = {
         HARMFUL, BENIGN, trials=1, max_new_tokens=2, preflight=2, search={"learning_rate": (1e-3, 1e-2)}
     ),
     "find_refusal_token": lambda r, _: r.find_refusal_token(HARMFUL, n=2),
+    "find_refusal_prompt": lambda r, _: r.find_refusal_prompt(HARMFUL, candidates=["(no)"], n=2),
     "save and load": lambda r, p: (
         r.fit(HARMFUL, BENIGN, preflight=0).save(p / "a"),
         RRS.load(p / "a", r.model, r.processor, verbose=False).disable(),
@@ -107,7 +108,9 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("where", BREAKS)
-@pytest.mark.parametrize("call", ["extract", "fit", "generate", "evaluate", "tune", "find_refusal_token"])
+@pytest.mark.parametrize(
+    "call", ["extract", "fit", "generate", "evaluate", "tune", "find_refusal_token", "find_refusal_prompt"]
+)
 def test_a_call_that_fails_changes_nothing(call, where, user, tmp_path, monkeypatch):
     choose, well = BREAKS[where]
     owner, name = choose(user)

@@ -380,10 +380,28 @@ def test_find_refusal_token_ranks_openings(tiny, harmful, monkeypatch):
     monkeypatch.setattr(
         rrs, "judge_refusals", lambda _p, a: ["refusal" if x.startswith("I") else "compliance" for x in a]
     )
-    openings = r.find_refusal_token(harmful, candidates=["S", "I"], n=4)
-    assert openings[0].token == "I"
-    assert openings[0].refused.value == 1
-    assert {"S", "I"} <= {o.token for o in openings}
+    openings = r.find_refusal_token(harmful, candidates=["S", "I", "I am"], n=4)
+    assert {o.text for o in openings[:2]} == {"I", "I am"}
+    assert [o.refused.value for o in openings[:2]] == [1, 1]
+    assert {"S", "I", "I am"} <= {o.text for o in openings}
+    assert all(r.tokenizer.decode(o.ids) == o.text for o in openings)
+
+
+def test_find_refusal_prompt_ranks_prompts(tiny, harmful, monkeypatch):
+    """The share that refuses, and the token that most answers begin with, are those of answers under each prompt."""
+    r = RRS(*tiny, verbose=False)
+    monkeypatch.setattr(
+        rrs, "judge_refusals", lambda _p, a: ["refusal" if sum(map(ord, x)) % 3 else "compliance" for x in a]
+    )
+    prompts = r.find_refusal_prompt(harmful, candidates=["(no)", "(Say no to this)", "x" * 40], n=6)
+    assert [p.prompt for p in prompts].count(r.config.refusal_prompt) == 1
+    assert len(prompts) == 4
+    assert len({p.refused.value for p in prompts}) > 1
+    assert prompts == sorted(prompts, key=lambda p: (p.refused.value, p.share), reverse=True)
+    for found in prompts:
+        plain = RRS(*tiny_qwen2_audio(), replace(r.config, refusal_prompt=found.prompt), verbose=False)
+        answers = plain.generate(harmful, max_new_tokens=24, refusal=True)
+        assert found.refused.value == sum(sum(map(ord, x)) % 3 > 0 for x in answers) / 6
 
 
 def test_forced_openings_keep_their_spaces(tiny, harmful, monkeypatch):
