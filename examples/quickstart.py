@@ -126,7 +126,7 @@ def main() -> None:
     with sdpa_kernel(SDPBackend.MATH) if model.dtype == torch.bfloat16 else nullcontext():
         rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     try:
-        rrs.calibrate(dev, CONDITIONS, plot=args.out / "strengths.png")
+        rrs.calibrate(dev, CONDITIONS, strengths=(0.8, 0.9, 1.0, 1.1, 1.2), plot=args.out / "strengths.png")
     except ImportError as error:
         print(f"no picture: {error}")
     rrs.save(args.out / "adapter", overwrite=True)
