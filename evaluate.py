@@ -286,6 +286,12 @@ class Rate:
         return f"{self.value:.0%} ({self.k}/{self.n})" if self.n else "–"
 
 
+def auc(above: Tensor, below: Tensor) -> float:
+    """How often one of `above` is greater than one of `below`, of all pairs; equals count half (Mann-Whitney's U)."""
+    difference = above[:, None] - below[None]
+    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean with its 95% bootstrap interval."""

@@ -64,6 +64,7 @@ from rrs.evaluate import (
     Rate,
     Report,
     answer_and_judge,
+    auc,
     chat_quality,
     first_token_change,
     generate,
@@ -540,6 +541,9 @@ class Strength:
     """The same of harmless ones minus vanilla, in the group where it is most."""
     groups: dict[str, Rate]
     """The share in each group."""
+    auc: dict[str, float]
+    """For each harmless group, how often a harmful input leans more to the refusal token than one of that group: the
+    area under the ROC curve, 1 if always, 0.5 by chance."""
 
 
 class RRSWarning(UserWarning):
@@ -1616,7 +1620,8 @@ class RRS:
             plot: a PNG of all of them, refusals against cost.
 
         Returns:
-            Every strength. If none stays within the budget, a warning says so, and the nearest is set.
+            Every strength, with how well it tells harmful from harmless inputs wherever the border lies (`auc`). If
+            none stays within the budget, a warning says so, and the nearest is set.
 
         Raises:
             ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
@@ -1631,7 +1636,11 @@ class RRS:
         best = self._strengthen(self.lora, points, budget)
         self.report = None  # of another strength
         said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
-        self._say(f"calibrate: strength ×{best.factor:g}; first choice is {self.config.refusal_token!r} at {said}")
+        apart = ", ".join(f"{g} {value:.3f}" for g, value in best.auc.items())
+        self._say(
+            f"calibrate: strength ×{best.factor:g}; first choice is {self.config.refusal_token!r} at {said}; "
+            f"AUC of harmful against {apart}"
+        )
         if best.cost > budget:
             message = f"No strength stays within the budget of {budget:g}; the nearest is ×{best.factor:g}: {said}."
             warnings.warn(message, RRSWarning, stacklevel=2)
@@ -1653,11 +1662,13 @@ class RRS:
                 raise ValueError(f"dev has {found} prompts in {conditions}; it needs a group 'harmful…' and another.")
 
             def count(factor: float, before: Mapping[str, Rate]) -> Strength:
-                rows = {g: self.reader.represent(prompts[g]) for side in sides for g in side}
-                now = {g: Rate.of(self._first_choice(h) == token) for g, h in rows.items()}
+                leads = {g: self._lead(self.reader.represent(prompts[g]), token) for side in sides for g in side}
+                now = {g: Rate.of(first) for g, (first, _) in leads.items()}
                 cost = max(now[g].value - before.get(g, now[g]).value for g in sides[1])
+                harmful = torch.cat([leads[g][1] for g in sides[0]])
+                apart = {g: auc(harmful, leads[g][1]) for g in sides[1]}
                 bar.update()
-                return Strength(factor, sum(now[g].value for g in sides[0]) / len(sides[0]), cost, now)
+                return Strength(factor, sum(now[g].value for g in sides[0]) / len(sides[0]), cost, now, apart)
 
             with self.disabled():
                 vanilla = count(0.0, {})
@@ -1825,6 +1836,16 @@ class RRS:
     def _first_choice(self, h: Tensor) -> Tensor:
         """The head's most likely token `[n]` at vectors `[n, hidden]`."""
         return self._logits(h, lambda logits: logits.argmax(-1))
+
+    def _lead(self, h: Tensor, token: int) -> tuple[Tensor, Tensor]:
+        """Whether a token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead over all others."""
+
+        def take(logits: Tensor) -> Tensor:
+            first, (best, second) = logits.argmax(-1) == token, logits.float().topk(2).values.unbind(-1)
+            return torch.stack([first.float(), logits[:, token].float() - torch.where(first, second, best)], 1)
+
+        first, lead = self._logits(h, take).unbind(-1)
+        return first.bool(), lead
 
     def _log_probability(self, h: Tensor, token: int) -> Tensor:
         """The head's log-probability `[n]` of a token at vectors `[n, hidden]`."""

@@ -248,10 +248,11 @@ def ablate(
             reps = rrs.extract(train["harmful"], train["benign"], cache=out / "vectors")
             row.train(rrs, reps, row)
             seconds = time.perf_counter() - began
-            if dev:
-                rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS)
+            points = rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS) if dev else []
             strength = rrs.record["calibrated"]["factor"] if dev else 1.0
-            record = {"key": key, "name": name, "diff": str(row), "strength": strength, "seconds": round(seconds)}
+            apart = next((p.auc for p in points if p.factor == strength), {})
+            record = {"key": key, "name": name, "diff": str(row), "strength": strength, "auc": apart}
+            record["seconds"] = round(seconds)
             record |= measure(rrs, vanilla, test, conditions, max_new_tokens, out / "answers.jsonl")
             rrs.disable()
             rrs.config = base
@@ -307,13 +308,15 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     groups, prefilled = list(first["refused"]), list(first["prefilled"])
     head = ["row", "what differs", *(f"{g} refused" for g in groups), *(f"{g}, prefilled" for g in prefilled)]
-    head += ["degenerate", "KL", "strength", "‖ΔW‖/‖W‖", "s"]
+    aucs = list(first["auc"])
+    head += ["degenerate", *(f"AUC, {g}" for g in aucs), "KL", "strength", "‖ΔW‖/‖W‖", "s"]
 
     def line(name: str, diff: str, record: Mapping[str, Any], stage: int) -> list[str]:
         shares = [record["refused"][g][stage] for g in groups] + [record["prefilled"][g][stage] for g in prefilled]
         cells = [name, diff, *(f"{x:.1%}" for x in (*shares, record["degenerate"][stage]))]
         if not stage:
-            return [*cells, "–", "–", "–", "–"]
+            return [*cells, *("–" for _ in aucs), "–", "–", "–", "–"]
+        cells += [f"{record['auc'][g]:.3f}" for g in aucs]
         kl = "–" if record["kl"] is None else f"{record['kl']:.3f}"
         return [*cells, kl, f"{record['strength']:g}", f"{record['moved']:.3f}", str(record["seconds"])]
 
@@ -322,6 +325,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     counts = ", ".join(f"{n} {group}" for group, n in first["counts"].items())
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     about = f"Prefilled: the answer is made to begin with {PREFIX!r}. Strength: of the update, by the dev split. "
+    about += "AUC: of harmful inputs' lead of the refusal token against that of harmless ones there. " if aucs else ""
     return f"{text}\nAnswers: {counts}. {about}s: of training.\n"
 
 

@@ -42,7 +42,7 @@ def test_rows_train_and_go_on(tiny, tmp_path, monkeypatch):
     done = run(chosen)
     assert [r["name"] for r in done] == list(chosen)
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(chosen)
-    assert all(r["moved"] > 0 and r["kl"] > 0 for r in done)
+    assert all(r["moved"] > 0 and r["kl"] > 0 and 0 <= r["auc"]["benign"] <= 1 for r in done)
     assert len({r["moved"] for r in done}) == len(done)  # each is another adapter
     assert json.loads((tmp_path / "table.json").read_text()) == done
     assert (tmp_path / "table.md").read_text().count("\n| ") == len(chosen) + 2  # below the head: rule, vanilla, rows

@@ -797,6 +797,20 @@ def test_the_first_choice_counted_by_hand(drawn):
 
 
 @pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_how_well_calibrate_finds_groups_told_apart_counted_by_hand(drawn):
+    (point,) = drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[2.0])
+    token, leads = drawn.token_id("S"), {}
+    for group, examples in DEV.items():
+        vectors = drawn.reader.represent([drawn.read(e, "text-only") for e in load_examples(examples)])
+        logits = drawn.location.head(vectors)
+        others = torch.cat([logits[:, :token], logits[:, token + 1 :]], 1)
+        leads[group] = (logits[:, token] - others.max(1).values).tolist()
+    pairs = [(h > b) + (h == b) / 2 for h in leads["harmful"] for b in leads["benign"]]
+    assert point.auc == {"benign": pytest.approx(sum(pairs) / len(pairs))}
+    assert 0.5 < point.auc["benign"] < 1
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
 def test_a_calibrated_adapter_is_saved_as_it_acts(drawn, tmp_path):
     drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[2.0])
     drawn.save(tmp_path / "adapter")
