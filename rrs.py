@@ -181,6 +181,11 @@ class RRSConfig:
     head gives the refusal token most. Answers such as "I'm sorry for any confusion, but I am …" slip into a refusal
     where they are not held. Below 1 it needs `refusal`, as otherwise all inputs go along as many tokens."""
 
+    openings: tuple[str, ...] = ()
+    """How answers may be made to begin, e.g. ("Of course!", "Here is how"). After each of these as well, training takes
+    harmful inputs to the targets that they have without, and keeps benign ones where they are: a refusal that begins
+    later. Each is as much to train on again. The paper: none."""
+
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
 
@@ -236,11 +241,13 @@ class RRSConfig:
     """Spread the frozen decoder's weights over the processes of torchrun (FSDP2), for bases that fit no single GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "conditions", "target_modules", "betas", "layers"):  # JSON has lists only
+        for name in ("prompts", "conditions", "openings", "target_modules", "betas", "layers"):  # JSON has lists only
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name}={value!r} must be a sequence of strings; write ({value!r},).")
             setattr(self, name, tuple(value))
+        if not all(self.openings):
+            raise ValueError(f"openings={self.openings!r} must not hold an empty one; answers begin anywhere anyway.")
         if unknown := [c for c in self.conditions if c not in CONDITIONS]:
             raise ValueError(f"conditions {unknown} are unknown; choose from {CONDITIONS}.")
         _check_top(self.top)
@@ -386,6 +393,8 @@ class Representations:
     """How harmful inputs are refused, then how benign ones are answered: the first `config.answer_tokens` tokens."""
     along: list[Tensor] = field(default_factory=list)
     """With `config.refusal`: of each input, R_h+ or R_b after each of its `tokens` `[tokens, hidden]`."""
+    opened: list[Tensor] = field(default_factory=list)
+    """R_b after each of `config.openings` `[benign, hidden]`."""
 
     @property
     def delta(self) -> Tensor:
@@ -413,6 +422,8 @@ class Targets:
     """The answers' first tokens, of harmful inputs, then of benign ones; see `Representations.tokens`."""
     along: list[Tensor] = field(default_factory=list)
     """With `config.refusal`: of each input, the targets after its `tokens` `[tokens, hidden]`."""
+    opened: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+    """The tokens of each of `config.openings`, and benign targets after them `[benign, hidden]`: R_b there."""
 
 
 def make_targets(
@@ -448,9 +459,9 @@ class Item:
 
     example: Example
     target: Tensor
-    """`[1 + tokens, hidden]`: at the prompt's end, and after each of the answer tokens below."""
+    """`[positions, hidden]`: the last ones of the prompt and the tokens below."""
     tokens: tuple[int, ...]
-    """Those of its answer along which targets go."""
+    """Of its answer: those along which targets go, after an opening if it has one."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -917,6 +928,12 @@ class RRS:
                 rows = self._cached(cache, condition, [*b, *h], every, compute)  # [all positions, hidden]
                 ends = list(rows.split(lasts))  # each [1 + its tokens, hidden]
                 groups = [ends[: len(b)], ends[len(b) : len(b) + len(h)], ends[len(b) + len(h) :]]
+                opened = []
+                for opening in c.openings:
+                    begun = [prompt.extended(self._ids(opening)) for prompt in prompts[0]]
+                    bar.total += len(b)
+                    represent = partial(self.reader.represent, begun, bar.update)
+                    opened.append(self._cached(cache, condition, b, begun, represent))
             if not torch.isfinite(rows).all():
                 names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
@@ -929,6 +946,7 @@ class RRS:
                 steps.append(Representations(r_b, r_h, r_plus, b, h))
             out[condition] = steps[0]
             out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
+            out[condition].opened = opened
             if c.refusal:
                 out[condition].along = [end[1:] for end in (*groups[2], *groups[0])]
         return out
@@ -1029,7 +1047,13 @@ class RRS:
                     f"{condition}: depth={c.depth} and keep_tokens={c.keep_tokens} need {c.answer_tokens} answer "
                     f"tokens, these representations have {len(r.later)}; extract them again with this config."
                 )
+            if len(r.opened) != len(c.openings):
+                raise ValueError(
+                    f"{condition}: openings={c.openings!r}, but these representations go along {len(r.opened)}; "
+                    "extract them again with this config."
+                )
             out[condition] = make_targets(r, row, c.top, scorer, strengths, quiet)
+            out[condition].opened = [(tuple(self._ids(o)), r_b) for o, r_b in zip(c.openings, r.opened, strict=True)]
             for k, rep in enumerate(r.later[: c.answer_tokens], 1):
                 if k < c.depth:
                     said = self.location.head_weight[self._first_choice(rep.refused)].float().cpu().mean(0)  # [hidden]
@@ -1083,10 +1107,12 @@ class RRS:
         """
         c = self.config
         callbacks = list(callbacks)
-        if wrong := [k for k, t in targets.items() if isinstance(t, Targets) and len(t.later) != c.answer_tokens]:
+        made = {k: (len(t.later), len(t.opened)) for k, t in targets.items() if isinstance(t, Targets)}
+        if wrong := [k for k, has in made.items() if has != (c.answer_tokens, len(c.openings))]:
             raise ValueError(
-                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, as config.depth and "
-                "config.keep_tokens say; make them by extract and make_targets with this config."
+                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, or not after "
+                f"{len(c.openings)} openings, as config.depth, keep_tokens and openings say; make them by extract and "
+                "make_targets with this config."
             )
         items: dict[str, list[Item]] = {
             condition: _items(t)
@@ -1132,8 +1158,8 @@ class RRS:
         plan: list[tuple[str, list[int]]] = []
         if checkpoint_dir is not None:
             run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
-            run["loss"] = getattr(loss, "__qualname__", type(loss).__name__)
-            run["objective"] = objective and getattr(objective, "__qualname__", type(objective).__name__)
+            for what, how in (("loss", loss), ("objective", objective)):
+                run[what] = None if how is None else getattr(how, "__qualname__", type(how).__name__)
             checkpoints = Checkpoints(checkpoint_dir, run, resume)
             saved = checkpoints.load(lora, optimizer)
             history, micro = saved.get("history", []), saved.get("micro", micro)
@@ -1298,7 +1324,7 @@ class RRS:
 
         Args:
             prompts: with answer tokens at their ends, or none.
-            goals: `[1 + answer tokens, hidden]` each.
+            goals: `[positions, hidden]` each, the prompt's last ones.
             weights: of each prompt.
         """
         total: Any = 0
@@ -1494,7 +1520,7 @@ class RRS:
             """The dev set's figures of the model as it is now."""
             with self._quiet_model():
                 report = answer_and_judge(groups, c.conditions, ["dev"], answer, judge)
-                kl, _ = first_token_change(self.reader, vanilla, self.reader.represent(probes[1]))
+                kl, _ = first_token_change(self.reader, benign_before, self.reader.represent(probes[1]))
             now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
             now["degenerate"] = Rate.of(a.verdict == "degenerate" for a in report.answers)
             harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
@@ -1519,7 +1545,7 @@ class RRS:
             try:
                 worker.train(worker.targets, callbacks=callbacks)
                 assert worker.lora is not None
-                _, points = worker._strengths(worker.lora, groups, c.conditions, STRENGTHS)
+                points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS)
                 return {"strength": worker._strengthen(worker.lora, points, budget).factor, **measure()}
             finally:
                 worker.disable()
@@ -1535,9 +1561,11 @@ class RRS:
             if preflight:
                 self.preflight(reps, worker.make_targets(reps, scorer), preflight)
                 worker.checks = self.checks
+            prompts, start = self._dev(groups, c.conditions), dict[str, Rate]()
+            probes = [[p for g in prompts if g.startswith("harmful") is up for p in prompts[g]] for up in (True, False)]
+            vanilla = self._strength(prompts)
             with self._quiet_model():
-                probes = [[self.read(e, k) for k in c.conditions for e in side if e.has(k)] for side in sides]
-                vanilla, start = self.reader.represent(probes[1]), dict[str, Rate]()
+                benign_before = self.reader.represent(probes[1])  # [n, hidden]
             before = measure()["refused"]
             if study is None or isinstance(study, (str, Path)):
                 fixed = {k: v for k, v in asdict(c).items() if k not in space}
@@ -1632,7 +1660,10 @@ class RRS:
             raise ValueError(f"strengths={strengths!r} must be factors above 0.")
         groups = {group: self.readable(rows, conditions) for group, rows in _groups(dev).items()}
         self._warn_of_training_data(groups)
-        vanilla, points = self._strengths(self.lora, groups, conditions, strengths)
+        prompts = self._dev(groups, conditions)
+        with self.disabled():
+            vanilla = self._strength(prompts)
+        points = self._strengths(self.lora, prompts, vanilla, strengths)
         best = self._strengthen(self.lora, points, budget)
         self.report = None  # of another strength
         said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
@@ -1649,44 +1680,52 @@ class RRS:
             first(partial(plot_front, front, plot, budget, vanilla.refused, (best.cost, best.refused), "strengths"))
         return points
 
-    def _strengths(
-        self, lora: LoRA, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str], strengths: Sequence[float]
-    ) -> tuple[Strength, list[Strength]]:
-        """What vanilla does, and the adapter at each strength; its own stays as it is."""
-        token, present = self.token_id(self.config.refusal_token), lora.scale
-        with self._quiet_model(), self._bar(1 + len(strengths), "calibrate") as bar:
+    def _dev(self, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str]) -> dict[str, list[Prompt]]:
+        """The prompts of each group that has any, the harmful groups first; there must be harmful and harmless ones."""
+        with self._quiet_model():
             prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}
-            sides = [[g for g in prompts if prompts[g] and g.startswith("harmful") is side] for side in (True, False)]
-            if not all(sides):
-                found = {g: len(p) for g, p in prompts.items()}
-                raise ValueError(f"dev has {found} prompts in {conditions}; it needs a group 'harmful…' and another.")
+        sides = [{g: p for g, p in prompts.items() if p and g.startswith("harmful") is side} for side in (True, False)]
+        if not all(sides):
+            found = {g: len(p) for g, p in prompts.items()}
+            raise ValueError(f"dev has {found} prompts in {conditions}; it needs a group 'harmful…' and another.")
+        return {**sides[0], **sides[1]}
 
-            def count(factor: float, before: Mapping[str, Rate]) -> Strength:
-                leads = {g: self._lead(self.reader.represent(prompts[g]), token) for side in sides for g in side}
-                now = {g: Rate.of(first) for g, (first, _) in leads.items()}
-                cost = max(now[g].value - before.get(g, now[g]).value for g in sides[1])
-                harmful = torch.cat([leads[g][1] for g in sides[0]])
-                apart = {g: auc(harmful, leads[g][1]) for g in sides[1]}
-                bar.update()
-                return Strength(factor, sum(now[g].value for g in sides[0]) / len(sides[0]), cost, now, apart)
+    def _strength(
+        self, prompts: Mapping[str, Sequence[Prompt]], factor: float = 0.0, vanilla: Strength | None = None
+    ) -> Strength:
+        """What the model does as it is now, which is that of `factor`; costs are beyond `vanilla`."""
+        token = self.token_id(self.config.refusal_token)
+        with self._quiet_model():
+            leads = {g: self._lead(self.reader.represent(rows), token) for g, rows in prompts.items()}
+        now = {g: Rate.of(first) for g, (first, _) in leads.items()}
+        harmful, harmless = ([g for g in now if g.startswith("harmful") is side] for side in (True, False))
+        before = vanilla.groups if vanilla else now
+        refused = sum(now[g].value for g in harmful) / len(harmful)
+        cost = max(now[g].value - before[g].value for g in harmless)
+        lead = torch.cat([leads[g][1] for g in harmful])
+        return Strength(factor, refused, cost, now, {g: auc(lead, leads[g][1]) for g in harmless})
 
-            with self.disabled():
-                vanilla = count(0.0, {})
-            points = []
-            try:
+    def _strengths(
+        self, lora: LoRA, prompts: Mapping[str, Sequence[Prompt]], vanilla: Strength, strengths: Sequence[float]
+    ) -> list[Strength]:
+        """What the adapter does at each strength; its own stays as it is."""
+        points, present = [], lora.scale
+        try:
+            with self._bar(len(strengths), "calibrate") as bar:
                 for factor in strengths:
                     lora.scale = factor * present
-                    points.append(count(factor, vanilla.groups))
-            finally:
-                lora.scale = present
-        return vanilla, points
+                    points.append(self._strength(prompts, factor, vanilla))
+                    bar.update()
+        finally:
+            lora.scale = present
+        return points
 
     def _strengthen(self, lora: LoRA, points: Sequence[Strength], budget: float) -> Strength:
         """The best of `points`, which it sets."""
         best = max(points, key=lambda p: (-max(0.0, p.cost - budget), p.refused, -p.factor))
         lora.scale *= best.factor
-        figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "budget": budget}
-        self.record["calibrated"] = {**figures, "scale": lora.scale}
+        figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "auc": best.auc}
+        self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
         return best
 
     # -- will it work? ------------------------------------------------------------------------------------------------
@@ -2327,7 +2366,12 @@ def _items(targets: Targets) -> list[Item]:
     rows = list(torch.stack(steps, 1))  # each [positions, hidden]
     if targets.along:
         rows = [torch.cat(pair) for pair in zip(rows, targets.along, strict=True)]
-    return [Item(e, row, t) for e, row, t in zip(examples, rows, tokens, strict=True)]
+    items = [Item(e, row, t) for e, row, t in zip(examples, rows, tokens, strict=True)]
+    harmful = items[: len(targets.harmful)]
+    for opening, benign in targets.opened:
+        items += [replace(item, tokens=(*opening, *item.tokens)) for item in harmful]
+        items += [Item(e, row[None], opening) for e, row in zip(targets.benign_examples, benign, strict=True)]
+    return items
 
 
 def search_space(config: RRSConfig) -> dict[str, Any]:
