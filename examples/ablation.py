@@ -69,8 +69,8 @@ def subset(rep: Representations, h: list[int], b: list[int]) -> Representations:
     order = [*h, *(len(rep.harmful) + i for i in b)]
     tokens, along = ([rows[i] for i in order] if rows else [] for rows in (rep.tokens, rep.along))
     examples = [rep.benign_examples[i] for i in b], [rep.harmful_examples[i] for i in h]
-    later = [subset(x, h, b) for x in rep.later]
-    return Representations(rep.benign[b], rep.harmful[h], rep.refused[h], *examples, later, tokens, along)
+    later, opened = [subset(x, h, b) for x in rep.later], [rows[b] for rows in rep.opened]
+    return Representations(rep.benign[b], rep.harmful[h], rep.refused[h], *examples, later, tokens, along, opened)
 
 
 def pair(example: Example) -> tuple[str, ...]:
@@ -185,6 +185,7 @@ ROWS = {
     **{f"penalty/relative {x:g}": Row({"penalty": float(x), "penalty_form": "relative"}) for x in (10, 100, 1000)},
     **{f"rate/×{x:g}": Row() for x in (0.25, 0.5, 2.0)},  # of the base's, filled in by `rows_for`
     "depth/first token alone": Row({"refusal": "", "keep_tokens": 0}),
+    "depth/after openings": Row({"openings": ("Of course!", "Here is how")}),  # others than PREFIX
     "depth/2": Row({"depth": 2, "refusal": "", "keep_tokens": 0}),
     "depth/4": Row({"depth": 4, "refusal": "", "keep_tokens": 0}),
     "depth/4, anchor": Row({"depth": 4, "refusal": "", "keep_tokens": 0, "benign_strength": 0.0}),
@@ -248,10 +249,10 @@ def ablate(
             reps = rrs.extract(train["harmful"], train["benign"], cache=out / "vectors")
             row.train(rrs, reps, row)
             seconds = time.perf_counter() - began
-            points = rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS) if dev else []
-            strength = rrs.record["calibrated"]["factor"] if dev else 1.0
-            apart = next((p.auc for p in points if p.factor == strength), {})
-            record = {"key": key, "name": name, "diff": str(row), "strength": strength, "auc": apart}
+            if dev:
+                rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS)
+            found = rrs.record.get("calibrated", {"factor": 1.0, "auc": {}})
+            record = {"key": key, "name": name, "diff": str(row), "strength": found["factor"], "auc": found["auc"]}
             record["seconds"] = round(seconds)
             record |= measure(rrs, vanilla, test, conditions, max_new_tokens, out / "answers.jsonl")
             rrs.disable()

@@ -142,7 +142,7 @@ def compare(
     rrs.fit(train["harmful"], train["benign"], callbacks=[log], preflight=preflight)
     calibrate("RRS")
     rrs.save(out / "adapter", overwrite=True)
-    loras, moves = {"RRS": rrs.lora}, dict(rrs.targets)
+    loras, moves, trained = {"RRS": rrs.lora}, dict(rrs.targets), (rrs.record, rrs.history)
     if elsewhere := tuple(c for c in conditions if c not in moves):  # steering needs a Δ where nothing was trained, too
         rrs.config = replace(config, conditions=elsewhere, depth=1, refusal="", keep_tokens=0, keep_share=1.0)
         moves |= rrs.make_targets(rrs.extract(train["harmful"], train["benign"]))
@@ -186,7 +186,7 @@ def compare(
     if dev:
         said = ", ".join(f"{name} ×{factor:g}" for name, factor in factors.items())
         report.notes.append(f"Strengths of the adapters, by the dev split, for a budget of {budget:g}: {said}.")
-    rrs.lora = loras["RRS"]
+    rrs.lora, (rrs.record, rrs.history) = loras["RRS"], trained
     rrs.enable()
     report.save(out, log.maps)
     (out / "summary.md").write_text(summary(report.to_dict()), encoding="utf-8")

@@ -87,6 +87,7 @@ def test_conditions_that_rrs_is_not_trained_in(tiny, tmp_path):
     assert "SFT basic ×" in report.notes[-1]
     assert "RRS ×" in report.notes[-1]
     assert rrs.record["calibrated"]["budget"] == 1.0
+    assert rrs.record["config"]["penalty"] == config.penalty > 0  # RRS's, not the last SFT's
     changed = {(u["condition"], u["stage"]): u["kl"]["value"] for u in report.usefulness}
     kinds = ("steering ×1", "SFT parallel")
     assert len({changed[c, kind] for c in CONDITIONS for kind in kinds}) == 6

@@ -42,6 +42,8 @@ def fitted(tiny, harmful, benign):
         ({"conditions": ("audio",)}, "conditions"),
         ({"conditions": "audio-text"}, "conditions"),
         ({"prompts": ()}, "prompts is empty"),
+        ({"openings": "Sure"}, "openings='Sure'"),
+        ({"openings": ("Sure", "")}, "must not hold an empty one"),
         ({"lora_r": 0}, "lora_r=0"),
         ({"benign_weight": 0.0}, "benign_weight=0.0"),
         ({"direction": "loud"}, "direction='loud'"),
@@ -644,6 +646,55 @@ def test_deeper_targets_are_the_papers_at_each_position(tiny, harmful, benign):
         assert torch.equal(goal.mask | close, (row * delta > 0) | close)
         assert torch.allclose(goal.harmful, plain + delta * goal.mask, atol=1e-3)
         assert torch.allclose(goal.benign, own - delta * goal.mask, atol=1e-3)
+
+
+OPENED = [{}, {"depth": 2}, {"refusal": "I can't.", "keep_tokens": 2}]
+
+
+@pytest.mark.parametrize("how", OPENED, ids=["the paper's", "deep", "a refusal in words"])
+def test_after_an_opening_harmful_inputs_go_where_they_go_without(harmful, benign, tmp_path, how):
+    """openings: harmful inputs have the same targets after each, benign ones stay where they are there."""
+    one = {"prompts": (RRSConfig().instruction,), "lora_dropout": 0.0, "epochs": 12, **how}
+    r = RRS(*tiny_qwen2_audio(), small(**one, openings=("Sure,", "Here is")), verbose=False)
+    first, again = (r.make_targets(r.extract(harmful, benign, cache=tmp_path)) for _ in range(2))
+    items = rrs._items(first["audio-text"])
+    assert all(torch.equal(x.target, y.target) for x, y in zip(items, rrs._items(again["audio-text"]), strict=True))
+    n, h = len(harmful) + len(benign), len(harmful)
+    plain, opened = items[:n], [items[n : 2 * n], items[2 * n :]]
+    for opening, rows_ in zip(r.config.openings, opened, strict=True):
+        ids = tuple(r.tokenizer(opening, add_special_tokens=False)["input_ids"])
+        for own, without in zip(rows_[:h], plain[:h], strict=True):
+            assert (own.example, own.tokens) == (without.example, ids + without.tokens)
+            assert torch.equal(own.target, without.target)
+        for own, without in zip(rows_[h:], plain[h:], strict=True):
+            assert (own.example, own.tokens) == (without.example, ids)
+            alone = r.reader.represent([r.read(own.example, "audio-text").extended(ids)])
+            assert torch.allclose(own.target, alone, atol=1e-4)
+
+    def distance(part: list[rrs.Item]) -> float:
+        prompts = [r.read(i.example, "audio-text").extended(i.tokens) for i in part]
+        now = r.reader.represent(prompts, last=len(part[0].target))
+        return F.mse_loss(now, torch.stack([i.target for i in part])).item()
+
+    up, still = ([i for rows_ in opened for i in rows_[part]] for part in (slice(h), slice(h, None)))
+    before = distance(up)
+    assert distance(still) < 1e-6
+    r.train(first)
+    assert (after := distance(up)) < 0.7 * before
+    r.config = small(**one)
+    r.train(r.make_targets(r.extract(harmful, benign, cache=tmp_path)))
+    assert after < distance(up)
+
+
+def test_openings_need_representations_after_them(tiny, harmful, benign):
+    r = RRS(*tiny, small(), verbose=False)
+    reps = r.extract(harmful, benign)
+    targets = r.make_targets(reps)
+    r.config = small(openings=("Sure,",))
+    with pytest.raises(ValueError, match=r"openings=\('Sure,',\).*extract them again"):
+        r.make_targets(reps)
+    with pytest.raises(ValueError, match="not after 1 openings"):
+        r.train(targets)
 
 
 def test_deeper_targets_need_deeper_representations(tiny, harmful, benign):
