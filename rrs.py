@@ -1481,8 +1481,9 @@ class RRS:
             minutes: no trial starts after that.
             study: a file from which the search goes on when called again (`.db` for SQLite, else Optuna's journal); or
                 an `optuna.Study` that maximises.
-            search: what to search, `{field of RRSConfig: (low, high) or [choices]}`; by default what `search_space`
-                makes of the present config, so that one should train.
+            search: what to search, `{field of RRSConfig: (low, high) or [choices]}`, but not what the vectors depend
+                on, which are extracted once; by default what `search_space` makes of the present config, so that one
+                should train.
             scorer, preflight: as in `fit`.
             judge, max_new_tokens: as in `evaluate`.
             plot: a PNG of refusals against over-rejection, with the Pareto front.
@@ -2374,6 +2375,12 @@ def _items(targets: Targets) -> list[Item]:
     return items
 
 
+# Fields by which `extract` gives other vectors, or by which vanilla is counted: `tune` does both once.
+EXTRACTED_ONCE = (
+    "instruction", "refusal_prompt", "refusal_token", "conditions", "refusal", "keep_share", "openings", "shard",
+)  # fmt: skip
+
+
 def search_space(config: RRSConfig) -> dict[str, Any]:
     """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
     return {
@@ -2397,6 +2404,11 @@ def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any
     for name, values in (search_space(config) if search is None else search).items():
         if not hasattr(config, name):
             raise ValueError(f"search names {name!r}, which RRSConfig does not have; it has {list(asdict(config))}.")
+        if name in EXTRACTED_ONCE:
+            raise ValueError(
+                f"search names {name!r}, on which the vectors depend, and these are extracted once; call tune() for "
+                "each value, with a study of its own."
+            )
         if isinstance(values, list):
             out[name] = CategoricalDistribution(values)
         elif all(isinstance(v, int) for v in values):

@@ -834,6 +834,7 @@ def test_calibrate_takes_the_most_refusals_within_the_budget(drawn, tmp_path):
     best = max(inside, key=lambda p: (p.refused, -p.factor))
     assert drawn.lora.scale == pytest.approx(best.factor * before)
     assert drawn.record["calibrated"]["factor"] == best.factor
+    assert drawn.record["calibrated"]["auc"] == best.auc
     assert (tmp_path / "front.png").stat().st_size > 10_000
     (again,) = drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[1.0])  # what was counted is what it does
     assert (again.refused, again.cost, again.groups) == (best.refused, best.cost, best.groups)

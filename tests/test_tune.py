@@ -105,6 +105,7 @@ def test_without_optuna_the_error_says_what_to_install(monkeypatch):
     ("kwargs", "words"),
     [
         ({"search": {"learning_rat": (1, 2)}}, "search names 'learning_rat'"),
+        ({"search": {"refusal_prompt": ["No.", "Never."]}}, "search names 'refusal_prompt'.*extracted once"),
         ({"dev": HARMFUL}, r"groups \['harmful'\]; it needs"),
     ],
 )
