@@ -51,11 +51,34 @@ def test_change_is_paired():
     before, after = [False] * 20, [True] * 10 + [False] * 10
     change = Change.of(before, after)
     assert change.value == 0.5
-    assert 0.25 < change.low < 0.35
+    assert 0.2 < change.low < 0.35
     assert 0.65 < change.high < 0.75
     assert change.p == pytest.approx(2 * 0.5**10)
-    same = Change.of(before, before)
-    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    published = Change.of([True] * 48 + [False] * 2, [True] * 36 + [False] * 12 + [True] * 2)  # in Newcombe's table II
+    assert (-published.high, -published.low) == pytest.approx((0.0569, 0.3404), abs=1e-4)
+    same, rate = Change.of(before, before), Rate.of(before)  # nothing changed, of 20: that is no certainty
+    assert (same.value, same.low, same.high, same.p) == pytest.approx((0, -rate.high, rate.high, 1))
+    assert Change.of([False] * 4, [True] * 4).low == pytest.approx(
+        1 - math.hypot(Rate.of([False] * 4).high, 0.4899), abs=1e-3
+    )
+    assert math.isnan(Change.of([], []).low)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "both"), [(0.02, 0.05, 0.01), (0.0, 0.02, 0.0), (0.3, 0.6, 0.25), (0.9, 0.9, 0.85)]
+)
+def test_intervals_of_changes_hold_what_is_true(before, after, both):
+    """In about 95 of 100 samples of 56 questions, or more; a bootstrap holds the second one's in 72."""
+    rng = np.random.default_rng(0)
+    cells = rng.multinomial(56, [both, before - both, after - both, 1 - before - after + both], 400)
+    held = 0
+    for yes, only_before, only_after, no in cells:
+        pairs = (
+            [(True, True)] * yes + [(True, False)] * only_before + [(False, True)] * only_after + [(False, False)] * no
+        )
+        change = Change.of(*zip(*pairs, strict=True))
+        held += change.low <= after - before <= change.high
+    assert held >= 0.93 * 400
 
 
 def canned(stage, _condition, examples):
@@ -111,7 +134,7 @@ def test_report_files(report, tmp_path):
     assert row["verdicts"]["before"] == {"refusal": 0, "partial": 0, "compliance": 4, "degenerate": 0}
     text = (tmp_path / "r" / "report.md").read_text()
     assert (
-        "| text-only | harmful | 4 | 0.0% [0–49] | 100.0% [51–100] | +100.0 [+100.0, +100.0] | 0.125 | 0.0% | 0.0% |"
+        "| text-only | harmful | 4 | 0.0% [0–49] | 100.0% [51–100] | +100.0 [+30.7, +100.0] | 0.125 | 0.0% | 0.0% |"
         in text
     )
     assert "Left out: 1 silent examples lack what text-only needs." in text
@@ -468,6 +491,10 @@ def test_an_answer_log_that_is_none(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"id": "a", "text": "x"}\n')
     with pytest.raises(ValueError, match=r"m.jsonl, line 1: not a line of an answer log"):
         AnswerLog(tmp_path / "m.jsonl")
+    (tmp_path / "m.json").write_text('[{"id": "a", "text": "x"}]')  # no line of ours that was cut off: it stays
+    with pytest.raises(ValueError, match=r"m.json, line 1: not a line of an answer log"):
+        AnswerLog(tmp_path / "m.json")
+    assert (tmp_path / "m.json").read_text() == '[{"id": "a", "text": "x"}]'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,7 +523,7 @@ def test_chat_quality_of_stages(model, harmful, benign):
 def methods(n=24):
     """A report of three methods whose rates are known."""
     share = {"vanilla": (0.0, 0.0), "steering": (0.5, 0.5), "RRS": (0.75, 0.0)}
-    report = Report([], [], "rrs-rules-1")
+    report = Report([], [], "rrs-rules-2")
     for condition in ("audio-text", "text-only"):
         for stage, rates in share.items():
             for group, rate in zip(("harmful", "hard-benign"), rates, strict=True):
@@ -512,7 +539,7 @@ def test_methods_side_by_side():
     text = methods().to_markdown()
     assert "| condition | method | harmful refused (n=24) | hard-benign refused (n=24) | degenerate | KL |" in text
     assert "| audio-text | vanilla | 0.0% [0–14] | 0.0% [0–14] | 0.0% | – |" in text
-    assert "| text-only | RRS | 75.0% [55–88], +75.0 [+58.3, +91.7] p <0.001 | 0.0% [0–14], +0.0" in text
+    assert "| text-only | RRS | 75.0% [55–88], +75.0 [+50.8, +88.0] p <0.001 | 0.0% [0–14], +0.0" in text
 
 
 def test_figures(tmp_path):
