@@ -135,30 +135,35 @@ def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) ->
 
     Twins, and whatever asks the same question (`Example.cluster`), stay together.
     """
-    parent: dict[tuple[str, Any], tuple[str, Any]] = {}
+    parent: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    other = {"harmful": "benign", "benign": "harmful"}
 
-    def root(key: tuple[str, Any]) -> tuple[str, Any]:
+    def root(key: tuple[Any, ...]) -> tuple[Any, ...]:
         while parent.setdefault(key, key) != key:
             key = parent[key]
         return key
 
+    def own(e: Example) -> tuple[Any, ...]:
+        return "id", e.label, e.id  # two files may number their rows alike
+
     for e in examples:
-        for key in (("id", e.meta.get("twin") or e.id), ("question", e.cluster)):
-            parent[root(("id", e.id))] = root(key)
-    families: dict[tuple[str, Any], list[Example]] = {}
+        twin = ("id", other.get(e.label or ""), e.meta["twin"]) if e.meta.get("twin") else own(e)
+        for key in (twin, ("question", e.cluster)):
+            parent[root(own(e))] = root(key)
+    families: dict[tuple[Any, ...], list[Example]] = {}
     for e in examples:
-        families.setdefault(root(("id", e.id)), []).append(e)
+        families.setdefault(root(own(e)), []).append(e)
     order = sorted(families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest())
     lacking = {label: share * sum(e.label == label for e in examples) for label in ("harmful", "benign", None)}
-    held: set[str] = set()
+    held = set[tuple[Any, ...]]()
     for family in order:
         if any(lacking[e.label] > 0 for e in family):
             for e in family:
                 lacking[e.label] -= 1
-                held.add(e.id)
+                held.add(own(e))
     if len(held) == len(examples):
         raise DataError(f"{len(examples)} examples in {len(families)} families of twins are too few to hold some out.")
-    return [e for e in examples if e.id not in held], [e for e in examples if e.id in held]
+    return [e for e in examples if own(e) not in held], [e for e in examples if own(e) in held]
 
 
 class Format(NamedTuple):
@@ -322,6 +327,11 @@ def _read_file(path: Path, format: str | None) -> list[Any]:
             return _read_json(path, content)
         if rows := _read_table(path, content, format):
             return rows
+        if path.suffix.lower() in (".csv", ".tsv") and len(content.splitlines()) > 1:
+            raise DataError(
+                f"{path} is no table that can be read: no column is known, or quotes do not match. Rename the column "
+                "with the question to 'text' and repair the quotes, or pass format='lines' if each line is a question."
+            )
     return [{"text": line.strip()} for line in content.splitlines() if line.strip()]
 
 

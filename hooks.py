@@ -434,7 +434,7 @@ class Reader:
         frame = (prompt.ids[: prompt.start], prompt.ids[end:])
         known, clip_known = self._frames.setdefault(text, frame), self._clips.get(key)
         same_ids = all(torch.equal(a, b) for a, b in zip(known, frame, strict=True))
-        same_rows = clip_known is None or self._close(clip_known[1], prompt.rows)
+        same_rows = clip_known is None or self._close(clip_known[1].to(prompt.rows), prompt.rows)  # it may lie on disk
         if not same_ids or not same_rows:
             # The ids around the audio depend on the clip, or the projected audio on the text: no composing, every
             # pair goes through the processor and the tower.
@@ -820,6 +820,18 @@ class _Never(dict):  # type: ignore[type-arg]
 # LoRA
 
 
+ANOTHER_LORA = (
+    "Another RRS has its adapter on this model, and the two would add up. Call its disable() first, or, if that object "
+    "is gone: for lora in rrs.hooks.attached(model): lora.detach()"
+)
+
+
+def attached(model: nn.Module) -> list[LoRA]:
+    """The LoRAs that are on a model, or on one of its linears."""
+    found = (getattr(hook, "lora", None) for module in model.modules() for hook in module._forward_hooks.values())
+    return list(dict.fromkeys(lora for lora in found if isinstance(lora, LoRA)))
+
+
 class LoRA(nn.Module):
     """Low-rank updates `W + (α/r)·B·A` on named linears of a model, added by forward hooks.
 
@@ -859,8 +871,14 @@ class LoRA(nn.Module):
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> LoRA:
-        """Adds the update to every forward pass of the model. `detach()` undoes it."""
+        """Adds the update to every forward pass of the model. `detach()` undoes it.
+
+        Raises:
+            ValueError: another LoRA is on one of the linears; the two would add up.
+        """
         if not self._handles:
+            if any(attached(module) for module in self._modules_by_path.values()):
+                raise ValueError(ANOTHER_LORA)
             for i, (module, a, b) in enumerate(zip(self._modules_by_path.values(), self.A, self.B, strict=True)):
                 self._handles.append(module.register_forward_hook(self._hook(i, a, b)))
         return self
@@ -884,6 +902,7 @@ class LoRA(nn.Module):
             update = F.linear(F.linear(x, a.to(x.dtype)), (self.scale * b).to(x.dtype))
             return output + update.to(output.dtype)
 
+        add.lora = self  # type: ignore[attr-defined]  # see `attached`
         return add
 
     def _drop(self, i: int, x: Tensor) -> Tensor:
@@ -920,7 +939,8 @@ class LoRA(nn.Module):
         weights = {path: weight_of(module).detach() for path, module in self._modules_by_path.items()}
         if packed := [path for path, w in weights.items() if not w.is_floating_point() or w.dim() != 2]:
             raise ValueError(f"{packed[0]} is quantised, its norm is unknown; use penalty_form='sum'.")
-        return sum(float(w.float().square().sum()) for w in weights.values())
+        # Weights that are spread over ranks are brought together, one at a time: each rank has the same norm.
+        return sum(float(whole(w).float().square().sum()) for w in weights.values())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -1031,6 +1051,11 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that FSDP2 has spread over ranks, brought together; any other as it is."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _is_linear(module: nn.Module) -> bool:

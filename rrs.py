@@ -74,11 +74,13 @@ from rrs.evaluate import (
     plot_front,
 )
 from rrs.hooks import (
+    ANOTHER_LORA,
     Location,
     LoRA,
     Prompt,
     Reader,
     add_up,
+    attached,
     connect,
     expert_parameters,
     first,
@@ -88,6 +90,7 @@ from rrs.hooks import (
     merged,
     rank,
     seeded,
+    whole,
     world,
 )
 
@@ -354,12 +357,12 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
     apart, go on with their own first choice until it is a refusal; along Δ, which lowers whatever is common, others'.
 
     Args:
-        move: `[hidden]`, e.g. Δ∘mask.
+        move: `[hidden]`, e.g. Δ∘mask, or several `[moves, hidden]`.
         benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly.
         head_weight: W `[vocab, hidden]`.
 
     Returns:
-        `[hidden]` with the same component along `move`; ε is F's mean eigenvalue.
+        As many, with the same component along `move`; ε is F's mean eigenvalue.
     """
     w = head_weight.detach().float()
     h = benign[:: -(-len(benign) // most)].to(w)
@@ -371,8 +374,9 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
         second += expected.T @ expected
     fisher = ((w.T * mean) @ w - second) / len(h)  # [hidden, hidden]
     fisher.diagonal().add_(fisher.diagonal().mean())
-    direction = torch.linalg.solve(fisher.double().cpu(), move.double().cpu()).to(move)
-    return direction * (move @ move) / (direction @ move)
+    moves = move.cpu().double().view(-1, move.shape[-1])  # on the CPU: MPS has no double
+    direction = torch.linalg.solve(fisher.cpu().double(), moves.T).T.view(move.shape).to(move)
+    return direction * (move * move).sum(-1, keepdim=True) / (direction * move).sum(-1, keepdim=True)
 
 
 @dataclass
@@ -673,6 +677,11 @@ class Checkpoints:
             raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
 
 
+def _check_folder(folder: str | Path | None, every: int, resume: bool) -> None:
+    if folder is None and (every or resume):
+        raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
+
+
 @contextmanager
 def _postponed_signals(active: bool) -> Iterator[list[int]]:
     """SIGINT and SIGTERM wait inside the `with`, noted in the list; a second one goes through at once.
@@ -732,7 +741,7 @@ class RRS:
         model: any LALM (or text LLM) of transformers, loaded with its language-model head.
         processor: its processor; for a text model, its tokenizer.
         config: the paper's settings by default.
-        decoder, head: dotted module paths, for models that do not tell (see `rrs.hooks.locate`).
+        decoder, norm, head: dotted module paths, for models that do not tell (see `rrs.hooks.locate`).
         build_inputs: `(text or None, waveform or None) -> model inputs` of one prompt, instead of the chat template;
             waveforms come at the rate of its attribute `rate`, or at 16000 Hz.
         verbose: print progress, resolved values and the preflight.
@@ -751,6 +760,7 @@ class RRS:
         config: RRSConfig | None = None,
         *,
         decoder: str | None = None,
+        norm: str | None = None,
         head: str | None = None,
         build_inputs: Callable[[str | None, Any], dict[str, Any]] | None = None,
         verbose: bool = True,
@@ -759,7 +769,7 @@ class RRS:
         connect()
         self.model, self.processor, self.config = model, processor, config or RRSConfig()
         self.verbose = verbose and rank() == 0
-        self.location: Location = locate(model, decoder=decoder, head=head)
+        self.location: Location = locate(model, decoder=decoder, norm=norm, head=head)
         self.render = build_inputs or Renderer(processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = Reader(model, self.location, self.render, max_cached=max_cached)
@@ -993,9 +1003,9 @@ class RRS:
         """The first n tokens of the answers, short ones filled up with the end token."""
         if not n:
             return [()] * len(prompts)
-        answers = self._answer(prompts, n, "answers")
-        ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] if a else [] for a in answers]
-        return [tuple((i + n * [self.tokenizer.eos_token_id])[:n]) for i in ids]
+        if (end := self._end()) is None:
+            raise ValueError("Neither model nor tokenizer has an end token; set model.generation_config.eos_token_id.")
+        return [tuple((self._ids(a) + n * [end])[:n]) for a in self._answer(prompts, n, "answers")]
 
     def _cached(
         self,
@@ -1008,7 +1018,8 @@ class RRS:
         """`compute()`, or what it gave for the same model, examples and prompts before."""
         if folder is None:
             return compute()
-        depends = [fingerprint(self.model), versions(), self.reader.device.type, content_hash(examples)]
+        depends = [fingerprint(self.model), str(self.reader.dtype), versions(), self.reader.device.type]
+        depends.append(content_hash(examples))
         key = hashlib.sha256(repr(depends).encode())
         for prompt in prompts:  # the ids hold template, instruction, and how long the audio is
             key.update(prompt.ids.numpy().tobytes())
@@ -1105,6 +1116,7 @@ class RRS:
             FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
             Whatever is raised, the model and this object are as they were before.
         """
+        _check_folder(checkpoint_dir, checkpoint_every, resume)
         c = self.config
         callbacks = list(callbacks)
         made = {k: (len(t.later), len(t.opened)) for k, t in targets.items() if isinstance(t, Targets)}
@@ -1158,6 +1170,8 @@ class RRS:
         plan: list[tuple[str, list[int]]] = []
         if checkpoint_dir is not None:
             run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
+            run["dtype"] = str(self.reader.dtype)
+            run["selection"] = {k: _hash(t.mask.tolist()) for k, t in targets.items() if isinstance(t, Targets)}
             for what, how in (("loss", loss), ("objective", objective)):
                 run[what] = None if how is None else getattr(how, "__qualname__", type(how).__name__)
             checkpoints = Checkpoints(checkpoint_dir, run, resume)
@@ -1179,6 +1193,14 @@ class RRS:
             self._quiet_model(),
             self._bar(steps, "train") as bar,
         ):
+            # Of the adapter that is attached, from here on: a callback may save it.
+            self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
+            self.report, self._vectors = None, {}
+            self._trained_on = [item.example for rows in items.values() for item in rows]
+            for condition, t in targets.items():
+                if isinstance(t, Targets):
+                    self._vectors[f"{condition}.delta"] = t.delta.contiguous()
+                    self._vectors[f"{condition}.mask"] = t.mask.contiguous()
             bar.update(len(history))
             for step in range(len(history), steps):
                 epoch, place = divmod(step, per_epoch)
@@ -1219,8 +1241,10 @@ class RRS:
                 history.append(state.row())
                 bar.update()
                 bar.set_postfix(epoch=epoch + 1, loss=f"{state.loss:.4f}", mse=f"{mse:.4f}")
+                lora.eval()  # callbacks see the model without dropout
                 for callback in callbacks:
                     callback(state)
+                lora.train()
                 if place == per_epoch - 1:
                     self._check_divergence(history, per_epoch)
                 due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
@@ -1236,12 +1260,6 @@ class RRS:
                             signal.raise_signal(stop)  # noted, like the other ranks' own
                         signal.raise_signal(signals.pop())  # whoever handled it before handles it now
             lora.eval()
-        self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
-        self.report, self._vectors = None, {}
-        self._trained_on = [item.example for rows in items.values() for item in rows]
-        for condition, t in targets.items():
-            if isinstance(t, Targets):
-                self._vectors |= {f"{condition}.delta": t.delta.contiguous(), f"{condition}.mask": t.mask.contiguous()}
         return self
 
     def _gradients(
@@ -1348,15 +1366,15 @@ class RRS:
     @contextmanager
     def _replacing(self, lora: LoRA, history: list[dict[str, float]]) -> Iterator[None]:
         """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
-        before, attached = (self.lora, self.history), self.lora is not None and self.lora.attached
+        before, on = dict(vars(self)), self.lora is not None and self.lora.attached
         self.disable()
         self.lora, self.history = lora.attach().train(), history
         try:
             yield
         except BaseException:
             lora.detach()
-            self.lora, self.history = before
-            if attached:
+            vars(self).update(before)
+            if on:
                 self.enable()
             raise
 
@@ -1408,6 +1426,7 @@ class RRS:
         Returns:
             self. After an error, model and adapter are as they were before.
         """
+        _check_folder(checkpoint_dir, checkpoint_every, resume)
         harmful, benign = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         began = time.perf_counter()
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
@@ -1433,8 +1452,10 @@ class RRS:
             )
         reps = self.extract(harmful, benign, cache=checkpoint_dir)
         self.targets = self.make_targets(reps, scorer)
-        if preflight and not started:
-            self.preflight(reps, self.targets, preflight)
+        if not started:
+            self.checks = []
+            if preflight:
+                self.preflight(reps, self.targets, preflight)
         self.train(
             self.targets,
             loss=loss,
@@ -1498,10 +1519,13 @@ class RRS:
             import optuna
         except ImportError as error:
             raise ImportError('tune() needs Optuna: pip install "rrs[tune]" (or: pip install optuna).') from error
+        if world() > 1:
+            raise ValueError("tune() runs in one process, and torchrun started several; give several fits to it.")
         c, space = self.config, _space(self.config, search)
         train = [*load_examples(harmful, "harmful"), *load_examples(benign, "benign")]
         if dev is None:
-            train, dev = hold_out(train)
+            train, held = hold_out(train)
+            dev = {label: [e for e in held if e.label == label] for label in ("harmful", "benign")}
         groups = {group: self.readable(rows, c.conditions) for group, rows in _groups(dev).items()}
         train = self.readable(train, c.conditions)
         sides = [[e for g in groups for e in groups[g] if g.startswith("harmful") is side] for side in (True, False)]
@@ -1533,9 +1557,7 @@ class RRS:
         def watch(trial: Any, step: Step) -> None:
             """After each epoch: how much more often harmful inputs start a refusal than harmless ones, by the head."""
             if step.step * worker.config.epochs % step.steps == 0 and worker.lora is not None:
-                worker.lora.eval()
                 up, down = (self._first_choice(self.reader.represent(p)) == token for p in probes)
-                worker.lora.train()
                 trial.report(float(up.float().mean() - down.float().mean()), step.epoch)
                 if trial.should_prune():
                     raise optuna.TrialPruned
@@ -1676,6 +1698,13 @@ class RRS:
         if best.cost > budget:
             message = f"No strength stays within the budget of {budget:g}; the nearest is ×{best.factor:g}: {said}."
             warnings.warn(message, RRSWarning, stacklevel=2)
+        elif not any(p.refused for p in points):
+            warnings.warn(
+                f"{self.config.refusal_token!r} is the first choice nowhere, at no strength: if this adapter refuses, "
+                "it begins otherwise. Set config.refusal_token to how it does, and calibrate again.",
+                RRSWarning,
+                stacklevel=2,
+            )
         if plot is not None:
             front = [(p.cost, p.refused) for p in points]
             first(partial(plot_front, front, plot, budget, vanilla.refused, (best.cost, best.refused), "strengths"))
@@ -1722,8 +1751,10 @@ class RRS:
         return points
 
     def _strengthen(self, lora: LoRA, points: Sequence[Strength], budget: float) -> Strength:
-        """The best of `points`, which it sets."""
+        """The best of `points`, which it sets; where none refuses anything, that is the one nearest to 1."""
         best = max(points, key=lambda p: (-max(0.0, p.cost - budget), p.refused, -p.factor))
+        if not any(p.refused for p in points):
+            best = min(points, key=lambda p: abs(math.log(p.factor)))
         lora.scale *= best.factor
         figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "auc": best.auc}
         self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
@@ -1833,16 +1864,16 @@ class RRS:
         """
         condition, examples = self._some(harmful, condition, n)
         with self.disabled(), self._quiet_model():
-            refusing = self.reader.represent([self.read(e, condition, refusal=True) for e in examples])
-            said = Counter((token,) for token in self._first_choice(refusing).tolist())
-            out = []
-            for ids in dict.fromkeys(
-                [*(ids for ids, _ in said.most_common(4)), *map(tuple, map(self._ids, candidates))]
-            ):
+            refusing = [self.read(e, condition, refusal=True) for e in examples]
+            first_tokens = Counter((token,) for token in self._first_choice(self.reader.represent(refusing)).tolist())
+            tried = [*(ids for ids, _ in first_tokens.most_common(4)), *map(tuple, map(self._ids, candidates))]
+            begun, out = self._begun(refusing, max(map(len, tried))), []
+            for ids in dict.fromkeys(tried):
+                said = first_tokens[ids] if len(ids) == 1 else sum(b[: len(ids)] == ids for b in begun)
                 forced = [self.read(e, condition).extended(ids) for e in examples]
                 opening = self.tokenizer.decode(ids)
                 answers = self._answer(forced, 24, f"force {opening!r}", begun=ids)
-                out.append(Opening(opening, ids, said[ids] / len(examples), self._refused(examples, answers)))
+                out.append(Opening(opening, ids, said / len(examples), self._refused(examples, answers)))
         return sorted(out, key=lambda o: (o.refused.value, o.said), reverse=True)
 
     def _some(self, harmful: Any, condition: str | None, n: int) -> tuple[str, list[Example]]:
@@ -2032,12 +2063,13 @@ class RRS:
             "data": {group: {"n": len(rows), "sha256": content_hash(rows)} for group, rows in groups.items()},
         }
         report.notes += notes
-        benign = [e for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
+        benign = [(group, e) for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
+        limit = 0 if stop_when_decided else max_new_tokens  # answers that were cut off have no end token
         for condition in conditions:
-            rows = [e for e in benign if e.has(condition)]
+            rows = [(group, e) for group, e in benign if e.has(condition)]
             if rows and usefulness:
                 rows = rows[:: -(-len(rows) // usefulness)]
-                report.usefulness += self._usefulness(rows, condition, stages, report, max_new_tokens, begun)
+                report.usefulness += self._usefulness(rows, condition, stages, report, limit, begun)
         if chat is not None and scorer is not None:
             rows = self.readable(load_examples(chat), ["audio-text"], on_error)
             if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
@@ -2062,24 +2094,28 @@ class RRS:
     @torch.no_grad()
     def _usefulness(
         self,
-        rows: Sequence[Example],
+        rows: Sequence[tuple[str, Example]],
         condition: str,
         stages: Mapping[str, Stage],
         report: Report,
         limit: int,
         begun: Sequence[int] = (),
     ) -> list[dict[str, Any]]:
-        """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers."""
+        """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers.
+
+        Args:
+            rows: group and example.
+        """
         out: list[dict[str, Any]] = []
         first, vanilla = next(iter(stages)), None
         answers = [a for a in report.answers if (a.condition, a.stage) == (condition, first)]
-        said = {a.id: a.response for a in answers if not a.group.startswith("harmful")}
-        own = [self.answer_ids(said[e.id], limit) for e in rows]
-        clusters = [e.cluster for e in rows]
+        said = {(a.group, a.id): a.response for a in answers}  # ids differ within a group
+        own = [self.answer_ids(said[group, e.id], limit) for group, e in rows]
+        clusters = [e.cluster for _, e in rows]
         for stage, enter in stages.items():
             with self._quiet_model(), enter(condition) as other, self._bar(len(rows), f"usefulness {stage}") as bar:
                 who = other or self
-                prompts = [who.read(e, condition).extended(begun) for e in rows]
+                prompts = [who.read(e, condition).extended(begun) for _, e in rows]
                 h = who.reader.represent(prompts)  # [n, hidden]
                 vanilla = h if vanilla is None else vanilla
                 kl, same = first_token_change(who.reader, vanilla, h)
@@ -2091,7 +2127,7 @@ class RRS:
                         scores = log_likelihood(who.reader, [prompts[i] for i in told], [own[i] for i in told])
                         likelihood[told] = scores.float().cpu()
                     bar.update(len(batch))
-            spoken = ~likelihood.isnan()
+            told = (~likelihood.isnan()).nonzero().flatten().tolist()
             out.append(
                 {
                     "condition": condition,
@@ -2099,7 +2135,7 @@ class RRS:
                     "n": len(rows),
                     "kl": asdict(Mean.of(kl.tolist(), clusters)),
                     "same": asdict(Rate.of(same.tolist(), clusters)),
-                    "likelihood": asdict(Mean.of(likelihood[spoken].tolist())),
+                    "likelihood": asdict(Mean.of(likelihood[told].tolist(), [clusters[i] for i in told])),
                 }
             )
         return out
@@ -2107,18 +2143,28 @@ class RRS:
     def answer_ids(self, answer: str, limit: int) -> Tensor:
         """Token ids `[length]` of a generated answer; the end token is in it unless `limit` tokens cut it off."""
         ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        end = self._end() if ids and len(ids) < limit else None
+        return torch.tensor(ids if end is None else [*ids, end], dtype=torch.long)
+
+    def _end(self) -> int | None:
+        """The token with which answers end: of several, the one that ends the turn in prompts (Gemma's
+        `<end_of_turn>`, not `<eos>`)."""
         model: Any = self.model
-        end = model.generation_config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        return torch.tensor([*ids, end] if ids and len(ids) < limit and end is not None else ids, dtype=torch.long)
+        ends = model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [self.tokenizer.eos_token_id])
+        turns = [i for i in self.reader.read("Hello.").ids.tolist() if i in ends] if len(ends) > 1 else []
+        return [*ends[:1], *turns][-1]
 
     def _state(self, steered: bool) -> str:
         """A hash of what answers depend on beside the base model and the input; `steered` takes in Δ ∘ mask."""
         lora = self.lora if self.lora is not None and self.lora.attached else None
         moves = [t.delta * t.mask for t in self.targets.values()] if steered else []
         tensors = [v.float().numpy().tobytes() for v in [*(lora.tensors().values() if lora else ()), *moves]]
-        system, scale = getattr(self.render, "system", None), lora.scale if lora else None
-        return _hash([asdict(self.config), versions(), system, scale], *tensors)
+        model: Any = self.model
+        scale = lora.scale if lora else None
+        turn = [getattr(self.render, name, None) for name in ("system", "template", "__qualname__", "__class__")]
+        how = json.loads(model.generation_config.to_json_string())  # penalties, end tokens
+        return _hash([asdict(self.config), versions(), str(turn), how, str(self.reader.dtype), scale], *tensors)
 
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
         # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
@@ -2142,13 +2188,19 @@ class RRS:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The vanilla model inside the `with`; the adapter is as it was afterwards."""
-        attached = self.lora is not None and self.lora.attached
+        """The vanilla model inside the `with`; the adapter is as it was afterwards.
+
+        Raises:
+            ValueError: another RRS has its adapter on this model.
+        """
+        on = self.lora is not None and self.lora.attached
         self.disable()
         try:
+            if attached(self.model):
+                raise ValueError(ANOTHER_LORA)
             yield
         finally:
-            if attached:
+            if on:
                 self.enable()
 
     def merge(self) -> nn.Module:
@@ -2450,9 +2502,18 @@ def _study(path: str | Path | None, name: str, seed: int) -> Any:
 
 def _groups(examples: Any) -> dict[str, list[Example]]:
     """Examples by group, or else by label."""
-    if isinstance(examples, Mapping):
-        return {k: load_examples(v) for k, v in examples.items()}
     groups: dict[str, list[Example]] = {}
+    if isinstance(examples, Mapping):
+        for group, rows in examples.items():
+            groups[group] = load_examples(rows)
+            own = "harmful" if group.startswith("harmful") else "benign"
+            if other := [e.id for e in groups[group] if e.label not in (own, None)]:
+                raise ValueError(
+                    f"The group {group!r} counts as {own} by its name, but {len(other)} of its {len(groups[group])} "
+                    f"examples are labelled otherwise: {other[:4]}. Give it load_examples(…, {own!r}), which leaves "
+                    "those out, or call a group of harmful questions 'harmful…'."
+                )
+        return groups
     for example in load_examples(examples):
         if example.label is None:
             raise ValueError(f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} instead.")
@@ -2521,13 +2582,13 @@ def _describe(targets: Targets | Sequence[tuple[Example, Tensor]]) -> dict[str, 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of the model's weights (a strided sample of each), equal for equal models and dtypes.
+    """A short hash of the model's weights (a strided sample of each), as float32.
 
-    Names play no part: versions of transformers differ in them.
+    Names play no part: versions of transformers differ in them. Nor does the dtype, where it holds the weights exactly.
     """
     samples = []
     for value in model.parameters():
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # spread over ranks
+        value = whole(value)
         flat = value.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
         samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())

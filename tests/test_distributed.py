@@ -131,7 +131,8 @@ spread = [p for p in r.location.layers.parameters() if isinstance(p, DTensor)]
 assert len(spread) == sum(1 for _ in r.location.layers.parameters())
 assert all(p.to_local().numel() < p.numel() for p in spread if p.dim() > 1)
 answers = [(a.id, a.stage, a.condition, a.response) for a in report.answers]
-torch.save({"adapter": r.lora.tensors(), "answers": answers}, folder / f"rank-{rank()}.pt")
+kept = {"adapter": r.lora.tensors(), "answers": answers, "norm": r.lora.weights_norm}
+torch.save(kept, folder / f"rank-{rank()}.pt")
 """
 
 
@@ -145,6 +146,7 @@ def test_spread_weights_give_the_same_adapter(both, tmp_path):
     for name, value in r.lora.tensors().items():
         assert torch.equal(ranks[0]["adapter"][name], ranks[1]["adapter"][name])
         assert torch.allclose(ranks[0]["adapter"][name], value, atol=1e-5, rtol=0), name
+    assert [rank["norm"] for rank in ranks] == [pytest.approx(r.lora.weights_norm)] * 2  # of whole weights
     before = [(a.id, a.stage, a.condition, a.response) for a in report.answers if a.stage == "before"]
     assert [row for row in ranks[0]["answers"] if row[1] == "before"] == before
 

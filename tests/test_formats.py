@@ -193,6 +193,12 @@ def test_folder_of_clips(folder):
     [
         ("m.jsonl", '{"text": "a", "prompt": "b"}', ["'text'", "'or-bench'", "format='text'"]),
         ("m.csv", "title,body\none,two\nthree,four\n", ["table", "'title', 'body'", "plain text", "format='lines'"]),
+        (
+            "m.csv",
+            'question\n"Well, so?"\nHow so?\n',
+            ["no table", "'text'", "format='lines'"],
+        ),  # another name
+        ("m.csv", 'goal,target\n"Kill" a process,Sure\n', ["no table", "quotes", "format='lines'"]),
         ("m.csv", "prompt\nWell, so?\n", ["row 1: 2 fields", "quotes", "format='lines'"]),
         ("m.jsonl", '{"question_text": "a"}', ["question_text", "xstest: prompt, type, focus", "Rename"]),
         ("m.csv", "prompt,type,focus,label\na,b,c,odd\n", ["row 1", "'odd'", "unsafe"]),

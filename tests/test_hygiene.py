@@ -67,6 +67,7 @@ CALLS = {
     "find_refusal_prompt": lambda r, _: r.find_refusal_prompt(HARMFUL, candidates=["(no)"], n=2),
     "save and load": lambda r, p: (
         r.fit(HARMFUL, BENIGN, preflight=0).save(p / "a"),
+        r.disable(),
         RRS.load(p / "a", r.model, r.processor, verbose=False).disable(),
     ),
     "disabled": lambda r, _: r.disabled().__enter__(),

@@ -284,6 +284,19 @@ def test_runs_are_not_mixed(tmp_path):
         new().fit(HARMFUL[:-1], BENIGN, preflight=0, checkpoint_dir=tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"another run: base"):
         fit(tmp_path, r=RRS(*tiny_qwen2_audio(seed=1), config(), verbose=False), resume=True)
+    with pytest.raises(ValueError, match=r"another run: selection"):
+        fit(tmp_path, scorer=lambda delta, _row: delta, resume=True)
+    model, processor = tiny_qwen2_audio()
+    model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})  # both dtypes hold these
+    r = fit(tmp_path / "other", r=RRS(model, processor, config(), verbose=False)).disable()
+    with pytest.raises(ValueError, match=r"another run: dtype"):
+        fit(tmp_path / "other", r=RRS(r.model.bfloat16(), processor, config(), verbose=False), resume=True)
+
+
+@pytest.mark.parametrize("without", [{"resume": True}, {"checkpoint_every": 2}])
+def test_checkpoints_need_a_folder(without):
+    with pytest.raises(ValueError, match="need checkpoint_dir"):
+        fit(**without)
 
 
 def test_the_cache_goes_by_content(tmp_path, monkeypatch):

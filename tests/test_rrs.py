@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import rrs
 from rrs import RRS, RRSConfig, _epoch, select_features
 from rrs.data import load_examples
-from rrs.hooks import linear_paths, seeded
+from rrs.hooks import attached, linear_paths, seeded
 
 THREE = ("audio-text", "text-only", "audio-only")
 
@@ -227,6 +227,49 @@ def test_enable_disable(fitted, harmful):
     assert torch.equal(fitted.enable().reader.represent(prompts), adapted)
 
 
+def test_adapters_of_two_objects_never_add_up(fitted, harmful, benign, tmp_path):
+    """A second RRS on a model with an adapter says so instead of taking it for vanilla, and says how to go on."""
+    fitted.save(tmp_path / "adapter")
+    other = RRS(fitted.model, fitted.processor, small(), verbose=False)
+    for use in (
+        lambda: RRS.load(tmp_path / "adapter", fitted.model, fitted.processor),
+        lambda: other.fit(harmful, benign, preflight=0),
+        lambda: other.evaluate({"harmful": harmful}, ("text-only",)),
+    ):
+        with pytest.raises(ValueError, match=r"Call its disable\(\) first"):
+            use()
+    assert attached(fitted.model) == [fitted.lora]
+    for lora in attached(fitted.model):
+        lora.detach()
+    assert not fitted.lora.attached
+    other.fit(harmful, benign, preflight=0)
+    assert attached(fitted.model) == [other.lora]
+
+
+def test_callbacks_see_the_adapter_as_it_is_saved(harmful, benign, tmp_path):
+    """Without dropout, and with the record of this run, not of the one before."""
+    r = RRS(*tiny_qwen2_audio(), small(lora_dropout=0.5, epochs=1), verbose=False)
+    r.fit(harmful, benign, preflight=2)
+    r.config = small(lora_dropout=0.5)
+    seen = []
+
+    def callback(step):
+        seen.append(r.reader.represent([r.read(e, "audio-text") for e in load_examples(harmful)]))
+        step.rrs.save(tmp_path / f"{step.step}")
+
+    r.fit(harmful, benign, preflight=0, callbacks=[callback])
+    assert torch.equal(seen[-1], r.reader.represent([r.read(e, "audio-text") for e in load_examples(harmful)]))
+    r.disable()
+    loaded = RRS.load(tmp_path / str(len(seen)), r.model, r.processor, verbose=False)
+    assert loaded.config == r.config
+    assert (loaded.record["preflight"], len(loaded.history)) == ([], len(seen))
+    before = dict(vars(loaded))
+    with pytest.raises(ZeroDivisionError):
+        loaded.train(r.targets, callbacks=[lambda _: 1 / 0])
+    assert loaded.lora.attached
+    assert vars(loaded) == before
+
+
 def test_refitting_starts_from_vanilla(fitted, harmful, benign):
     first = fitted.lora.tensors()
     again = fitted.fit(harmful, benign, preflight=0).lora.tensors()
@@ -347,6 +390,36 @@ def test_what_a_condition_lacks_is_counted(tiny, harmful):
     assert "1 harmful examples lack what audio-only needs" in str(report)
     with pytest.raises(ValueError, match=r"audio-only: these examples lack .*harmful-0"):
         r.generate(rows_, "audio-only")
+
+
+def test_groups_are_what_their_names_say(tiny, harmful, benign):
+    """Harmful questions in a group that counts as harmless, or the other way round, are an error."""
+    r = RRS(*tiny, small(), verbose=False)
+    for groups in ({"harmful": [*harmful, *benign]}, {"AdvBench": harmful}):
+        with pytest.raises(ValueError, match=r"labelled otherwise.*load_examples"):
+            r.evaluate(groups, ("text-only",))
+
+
+def test_the_likelihood_is_of_a_questions_own_answer(tiny, benign):
+    """Also where two groups number their questions alike."""
+    r, found = RRS(*tiny, small(), verbose=False), []
+    for ids in ("ab", "aa"):
+        pair = [[{**benign[i], "id": name}] for i, name in enumerate(ids)]
+        report = r.evaluate({"benign": pair[0], "hard-benign": pair[1]}, ("text-only",), max_new_tokens=8)
+        found.append(report.usefulness[0]["likelihood"]["value"])
+    assert len({a.response for a in report.answers}) == 2
+    assert found[0] == found[1]
+
+
+def test_of_several_end_tokens_the_one_that_ends_turns(tiny):
+    r = RRS(*tiny, small(), verbose=False)
+    end = r.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in r.reader.read("Hello.").ids
+    for ends in (end, [end], [1, end], [end, 1]):
+        r.model.generation_config.eos_token_id = ends
+        assert r._end() == end
+    r.model.generation_config.eos_token_id = [7, 8]  # none of them in prompts
+    assert r._end() == 7
 
 
 def test_preflight_warns_with_the_fix(tiny, harmful, benign):
@@ -885,6 +958,14 @@ def test_answers_of_another_strength_are_not_reused(drawn, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_an_adapter_that_refuses_with_other_words_is_left_as_it_is(drawn):
+    scale, never = drawn.lora.scale, drawn.tokenizer.convert_ids_to_tokens(3)
+    drawn.token_id = lambda _text: 3  # the first choice nowhere
+    with pytest.warns(rrs.RRSWarning, match="is the first choice nowhere"):
+        drawn.calibrate(DEV, ("text-only",), strengths=(0.5, 1.1, 2.0))
+    assert drawn.lora.scale == pytest.approx(1.1 * scale), never
+
+
 def test_calibrate_says_what_is_wrong_and_leaves_the_strength(drawn):
     before = drawn.lora.scale
     for call, words in (

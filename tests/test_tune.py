@@ -114,6 +114,19 @@ def test_mistakes_are_named(kwargs, words):
         tune(1, **kwargs)
 
 
+def test_rows_that_are_numbered_alike(tmp_path):
+    """Plain text has no ids: row 1 of one file has nothing to do with row 1 of the other."""
+    for side in ("harmful", "benign"):
+        (tmp_path / f"{side}.txt").write_text("".join(f"{row['text']} {i}\n" for i, row in enumerate(rows(side, 8))))
+    r = RRS(*tiny_qwen2_audio(), CONFIG, verbose=False)
+    files = tmp_path / "harmful.txt", tmp_path / "benign.txt"
+    r.tune(*files, trials=1, search=SPACE, judge=judge, max_new_tokens=2, preflight=0)
+    train, held = hold_out([*load_examples(files[0], "harmful"), *load_examples(files[1], "benign")])
+    assert {(e.label, e.text) for e in train}.isdisjoint((e.label, e.text) for e in held)
+    assert [sum(e.label == label for e in held) for label in ("harmful", "benign")] == [2, 2]
+    assert len(train) == 12
+
+
 def test_choosing_by_what_is_trained_on_is_noticed():
     with pytest.warns(RRSWarning, match="16 dev examples, or their twins, are trained on"):
         tune(1, dev={"harmful": HARMFUL, "benign": BENIGN})
