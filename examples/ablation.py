@@ -35,7 +35,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rrs import RRS, Example, Representations, RRSConfig, contribution, fingerprint, load_examples
+from rrs import (
+    RRS,
+    Example,
+    Representations,
+    RRSConfig,
+    contribution,
+    fingerprint,
+    load_examples,
+    quiet_direction,
+    select_features,
+)
 from rrs.data import content_hash
 from rrs.evaluate import Rate, Report
 from rrs.hooks import Prompt, Reader
@@ -50,27 +60,28 @@ Groups = dict[str, list[Example]]
 
 
 def of_its_own(rrs: RRS, reps: Mapping[str, Representations], row: Row, key: Callable[[Example], Any]) -> None:
-    """Trains with a Δ and a selection for each group of examples with the same `key`: a category, a pair of twins."""
-    rrs.targets = {}
+    """Trains with a Δ and a selection, at the prompt's end, for each group of examples with the same `key`: a category,
+    a pair of twins."""
+    c, rrs.targets = rrs.config, rrs.make_targets(reps, row.scorer)
+    head_row = rrs.head_row(c.refusal_token)
     for condition, rep in reps.items():
-        goal = rrs.make_targets({condition: rep}, row.scorer)[condition]
+        goal = rrs.targets[condition]
         sides = [[key(e) for e in examples] for examples in (rep.harmful_examples, rep.benign_examples)]
-        for group in set(sides[0]) & set(sides[1]):  # others keep the Δ of all
-            h, b = ([i for i, k in enumerate(side) if k == group] for side in sides)
-            part = rrs.make_targets({condition: subset(rep, h, b)}, row.scorer)[condition]
-            for whole, own in zip((goal, *goal.later), (part, *part.later), strict=True):
-                whole.harmful[h], whole.benign[b] = own.harmful, own.benign
-        rrs.targets[condition] = goal
+        groups = [
+            [[i for i, k in enumerate(side) if k == group] for side in sides]
+            for group in dict.fromkeys(sides[0])
+            if group in sides[1]  # others keep the Δ of all
+        ]
+        if not groups:
+            continue
+        deltas = [rep.refused[h].mean(0) - rep.benign[b].mean(0) for h, b in groups]
+        moves = torch.stack([delta * select_features(delta, head_row, c.top, row.scorer) for delta in deltas])
+        if c.direction == "quiet":
+            moves = quiet_direction(moves, rep.benign, rrs.location.head_weight)
+        for (h, b), move in zip(groups, moves, strict=True):
+            goal.harmful[h] = rep.harmful[h] + c.harmful_strength * move
+            goal.benign[b] = rep.benign[b] - c.benign_strength * move
     rrs.train(rrs.targets)
-
-
-def subset(rep: Representations, h: list[int], b: list[int]) -> Representations:
-    """The representations of some harmful and some benign examples."""
-    order = [*h, *(len(rep.harmful) + i for i in b)]
-    tokens, along = ([rows[i] for i in order] if rows else [] for rows in (rep.tokens, rep.along))
-    examples = [rep.benign_examples[i] for i in b], [rep.harmful_examples[i] for i in h]
-    later, opened = [subset(x, h, b) for x in rep.later], [rows[b] for rows in rep.opened]
-    return Representations(rep.benign[b], rep.harmful[h], rep.refused[h], *examples, later, tokens, along, opened)
 
 
 def pair(example: Example) -> tuple[str, ...]:

@@ -548,6 +548,8 @@ def growth(size: str, device: torch.device, limit: int, max_cached: int) -> tupl
         for row in own:
             figures = f"{row['until_first_step']:.2f} | {row['step']:.4f} | {row['grown_mib']:.0f}"
             lines.append(f"| {what} | {row[what]:g} | {figures} |")
+        if len(own) < 2:  # nothing to draw a slope through
+            continue
         (a, b), cells = (own[-2], own[-1]), []
         for key in ("until_first_step", "step", "grown_mib"):  # the exponent e of time ~ x^e at the upper end
             slope = math.log(max(b[key], 1e-9) / max(a[key], 1e-9)) / math.log(b[what] / a[what])

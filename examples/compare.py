@@ -200,11 +200,14 @@ def summary(report: Mapping[str, Any]) -> str:
     kl = {(u["condition"], u["stage"]): u["kl"]["value"] for u in report["usefulness"]}
     lines = [["method", *(f"{g} refused, %" for g in groups), "degenerate, %", "KL"], ["---"] * (3 + len(groups))]
     for stage in report["table"][0]["refused"]:
-        cells = [[100 * rows[c, g]["refused"][stage]["value"] for c in conditions] for g in groups]
-        broken = [[rows[c, g]["degenerate"][stage] for g in groups] for c in conditions]
-        cells.append([100 * sum(x["k"] for x in each) / sum(x["n"] for x in each) for each in broken])
+        shares = [
+            [rows[c, g]["refused"][stage]["value"] if (c, g) in rows else None for c in conditions] for g in groups
+        ]
+        broken = [[rows[c, g]["degenerate"][stage] for g in groups if (c, g) in rows] for c in conditions]
+        shares.append([sum(x["k"] for x in each) / sum(x["n"] for x in each) for each in broken])
         changed = " / ".join(f"{kl[c, stage]:.2f}" if (c, stage) in kl else "–" for c in conditions)
-        lines.append([stage, *(" / ".join(f"{x:.0f}" for x in cell) for cell in cells), changed])
+        cells = [" / ".join("–" if x is None else f"{100 * x:.0f}" for x in each) for each in shares]
+        lines.append([stage, *cells, changed])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"{text}\nCells: {' / '.join(conditions)}. Degenerate: of all answers. KL: first token, benign inputs.\n"
 

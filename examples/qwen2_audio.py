@@ -69,7 +69,7 @@ def run(name: str, config: RRSConfig, description: str) -> None:
     print(", ".join(f"{what} {gb:.1f} GB" for what, gb in parts.items()), f"– {sum(parts.values()):.0f} GB expected")
 
     rrs.fit(harmful=args.harmful, benign=args.benign)
-    rrs.save(args.out / "adapter")
+    rrs.save(args.out / "adapter", overwrite=True)
     report = rrs.evaluate(
         {
             "harmful": load_examples(args.test, "harmful"),

@@ -54,15 +54,23 @@ def test_rows_train_and_go_on(tiny, tmp_path, monkeypatch):
 
 
 def test_a_delta_for_each_group(tiny, monkeypatch):
-    rrs = RRS(*tiny, replace(CONFIG, top=100.0, keep_tokens=1, depth=2), verbose=False)
+    held = {"refusal": "I can't.", "keep_tokens": 2, "keep_share": 0.3}  # some groups have no answer that is held
+    rrs = RRS(*tiny, replace(CONFIG, top=100.0, **held), verbose=False)
     sides = twins(4)
     reps = rrs.extract(sides["harmful"], sides["benign"])
     monkeypatch.setattr(rrs, "train", lambda targets: None)
     of_its_own(rrs, reps, ROWS["base"], pair)
     rep, goal = reps["text-only"], rrs.targets["text-only"]
-    for r, t in zip((rep, *rep.later), (goal, *goal.later), strict=True):  # with all features: to the twin's place
-        assert torch.allclose(t.harmful, r.harmful + r.refused - r.benign, atol=1e-5)
-        assert torch.allclose(t.benign, r.benign - r.refused + r.benign, atol=1e-5)
+    # With all features: from the twin's place.
+    assert torch.allclose(goal.harmful, rep.harmful + rep.refused - rep.benign, atol=1e-5)
+    assert torch.allclose(goal.benign, rep.benign - rep.refused + rep.benign, atol=1e-5)
+    rrs.config = replace(rrs.config, direction="quiet")
+    of_its_own(rrs, reps, ROWS["base"], pair)
+    quiet = rrs.targets["text-only"].harmful - rep.harmful  # as far along its own Δ
+    along = ((rep.refused - rep.benign) * quiet).sum(-1)
+    assert torch.allclose(along, (rep.refused - rep.benign).square().sum(-1), rtol=1e-3)
+    assert not torch.allclose(quiet, rep.refused - rep.benign, atol=1e-2)
+    rrs.config = replace(rrs.config, direction="delta")
     of_its_own(rrs, reps, ROWS["base"], lambda e: e.category)
     delta = rep.refused[::2].mean(0) - rep.benign[::2].mean(0)
     assert torch.allclose(rrs.targets["text-only"].harmful[::2], rep.harmful[::2] + delta, atol=1e-5)
