@@ -47,7 +47,7 @@ from rrs import (
     select_features,
 )
 from rrs.data import content_hash
-from rrs.evaluate import Rate, Report
+from rrs.evaluate import Rate, Report, judge_refusals, name_of
 from rrs.hooks import Prompt, Reader
 
 HERE = Path(__file__).resolve().parent
@@ -247,7 +247,7 @@ def ablate(
     vanilla = copy.copy(rrs)  # the same model and reader: the stage that all rows are compared with, answered once
     vanilla.lora, vanilla.targets = None, {}
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    same = [fingerprint(rrs.model), asdict(base), list(conditions), max_new_tokens]
+    same = [fingerprint(rrs.model), asdict(base), list(conditions), max_new_tokens, name_of(judge_refusals)]
     same += [content_hash(examples) for examples in (*train.values(), *test.values())]
     same += [budget, *(content_hash(examples) for examples in dev.values())] if dev else []
     done: list[dict[str, Any]] = []
