@@ -374,9 +374,11 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
         second += expected.T @ expected
     fisher = ((w.T * mean) @ w - second) / len(h)  # [hidden, hidden]
     fisher.diagonal().add_(fisher.diagonal().mean())
-    moves = move.cpu().double().view(-1, move.shape[-1])  # on the CPU: MPS has no double
-    direction = torch.linalg.solve(fisher.cpu().double(), moves.T).T.view(move.shape).to(move)
-    return direction * (move * move).sum(-1, keepdim=True) / (direction * move).sum(-1, keepdim=True)
+    moves = move.view(-1, move.shape[-1])
+    found = torch.linalg.solve(fisher.cpu().double(), moves.T.cpu().double()).T.to(
+        move
+    )  # on the CPU: MPS has no double
+    return torch.stack([v * (m @ m) / (v @ m) for v, m in zip(found, moves, strict=True)]).view(move.shape)
 
 
 @dataclass
