@@ -185,7 +185,9 @@ def table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
         broken = [[row["degenerate"][s] for row in here if row] for s in stages]
         line.append(" → ".join(f"{sum(r['k'] for r in rates) / sum(r['n'] for r in rates):.1%}" for rates in broken))
         lines.append(line)
-    counts = {row["group"]: row["refused"]["before"]["n"] for row in reversed(rows)}  # of all voices: they come first
+    counts: dict[str, int] = {}
+    for row in rows:  # those of all voices come first
+        counts.setdefault(row["group"], row["refused"]["before"]["n"])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     about = f"Before → after the adapter; {', '.join(f'{n} {g}' for g, n in counts.items())}; intervals: report.json."
     return "\n\n".join([text, about, *notes]) + "\n"
