@@ -375,9 +375,8 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
     fisher = ((w.T * mean) @ w - second) / len(h)  # [hidden, hidden]
     fisher.diagonal().add_(fisher.diagonal().mean())
     moves = move.view(-1, move.shape[-1])
-    found = torch.linalg.solve(fisher.cpu().double(), moves.T.cpu().double()).T.to(
-        move
-    )  # on the CPU: MPS has no double
+    fisher, right = fisher.cpu().double(), moves.T.cpu().double()  # on the CPU: MPS has no double
+    found = torch.linalg.solve(fisher, right).T.to(move)
     return torch.stack([v * (m @ m) / (v @ m) for v, m in zip(found, moves, strict=True)]).view(move.shape)
 
 
