@@ -1393,12 +1393,17 @@ class RepresentationLog:
             }
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_class() -> Any:
+    """Matplotlib's `Figure`; without matplotlib an error that says what to install."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "rrs[plot]" (or: pip install matplotlib).') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return figure_class()(figsize=(width, height), layout="constrained")
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:

@@ -66,6 +66,7 @@ from rrs.evaluate import (
     answer_and_judge,
     auc,
     chat_quality,
+    figure_class,
     first_token_change,
     generate,
     judge_refusals,
@@ -176,8 +177,8 @@ class RRSConfig:
     first k − 1 tokens of the model's own refusal (of harmful inputs, under the refusal prompt) or answer (benign)."""
 
     keep_tokens: int = 0
-    """Tokens of the same answers at which training aims, beyond `depth`, at vanilla vectors as they are: the answer's
-    for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
+    """First tokens of the same answers at which training aims, where `depth` does not cover them, at vanilla vectors as
+    they are: the answer's for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
 
     keep_share: float = 1.0
     """Share of the benign inputs whose answers are held so, fewer cost less: those nearest to a refusal, to which the
@@ -1165,7 +1166,7 @@ class RRS:
             "base": {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)},
             "versions": versions(),
         }
-        checkpoints = None
+        checkpoints, checks = None, self.checks
         history: list[dict[str, float]] = []
         micro = c.batch_size
         plan: list[tuple[str, list[int]]] = []
@@ -1179,7 +1180,7 @@ class RRS:
             saved = checkpoints.load(lora, optimizer)
             history, micro = saved.get("history", []), saved.get("micro", micro)
             if saved:
-                self.checks = [Preflight.from_dict(check) for check in saved["preflight"]]
+                checks = [Preflight.from_dict(check) for check in saved["preflight"]]
             if resume:
                 self._say(f"{checkpoints.last}: {len(history)} of {steps} steps are done")
         lengths: dict[str, list[int]] = {}
@@ -1195,6 +1196,7 @@ class RRS:
             self._bar(steps, "train") as bar,
         ):
             # Of the adapter that is attached, from here on: a callback may save it.
+            self.checks = checks
             self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
             self.report, self._vectors = None, {}
             self._trained_on = [item.example for rows in items.values() for item in rows]
@@ -1251,10 +1253,8 @@ class RRS:
                 due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
                 stop = largest(signals[-1] if signals else 0) if checkpoints else 0  # to one rank is to all
                 if checkpoints and (due or stop):
-                    checks = [asdict(check) for check in self.checks]
-                    checkpoints.save(
-                        step + 1, lora, optimizer, {"history": history, "micro": micro, "preflight": checks}
-                    )
+                    about = {"history": history, "micro": micro, "preflight": self.record["preflight"]}
+                    checkpoints.save(step + 1, lora, optimizer, about)
                     if stop:
                         self._say(f"signal {stop} in step {step + 1}. {checkpoints.last}; resume=True goes on")
                         if not signals:
@@ -1520,6 +1520,8 @@ class RRS:
             import optuna
         except ImportError as error:
             raise ImportError('tune() needs Optuna: pip install "rrs[tune]" (or: pip install optuna).') from error
+        if plot is not None:
+            figure_class()  # before the trials, not after
         if world() > 1:
             raise ValueError("tune() runs in one process, and torchrun started several; give several fits to it.")
         c, space = self.config, _space(self.config, search)
@@ -2001,6 +2003,9 @@ class RRS:
         groups = _groups(examples)
         if (chat is None) != (scorer is None):
             raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
+        chats = [] if chat is None else load_examples(chat)
+        if lacking := [e.id for e in chats if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
+            raise ValueError(f"chat examples need text, audio and meta['answer_gt']; not so {lacking[:8]}.")
         own_stages = stages is not None
         if stages is None:
             stages = {"before": lambda _: self.disabled()}
@@ -2071,10 +2076,10 @@ class RRS:
             if rows and usefulness:
                 rows = rows[:: -(-len(rows) // usefulness)]
                 report.usefulness += self._usefulness(rows, condition, stages, report, limit, begun)
-        if chat is not None and scorer is not None:
-            rows = self.readable(load_examples(chat), ["audio-text"], on_error)
-            if lacking := [e.id for e in rows if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
-                raise ValueError(f"chat examples need text, audio and meta['answer_gt']; not so {lacking[:8]}.")
+        if scorer is not None:
+            rows = self.readable(chats, ["audio-text"], on_error)
+            if bad := len(chats) - len(rows):
+                report.notes.append(f"Left out: {bad} chat examples whose clips can't be read.")
             for stage in stages:
                 answers = answer(stage, "audio-text", rows, instruction=True)
                 references = [str(e.meta["answer_gt"]) for e in rows]
@@ -2232,7 +2237,7 @@ class RRS:
                 raise FileExistsError(
                     f"{directory} exists and is not empty; choose another folder or pass overwrite=True."
                 )
-            if foreign := sorted(held - FILES):
+            if foreign := sorted(held if "adapter_config.json" not in held else held - FILES):
                 raise FileExistsError(
                     f"{directory} holds what is no part of an adapter: {foreign[:4]}; it would be lost. Choose another "
                     "folder, or move that away."

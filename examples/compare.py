@@ -216,7 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for report, figures, answers and adapter")
     parser.add_argument("--model", default="demo", help="name or folder of any LALM; default: the demo LALM")
-    parser.add_argument("--config", type=Path, help="JSON with fields of RRSConfig; default: the paper's values")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="JSON with fields of RRSConfig; the others are the quickstart's on the demo, else the paper's",
+    )
     parser.add_argument("--harmful", type=Path, help="harmful questions to train on; default: the quickstart's")
     parser.add_argument("--benign", type=Path, help="benign questions to train on; default: the quickstart's")
     parser.add_argument("--test", action="append", metavar="GROUP=PATH", help="repeat: harmful=…, benign=…, …")

@@ -614,8 +614,11 @@ def train_worker(rank: int, args: argparse.Namespace) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     began, rows, order = time.time(), [], []
     checkpoint, first = args.work / "checkpoint.pt", 0
+    run = {name: getattr(args, name) for name in ("rate", "batch", "steps", "text_weight", "processes")}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["run"] != run:
+            raise SystemExit(f"{checkpoint} is of {state['run']}, not of {run}: delete it, or give those settings.")
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -644,7 +647,7 @@ def train_worker(rank: int, args: argparse.Namespace) -> None:
                 parts = [student.losses(held_out[i : i + 8], random.Random(0)) for i in range(0, len(held_out), 8)]
             mean = {name: round(float(np.mean([float(part[name]) for part in parts])), 4) for name in losses}
             log(args, {"held out after step": step + 1, **mean})
-            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "run": run}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     if rank == 0:
@@ -745,6 +748,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage is None and not args.evaluate:
         parser.error("name a stage (synth or train), or --evaluate")
+    if args.evaluate and args.weights != WEIGHTS:
+        parser.error(f"--evaluate measures what load_demo() loads: {WEIGHTS}. Copy {args.weights} there first.")
+    if args.stage == "synth" and args.clips % 250:
+        parser.error("--clips must be a multiple of 250, the clips of a shard")
     if args.stage:
         {"synth": synth, "train": train}[args.stage](args)
     if args.evaluate:

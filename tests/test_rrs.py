@@ -320,11 +320,16 @@ def test_saving_never_mixes_runs(fitted, tmp_path):
     with pytest.raises(FileExistsError, match=r"no part of an adapter: \['other.txt'\]"):  # nor is it deleted
         fitted.save(tmp_path / "full", overwrite=True)
     assert (tmp_path / "full" / "other.txt").read_text() == "mine"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("mine")  # the name of a file of ours does not make it an adapter
+    with pytest.raises(FileExistsError, match=r"no part of an adapter: \['README.md'\]"):
+        fitted.save(tmp_path / "notes", overwrite=True)
+    assert (tmp_path / "notes" / "README.md").read_text() == "mine"
     fitted.save(tmp_path / "mine")
     (tmp_path / "mine" / "rrs.safetensors").write_bytes(b"stale")
     fitted.save(tmp_path / "mine", overwrite=True)
     assert RRS.load(tmp_path / "mine", *tiny_qwen2_audio(), verbose=False).lora.tensors().keys()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "mine"]  # no scratch folder left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "mine", "notes"]  # no scratch folder left
 
 
 def test_loading_errors(fitted, tmp_path):

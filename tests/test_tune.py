@@ -101,6 +101,13 @@ def test_without_optuna_the_error_says_what_to_install(monkeypatch):
         tune(1)
 
 
+def test_without_matplotlib_a_plot_ends_the_search_before_it_begins(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "rrs\[plot\]"'):
+        tune(1, tmp_path / "study.journal", plot=tmp_path / "front.png")
+    assert not (tmp_path / "study.journal").exists()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
