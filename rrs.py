@@ -2072,10 +2072,10 @@ class RRS:
         benign = [(group, e) for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
         limit = 0 if stop_when_decided else max_new_tokens  # answers that were cut off have no end token
         for condition in conditions:
-            rows = [(group, e) for group, e in benign if e.has(condition)]
-            if rows and usefulness:
-                rows = rows[:: -(-len(rows) // usefulness)]
-                report.usefulness += self._usefulness(rows, condition, stages, report, limit, begun)
+            able = [(group, e) for group, e in benign if e.has(condition)]
+            if able and usefulness:
+                some = able[:: -(-len(able) // usefulness)]
+                report.usefulness += self._usefulness(some, condition, stages, report, limit, begun)
         if scorer is not None:
             rows = self.readable(chats, ["audio-text"], on_error)
             if bad := len(chats) - len(rows):
@@ -2593,8 +2593,8 @@ def fingerprint(model: nn.Module) -> str:
     Names play no part: versions of transformers differ in them. Nor does the dtype, where it holds the weights exactly.
     """
     samples = []
-    for value in model.parameters():
-        value = whole(value)
+    for parameter in model.parameters():
+        value = whole(parameter)
         flat = value.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
         samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())
