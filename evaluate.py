@@ -339,9 +339,10 @@ class Change:
         if not old.n:
             return cls(math.nan, math.nan, math.nan, math.nan)
         then, now = np.asarray(before, bool), np.asarray(after, bool)
-        counts = [int((x & y).sum()) for x, y in ((then, now), (~then, ~now), (then, ~now), (~then, now))]
-        # How the two go together, φ, with continuity correction.
-        more = float(counts[0] * counts[1] - counts[2] * counts[3])
+        both, neither, lost, gained = (
+            int((x & y).sum()) for x, y in ((then, now), (~then, ~now), (then, ~now), (~then, now))
+        )
+        more = float(both * neither - lost * gained)  # how the two go together, φ, with continuity correction
         more = max(more - old.n / 2, 0.0) if more > 0 else more
         margins = math.prod((old.k, old.n - old.k, new.k, new.n - new.k))
         phi = more / math.sqrt(margins) if margins else 0.0

@@ -1870,7 +1870,8 @@ class RRS:
             refusing = [self.read(e, condition, refusal=True) for e in examples]
             first_tokens = Counter((token,) for token in self._first_choice(self.reader.represent(refusing)).tolist())
             tried = [*(ids for ids, _ in first_tokens.most_common(4)), *map(tuple, map(self._ids, candidates))]
-            begun, out = self._begun(refusing, max(map(len, tried))), []
+            longest, out = max(map(len, tried)), []
+            begun = self._begun(refusing, longest) if longest > 1 else []  # one token is the head's first choice
             for ids in dict.fromkeys(tried):
                 said = first_tokens[ids] if len(ids) == 1 else sum(b[: len(ids)] == ids for b in begun)
                 forced = [self.read(e, condition).extended(ids) for e in examples]
