@@ -1489,7 +1489,7 @@ class RRS:
     ) -> tuple[RRS, Any]:
         """Searches the settings with the most refusals whose cost stays within `budget`, in place, by Optuna.
 
-        A trial is a training, the strength of it that `calibrate` finds, and the answers to the dev set: vectors and
+        A trial is a training, the strength of it that `calibrate` finds by answers to the dev set, too: vectors and
         encoded audio are computed once. The first one is the present config; unpromising ones end early, by how often
         the head's first choice is the refusal token.
 
@@ -1514,7 +1514,8 @@ class RRS:
             self with the best config and its adapter attached, and the study. `user_attrs` of its trials hold
             `strength`, the rates of each group and of `degenerate` answers, `refused` (mean of the harmful groups),
             `cost` (what `budget` bounds) and `kl` (of the first token, on harmless questions; where all else is equal,
-            less wins). If nothing stays within the budget, a warning says so, and the nearest is returned.
+            less wins), and as `tried` all strengths that were answered at, with their cost and refused. If nothing
+            stays within the budget, a warning says so, and the nearest is returned.
         """
         try:
             import optuna
@@ -1541,21 +1542,14 @@ class RRS:
         worker = copy.copy(self)  # the same model and reader; its own config and adapter
         worker.lora, worker.verbose = None, False
 
-        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            return worker._answer([worker.read(e, condition) for e in rows], max_new_tokens, "dev")
-
         def measure() -> dict[str, float]:
             """The dev set's figures of the model as it is now."""
+            now = worker._answered(groups, c.conditions, judge, max_new_tokens)
+            refused, cost = _gain(now, start)
             with self._quiet_model():
-                report = answer_and_judge(groups, c.conditions, ["dev"], answer, judge)
                 kl, _ = first_token_change(self.reader, benign_before, self.reader.represent(probes[1]))
-            now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
-            now["degenerate"] = Rate.of(a.verdict == "degenerate" for a in report.answers)
-            harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
-            cost = max(rate.value - start.get(g, rate).value for g, rate in now.items() if not g.startswith("harmful"))
             figures = {g: rate.value for g, rate in now.items()}
-            start.update({} if start else now)
-            return {**figures, "refused": sum(harmful) / len(harmful), "cost": cost, "kl": float(kl.mean())}
+            return {**figures, "refused": refused, "cost": cost, "kl": float(kl.mean())}
 
         def watch(trial: Any, step: Step) -> None:
             """After each epoch: how much more often harmful inputs start a refusal than harmless ones, by the head."""
@@ -1565,20 +1559,20 @@ class RRS:
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
-        def run(settings: Mapping[str, Any], *callbacks: Callback) -> dict[str, float]:
+        def run(settings: Mapping[str, Any], *callbacks: Callback) -> list[dict[str, float]]:
             worker.config = replace(c, **settings)
             worker.targets = worker.make_targets(reps, scorer)
             try:
                 worker.train(worker.targets, callbacks=callbacks)
                 assert worker.lora is not None
                 points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS)
-                return {"strength": worker._strengthen(worker.lora, points, budget).factor, **measure()}
+                best = worker._strengthen(worker.lora, points, budget)
+                return worker._weaken(worker.lora, best.factor, points, budget, before, measure)
             finally:
                 worker.disable()
 
         def rank(trial: Any) -> tuple[float, ...]:
-            figures = trial.user_attrs
-            return -max(0.0, figures["cost"] - budget), figures["refused"], -figures["kl"]
+            return _rank(budget, trial.user_attrs)
 
         with self.disabled():
             worker.config = replace(c, **{k: _most(space[k]) for k in ("depth", "keep_tokens") if k in space})
@@ -1587,12 +1581,13 @@ class RRS:
             if preflight:
                 self.preflight(reps, worker.make_targets(reps, scorer), preflight)
                 worker.checks = self.checks
-            prompts, start = self._dev(groups, c.conditions), dict[str, Rate]()
+            prompts = self._dev(groups, c.conditions)
             probes = [[p for g in prompts if g.startswith("harmful") is up for p in prompts[g]] for up in (True, False)]
             vanilla = self._strength(prompts)
             with self._quiet_model():
                 benign_before = self.reader.represent(probes[1])  # [n, hidden]
-            before = measure()["refused"]
+            start = worker._answered(groups, c.conditions, judge, max_new_tokens)
+            before, _ = _gain(start, start)
             if study is None or isinstance(study, (str, Path)):
                 fixed = {k: v for k, v in asdict(c).items() if k not in space}
                 data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
@@ -1609,13 +1604,15 @@ class RRS:
                 while finished < trials and time.monotonic() < deadline:
                     trial = study.ask(space)
                     try:
-                        figures = run(trial.params, partial(watch, trial))
+                        tried = run(trial.params, partial(watch, trial))
                     except (optuna.TrialPruned, FloatingPointError) as error:
                         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                         said = str(error) or "pruned"
                     else:
+                        figures = max(tried, key=partial(_rank, budget))
                         for name, value in figures.items():
                             trial.set_user_attr(name, value)
+                        trial.set_user_attr("tried", [[f["strength"], f["cost"], f["refused"]] for f in tried])
                         # Beyond the budget weighs more than any refusals; equals are told apart by how gentle they are.
                         over = max(0.0, figures["cost"] - budget)
                         study.tell(trial, figures["refused"] - 3 * over - 0.01 * min(figures["kl"], 1.0))
@@ -1633,7 +1630,7 @@ class RRS:
                 winner = worker
         self.disable()
         vars(self).update({**vars(winner), "verbose": self.verbose})
-        figures = dict(chosen.user_attrs)
+        figures = {name: value for name, value in chosen.user_attrs.items() if name != "tried"}
         self.record["tuned"] = {"trial": chosen.number, "budget": budget, "dev": figures}
         said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
         self._say(f"best of {finished}: trial {chosen.number}, {said}; {json.dumps(chosen.params)}")
@@ -1644,7 +1641,7 @@ class RRS:
             warnings.warn(f"No trial {trouble}; this is the nearest: {said}.", RRSWarning, stacklevel=2)
         if plot is not None:
             done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
-            points = [(a["cost"], a["refused"]) for a in done]
+            points = [(cost, refused) for a in done for _, cost, refused in a["tried"]]
             plot_front(points, plot, budget, before, (figures["cost"], figures["refused"]))
         return self.enable(), study
 
@@ -1656,14 +1653,17 @@ class RRS:
         *,
         budget: float = 0.01,
         strengths: Sequence[float] = STRENGTHS,
+        judge: Judge | None = None,
+        max_new_tokens: int = 24,
         plot: str | Path | None = None,
     ) -> list[Strength]:
         """Scales the adapter, in place and without training, to the most refusals whose cost stays within `budget`.
 
         Inputs that are not told apart well are drawn part of the way to a refusal; a stronger update takes more of them
         over the border, a weaker one fewer. Counted is where the refusal token is the head's first choice, without any
-        answer, so it takes a forward pass of the dev set for each strength. `evaluate` on other data afterwards.
-        Divide `rrs.lora.scale` by the factor to undo it.
+        answer, so it takes a forward pass of the dev set for each strength. A refusal that begins otherwise is not
+        seen by that; `judge` is for those. `evaluate` on other data afterwards. Divide `rrs.lora.scale` by the factor
+        to undo it.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
@@ -1671,6 +1671,8 @@ class RRS:
             budget: how much more often than vanilla any group of harmless inputs may begin a refusal, all conditions
                 together; 0.01 is a point.
             strengths: factors of the present update to choose from.
+            judge, max_new_tokens: as in `evaluate`. With a judge, the dev set is answered, too, at the strength found
+                and at weaker ones until over-rejection and degenerate answers are within the budget by the judge.
             plot: a PNG of all of them, refusals against cost.
 
         Returns:
@@ -1687,18 +1689,37 @@ class RRS:
         groups = {group: self.readable(rows, conditions) for group, rows in _groups(dev).items()}
         self._warn_of_training_data(groups)
         prompts = self._dev(groups, conditions)
+        groups = {g: rows for g, rows in groups.items() if g in prompts}
+        start: dict[str, Rate] = {}
         with self.disabled():
             vanilla = self._strength(prompts)
+            if judge is not None:
+                start = self._answered(groups, conditions, judge, max_new_tokens)
         points = self._strengths(self.lora, prompts, vanilla, strengths)
         best = self._strengthen(self.lora, points, budget)
         self.report = None  # of another strength
+        if judge is not None:
+
+            def measure() -> dict[str, float]:
+                now = self._answered(groups, conditions, judge, max_new_tokens)
+                refused, cost = _gain(now, start)
+                return {**{g: rate.value for g, rate in now.items()}, "refused": refused, "cost": cost}
+
+            self._weaken(self.lora, best.factor, points, budget, _gain(start, start)[0], measure)
+            best = next(p for p in points if p.factor == self.record["calibrated"]["factor"])
         said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
         apart = ", ".join(f"{g} {value:.3f}" for g, value in best.auc.items())
         self._say(
             f"calibrate: strength ×{best.factor:g}; first choice is {self.config.refusal_token!r} at {said}; "
             f"AUC of harmful against {apart}"
         )
-        if best.cost > budget:
+        cost = best.cost
+        if judge is not None:
+            answers = self.record["calibrated"]["answers"]
+            said = ", ".join(f"{g} {rate.value:.1%} → {answers[g]:.1%}" for g, rate in start.items())
+            self._say(f"calibrate: by the answers, refused and degenerate: {said}")
+            cost = max(cost, answers["cost"])
+        if cost > budget:
             message = f"No strength stays within the budget of {budget:g}; the nearest is ×{best.factor:g}: {said}."
             warnings.warn(message, RRSWarning, stacklevel=2)
         elif not any(p.refused for p in points):
@@ -1732,9 +1753,7 @@ class RRS:
             leads = {g: self._lead(self.reader.represent(rows), token) for g, rows in prompts.items()}
         now = {g: Rate.of(first) for g, (first, _) in leads.items()}
         harmful, harmless = ([g for g in now if g.startswith("harmful") is side] for side in (True, False))
-        before = vanilla.groups if vanilla else now
-        refused = sum(now[g].value for g in harmful) / len(harmful)
-        cost = max(now[g].value - before[g].value for g in harmless)
+        refused, cost = _gain(now, vanilla.groups if vanilla else now)
         lead = torch.cat([leads[g][1] for g in harmful])
         return Strength(factor, refused, cost, now, {g: auc(lead, leads[g][1]) for g in harmless})
 
@@ -1762,6 +1781,41 @@ class RRS:
         figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "auc": best.auc}
         self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
         return best
+
+    def _answered(
+        self, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str], judge: Judge, max_new_tokens: int
+    ) -> dict[str, Rate]:
+        """How often the model as it is now refuses each group, by its answers; "degenerate": how many of all are."""
+
+        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, "dev")
+
+        with self._quiet_model():
+            report = answer_and_judge(groups, conditions, ["dev"], answer, judge)
+        now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
+        return {**now, "degenerate": Rate.of(a.verdict == "degenerate" for a in report.answers)}
+
+    def _weaken(
+        self,
+        lora: LoRA,
+        factor: float,
+        points: Sequence[Strength],
+        budget: float,
+        before: float,
+        measure: Callable[[], dict[str, float]],
+    ) -> list[dict[str, float]]:
+        """From `factor`, which is set, to weaker ones, until what `measure` says of the answers is within the budget,
+        too, or refuses no more than `before`. Sets the best; returns the figures of each that was tried."""
+        present, tried = lora.scale / factor, list[dict[str, float]]()
+        for weaker in sorted((p.factor for p in points if p.factor <= factor), reverse=True):
+            lora.scale = weaker * present
+            tried.append({"strength": weaker, **measure()})
+            if tried[-1]["cost"] <= budget or tried[-1]["refused"] <= before:
+                break
+        best = max(tried, key=partial(_rank, budget))
+        lora.scale = best["strength"] * present
+        self.record["calibrated"] |= {"factor": best["strength"], "scale": lora.scale, "answers": best}
+        return tried
 
     # -- will it work? ------------------------------------------------------------------------------------------------
 
@@ -2416,6 +2470,18 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
                 module.training = mode
             for p, grad in grads.items():
                 p.requires_grad_(grad)
+
+
+def _gain(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> tuple[float, float]:
+    """Refused: the mean over the harmful groups. Cost: of the others, beyond vanilla, where it is most."""
+    harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
+    costs = [rate.value - vanilla[g].value for g, rate in now.items() if not g.startswith("harmful")]
+    return sum(harmful) / len(harmful), max(costs)
+
+
+def _rank(budget: float, figures: Mapping[str, float]) -> tuple[float, ...]:
+    """Least beyond the budget, then most refused, then least changed."""
+    return -max(0.0, figures["cost"] - budget), figures["refused"], -figures.get("kl", 0.0)
 
 
 def _items(targets: Targets) -> list[Item]:

@@ -971,6 +971,34 @@ def test_an_adapter_that_refuses_with_other_words_is_left_as_it_is(drawn):
     assert drawn.lora.scale == pytest.approx(1.1 * scale), never
 
 
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_with_a_judge_calibrate_goes_on_to_weaker_strengths(drawn):
+    """By a judge for whom every answer that vanilla would not give is a refusal, those count that begin otherwise."""
+    before, strengths = drawn.lora.scale, [0.02, 0.5, 1.0, 1.5, 2.0]
+    with drawn.disabled():
+        plain = {a for rows in DEV.values() for a in drawn.generate(rows, "text-only", max_new_tokens=3)}
+    answered = []
+
+    def judge(_prompts, answers):
+        answered.append(drawn.lora.scale if drawn.lora.attached else 0.0)
+        return ["compliance" if a in plain else "refusal" for a in answers]
+
+    drawn.calibrate(DEV, ["text-only"], budget=0.5, strengths=strengths)
+    by_first_choice = drawn.record["calibrated"]["factor"]
+    drawn.lora.scale = before
+    points = drawn.calibrate(DEV, ["text-only"], budget=0.5, strengths=strengths, judge=judge, max_new_tokens=3)
+    found = drawn.record["calibrated"]
+    assert [p.factor for p in points] == strengths
+    assert found["factor"] < by_first_choice
+    tried = [s for s in reversed(strengths) if found["factor"] <= s <= by_first_choice]
+    assert answered == [0.0, *(pytest.approx(s * before) for s in tried)]  # vanilla, then weaker and weaker
+    assert drawn.lora.scale == found["scale"] == pytest.approx(found["factor"] * before)
+    report = drawn.evaluate(DEV, ["text-only"], judge=judge, max_new_tokens=3, usefulness=0)
+    for group in DEV:
+        assert found["answers"][group] == report.rate(group, "text-only").value
+    assert found["answers"]["cost"] == found["answers"]["benign"] <= 0.5
+
+
 def test_calibrate_says_what_is_wrong_and_leaves_the_strength(drawn):
     before = drawn.lora.scale
     for call, words in (

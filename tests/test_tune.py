@@ -47,6 +47,27 @@ def test_the_best_trial_comes_back_attached(tmp_path):
     assert report.usefulness[1]["kl"]["value"] == pytest.approx(best.user_attrs["kl"], abs=1e-4)
 
 
+def test_answers_beyond_the_budget_are_tried_at_weaker_strengths():
+    """The first choice is no refusal token anywhere, so strength 1 is where it begins."""
+    calls = []
+
+    def first_two_costly(_prompts, answers):
+        calls.append(answers)
+        n = len(calls)  # vanilla, then the first trial's strengths
+        return ["refusal" if n in (2, 3) or (n == 4 and i < 2) else "compliance" for i in range(len(answers))]
+
+    r = RRS(*tiny_qwen2_audio(), CONFIG, verbose=False)
+    _, study = r.tune(
+        HARMFUL, BENIGN, trials=1, search=SPACE, judge=first_two_costly, max_new_tokens=2, preflight=0, budget=0.1
+    )
+    tried = study.trials[0].user_attrs["tried"]
+    assert [strength for strength, _, _ in tried] == [1.0, 0.9, 0.8]
+    assert [cost for _, cost, _ in tried] == [1.0, 1.0, 0.0]  # the harmful group is answered first
+    assert [refused for *_, refused in tried] == [1.0, 1.0, 1.0]
+    assert study.trials[0].user_attrs["strength"] == 0.8 == r.record["tuned"]["dev"]["strength"]
+    assert r.lora.scale == pytest.approx(0.8 * CONFIG.lora_alpha / CONFIG.lora_r)
+
+
 @pytest.mark.parametrize("name", ["study.journal", "study.db"])
 def test_trials_go_on_where_they_stopped(name, tmp_path):
     """A second call runs the missing trials only, and its adapter, trained again, is the same bit for bit."""
