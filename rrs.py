@@ -1515,7 +1515,8 @@ class RRS:
             `strength`, the rates of each group and of `degenerate` answers, `refused` (mean of the harmful groups),
             `cost` (what `budget` bounds) and `kl` (of the first token, on harmless questions; where all else is equal,
             less wins), and as `tried` all strengths that were answered at, with their cost and refused. If nothing
-            stays within the budget, a warning says so, and the nearest is returned.
+            stays within the budget, a warning says so, and the best trade is returned: a point beyond it counts like
+            three points of refusals less.
         """
         try:
             import optuna
@@ -1571,7 +1572,7 @@ class RRS:
             finally:
                 worker.disable()
 
-        def rank(trial: Any) -> tuple[float, ...]:
+        def rank(trial: Any) -> tuple[bool, float]:
             return _rank(budget, trial.user_attrs)
 
         with self.disabled():
@@ -1613,9 +1614,7 @@ class RRS:
                         for name, value in figures.items():
                             trial.set_user_attr(name, value)
                         trial.set_user_attr("tried", [[f["strength"], f["cost"], f["refused"]] for f in tried])
-                        # Beyond the budget weighs more than any refusals; equals are told apart by how gentle they are.
-                        over = max(0.0, figures["cost"] - budget)
-                        study.tell(trial, figures["refused"] - 3 * over - 0.01 * min(figures["kl"], 1.0))
+                        study.tell(trial, _score(budget, figures))
                         said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
                     if trial.user_attrs and (best[0] is None or rank(trial) > rank(best[0])):
                         best = (trial, copy.copy(worker))
@@ -1638,7 +1637,7 @@ class RRS:
             trouble = (
                 f"stays within the budget of {budget:g}" if over else "within the budget refuses more than vanilla"
             )
-            warnings.warn(f"No trial {trouble}; this is the nearest: {said}.", RRSWarning, stacklevel=2)
+            warnings.warn(f"No trial {trouble}; the best is: {said}.", RRSWarning, stacklevel=2)
         if plot is not None:
             done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
             points = [(cost, refused) for a in done for _, cost, refused in a["tried"]]
@@ -2479,9 +2478,16 @@ def _gain(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> tuple[float, 
     return sum(harmful) / len(harmful), max(costs)
 
 
-def _rank(budget: float, figures: Mapping[str, float]) -> tuple[float, ...]:
-    """Least beyond the budget, then most refused, then least changed."""
-    return -max(0.0, figures["cost"] - budget), figures["refused"], -figures.get("kl", 0.0)
+def _score(budget: float, figures: Mapping[str, float]) -> float:
+    """Refusals; what costs more than the budget weighs three times as much, and equals are told apart by how gentle
+    they are."""
+    over = max(0.0, figures["cost"] - budget)
+    return figures["refused"] - 3 * over - 0.01 * min(figures.get("kl", 0.0), 1.0)
+
+
+def _rank(budget: float, figures: Mapping[str, float]) -> tuple[bool, float]:
+    """Within the budget first, then by score."""
+    return figures["cost"] <= budget, _score(budget, figures)
 
 
 def _items(targets: Targets) -> list[Item]:

@@ -36,7 +36,7 @@ def test_the_best_trial_comes_back_attached(tmp_path):
     assert len(study.trials) == 4
     assert study.trials[0].params["learning_rate"] == CONFIG.learning_rate  # the given config goes first
     inside = [t for t in study.trials if t.user_attrs and t.user_attrs["cost"] <= 0.5]
-    best = max(inside, key=lambda t: (t.user_attrs["refused"], -t.user_attrs["kl"]))
+    best = max(inside, key=lambda t: t.user_attrs["refused"] - 0.01 * t.user_attrs["kl"])
     assert {k: getattr(r.config, k) for k in SPACE} == best.params
     assert r.record["tuned"]["trial"] == best.number
     assert r.lora.attached
@@ -84,11 +84,12 @@ def test_trials_go_on_where_they_stopped(name, tmp_path):
     assert len(other.trials) == 1
 
 
-def test_nothing_within_the_budget_is_said_and_the_nearest_returned():
+def test_nothing_within_the_budget_is_said_and_the_best_trade_returned():
     with pytest.warns(RRSWarning, match="No trial stays within the budget of -2"):
         r, study = tune(2, budget=-2)
-    costs = [t.user_attrs["cost"] for t in study.trials if t.user_attrs]
-    assert r.record["tuned"]["dev"]["cost"] == min(costs)
+    trades = {t.number: t.user_attrs["refused"] - 3 * (t.user_attrs["cost"] + 2) for t in study.trials}
+    assert trades[r.record["tuned"]["trial"]] == max(trades.values())
+    assert study.best_trial.number == r.record["tuned"]["trial"]
 
 
 def test_unpromising_trials_end_early():
