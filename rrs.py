@@ -1566,7 +1566,7 @@ class RRS:
             try:
                 worker.train(worker.targets, callbacks=callbacks)
                 assert worker.lora is not None
-                points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS)
+                points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS[1::2])  # 0.6 to 1.4
                 best = worker._strengthen(worker.lora, points, budget)
                 return worker._weaken(worker.lora, best.factor, points, budget, before, measure)
             finally:

@@ -61,11 +61,11 @@ def test_answers_beyond_the_budget_are_tried_at_weaker_strengths():
         HARMFUL, BENIGN, trials=1, search=SPACE, judge=first_two_costly, max_new_tokens=2, preflight=0, budget=0.1
     )
     tried = study.trials[0].user_attrs["tried"]
-    assert [strength for strength, _, _ in tried] == [1.0, 0.9, 0.8]
+    assert [strength for strength, _, _ in tried] == [1.0, 0.8, 0.6]
     assert [cost for _, cost, _ in tried] == [1.0, 1.0, 0.0]  # the harmful group is answered first
     assert [refused for *_, refused in tried] == [1.0, 1.0, 1.0]
-    assert study.trials[0].user_attrs["strength"] == 0.8 == r.record["tuned"]["dev"]["strength"]
-    assert r.lora.scale == pytest.approx(0.8 * CONFIG.lora_alpha / CONFIG.lora_r)
+    assert study.trials[0].user_attrs["strength"] == 0.6 == r.record["tuned"]["dev"]["strength"]
+    assert r.lora.scale == pytest.approx(0.6 * CONFIG.lora_alpha / CONFIG.lora_r)
 
 
 @pytest.mark.parametrize("name", ["study.journal", "study.db"])
