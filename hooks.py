@@ -1154,6 +1154,13 @@ def first(compute: Callable[[], T]) -> T:
     return result[0]  # type: ignore[no-any-return]
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the machine had no memory left; PyTorch says so in several ways."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def in_rounds(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool, int]]:
     """Batches shared out in rounds of one for each rank: `(batch, counts, items done in the round)`.
 

@@ -85,6 +85,7 @@ from rrs.hooks import (
     connect,
     expert_parameters,
     first,
+    is_out_of_memory,
     largest,
     linear_paths,
     locate,
@@ -713,12 +714,6 @@ def _postponed_signals(active: bool) -> Iterator[list[int]]:
             signal.raise_signal(noted.pop())
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The public class
 
@@ -1229,6 +1224,7 @@ class RRS:
                     ) from None
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                self.report = None  # one that a callback made was of the weights before
                 # --------------------------------------------------------------------------------------------
                 state = Step(
                     rrs=self,
@@ -1306,7 +1302,7 @@ class RRS:
                     losses.append(mse.detach().float().to(self.reader.device))  # read below: no waiting for the device
                 break
             except RuntimeError as error:
-                if micro == 1 or self.reader.sharded or not _is_out_of_memory(error):
+                if micro == 1 or self.reader.sharded or not is_out_of_memory(error):
                     raise
             # Here, not in `except`: the error's traceback holds on to the activations.
             self.lora.zero_grad(set_to_none=True)
@@ -1568,7 +1564,7 @@ class RRS:
                 assert worker.lora is not None
                 points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS[1::2])  # 0.6 to 1.4
                 best = worker._strengthen(worker.lora, points, budget)
-                return worker._weaken(worker.lora, best.factor, points, budget, before, measure)
+                return worker._weaken(worker.lora, best, points, budget, start, measure)
             finally:
                 worker.disable()
 
@@ -1581,8 +1577,9 @@ class RRS:
             worker.config = c
             if preflight:
                 self.preflight(reps, worker.make_targets(reps, scorer), preflight)
-                worker.checks = self.checks
+            worker.checks = self.checks if preflight else []
             prompts = self._dev(groups, c.conditions)
+            groups = {g: rows for g, rows in groups.items() if g in prompts}
             probes = [[p for g in prompts if g.startswith("harmful") is up for p in prompts[g]] for up in (True, False)]
             vanilla = self._strength(prompts)
             with self._quiet_model():
@@ -1592,9 +1589,10 @@ class RRS:
             if study is None or isinstance(study, (str, Path)):
                 fixed = {k: v for k, v in asdict(c).items() if k not in space}
                 data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
-                how = [versions(), fixed, repr(space), budget, name_of(judge), max_new_tokens]
+                how = [versions(), fixed, repr(space), budget, name_of(judge), max_new_tokens, str(self.reader.dtype)]
+                how += [name_of(scorer), *(goal.mask.tolist() for goal in worker.make_targets(reps, scorer).values())]
                 study = _study(study, _hash([fingerprint(self.model), data, how]), c.seed)
-            if not study.trials:
+            if not any(t.state.name in ("COMPLETE", "PRUNED", "WAITING") for t in study.trials):
                 study.enqueue_trial({k: v for k, v in asdict(c).items() if k in space and _within(v, space[k])})
             finished = sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.trials)
             deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
@@ -1609,6 +1607,9 @@ class RRS:
                     except (optuna.TrialPruned, FloatingPointError) as error:
                         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                         said = str(error) or "pruned"
+                    except BaseException:  # Ctrl-C: this trial is not one
+                        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                        raise
                     else:
                         figures = max(tried, key=partial(_rank, budget))
                         for name, value in figures.items():
@@ -1676,13 +1677,15 @@ class RRS:
 
         Returns:
             Every strength, with how well it tells harmful from harmless inputs wherever the border lies (`auc`). If
-            none stays within the budget, a warning says so, and the nearest is set.
+            none stays within the budget, a warning says so, and the nearest is set; with a judge the best trade, where
+            a point beyond the budget counts like three points of refusals less.
 
         Raises:
             ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
         """
         if self.lora is None or not self.lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
+        strengths = [float(strength) for strength in strengths]
         if not strengths or min(strengths) <= 0:
             raise ValueError(f"strengths={strengths!r} must be factors above 0.")
         groups = {group: self.readable(rows, conditions) for group, rows in _groups(dev).items()}
@@ -1695,8 +1698,8 @@ class RRS:
             if judge is not None:
                 start = self._answered(groups, conditions, judge, max_new_tokens)
         points = self._strengths(self.lora, prompts, vanilla, strengths)
+        present, known = self.lora.scale, self.record.get("calibrated")
         best = self._strengthen(self.lora, points, budget)
-        self.report = None  # of another strength
         if judge is not None:
 
             def measure() -> dict[str, float]:
@@ -1704,8 +1707,14 @@ class RRS:
                 refused, cost = _gain(now, start)
                 return {**{g: rate.value for g, rate in now.items()}, "refused": refused, "cost": cost}
 
-            self._weaken(self.lora, best.factor, points, budget, _gain(start, start)[0], measure)
+            try:
+                self._weaken(self.lora, best, points, budget, start, measure)
+            except BaseException:  # a judge that fails, or Ctrl-C: the strength is what it was
+                self.lora.scale = present
+                self.record.pop("calibrated") if known is None else self.record.update(calibrated=known)
+                raise
             best = next(p for p in points if p.factor == self.record["calibrated"]["factor"])
+        self.report = None  # of another strength
         said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
         apart = ", ".join(f"{g} {value:.3f}" for g, value in best.auc.items())
         self._say(
@@ -1719,7 +1728,8 @@ class RRS:
             self._say(f"calibrate: by the answers, refused and degenerate: {said}")
             cost = max(cost, answers["cost"])
         if cost > budget:
-            message = f"No strength stays within the budget of {budget:g}; the nearest is ×{best.factor:g}: {said}."
+            found = "nearest" if judge is None else "best trade"
+            message = f"No strength stays within the budget of {budget:g}; the {found} is ×{best.factor:g}: {said}."
             warnings.warn(message, RRSWarning, stacklevel=2)
         elif not any(p.refused for p in points):
             warnings.warn(
@@ -1777,8 +1787,7 @@ class RRS:
         if not any(p.refused for p in points):
             best = min(points, key=lambda p: abs(math.log(p.factor)))
         lora.scale *= best.factor
-        figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "auc": best.auc}
-        self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
+        self._note_strength(lora, best, budget)
         return best
 
     def _answered(
@@ -1797,24 +1806,32 @@ class RRS:
     def _weaken(
         self,
         lora: LoRA,
-        factor: float,
+        best: Strength,
         points: Sequence[Strength],
         budget: float,
-        before: float,
+        start: Mapping[str, Rate],
         measure: Callable[[], dict[str, float]],
     ) -> list[dict[str, float]]:
-        """From `factor`, which is set, to weaker ones, until what `measure` says of the answers is within the budget,
-        too, or refuses no more than `before`. Sets the best; returns the figures of each that was tried."""
-        present, tried = lora.scale / factor, list[dict[str, float]]()
-        for weaker in sorted((p.factor for p in points if p.factor <= factor), reverse=True):
-            lora.scale = weaker * present
-            tried.append({"strength": weaker, **measure()})
-            if tried[-1]["cost"] <= budget or tried[-1]["refused"] <= before:
+        """From `best`, which is set, to weaker ones, until the answers, by what `measure` says, are within the budget,
+        too, or whole ones refuse no more than at the `start`. Sets the best; returns the figures of each one tried."""
+        present, tried = lora.scale / best.factor, list[dict[str, float]]()
+        before, broken = _gain(start, start)[0], start["degenerate"].value + budget
+        by_factor = {p.factor: p for p in points if p.factor <= best.factor}
+        for factor in sorted(by_factor, reverse=True):
+            lora.scale = factor * present
+            tried.append({"strength": factor, **measure()})
+            figures = tried[-1]  # answers that loop refuse nothing, and weaker updates may leave them whole
+            if figures["cost"] <= budget or (figures["refused"] <= before and figures["degenerate"] <= broken):
                 break
-        best = max(tried, key=partial(_rank, budget))
-        lora.scale = best["strength"] * present
-        self.record["calibrated"] |= {"factor": best["strength"], "scale": lora.scale, "answers": best}
+        chosen = max(tried, key=partial(_rank, budget))
+        lora.scale = chosen["strength"] * present
+        self._note_strength(lora, by_factor[chosen["strength"]], budget)
+        self.record["calibrated"]["answers"] = chosen
         return tried
+
+    def _note_strength(self, lora: LoRA, point: Strength, budget: float) -> None:
+        figures = {"factor": point.factor, "refused": point.refused, "cost": point.cost, "auc": point.auc}
+        self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
 
     # -- will it work? ------------------------------------------------------------------------------------------------
 
@@ -2513,8 +2530,8 @@ EXTRACTED_ONCE = (
 
 
 def search_space(config: RRSConfig) -> dict[str, Any]:
-    """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config."""
-    return {
+    """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config and with it."""
+    space: dict[str, Any] = {
         "harmful_strength": (0.5, 2.0) if config.direction == "delta" else (1.0, 4.0),
         "benign_strength": (0.0, 1.0 if config.direction == "delta" else 3.0),
         "benign_weight": (1.0, 4.0),
@@ -2525,6 +2542,13 @@ def search_space(config: RRSConfig) -> dict[str, Any]:
         **({} if config.refusal else {"depth": (1, 4)}),
         "keep_tokens": (0, max(8, config.keep_tokens)),
     }
+    for name, values in space.items():
+        own = getattr(config, name)
+        if isinstance(values, tuple):
+            space[name] = (min(own, values[0]), max(own, values[1]))
+        elif own not in values:
+            space[name] = [own, *values]
+    return space
 
 
 def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -2542,7 +2566,7 @@ def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any
             )
         if isinstance(values, list):
             out[name] = CategoricalDistribution(values)
-        elif all(isinstance(v, int) for v in values):
+        elif isinstance(getattr(config, name), int):
             out[name] = IntDistribution(*values)
         else:
             low, high = values

@@ -25,6 +25,7 @@ from rrs.evaluate import (
     Report,
     RepresentationLog,
     answer_and_judge,
+    auc,
     chat_quality,
     decided,
     first_token_change,
@@ -566,3 +567,30 @@ def test_representations_are_logged_by_epoch(model, harmful, benign):
         assert torch.equal(log.maps["audio-text"]["epoch 0"]["harmful"], model.reader.represent(prompts))
     other = RRS(*tiny_qwen2_audio(), model.config, verbose=False).fit(harmful, benign, preflight=0)
     assert all(torch.equal(a, b) for a, b in zip(model.lora.parameters(), other.lora.parameters(), strict=True))
+
+
+def test_auc_counts_every_pair():
+    above, below = torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([2.0, 0.0, 3.0])
+    pairs = [(a > b) + (a == b) / 2 for a in above.tolist() for b in below.tolist()]
+    assert auc(above, below) == pytest.approx(sum(pairs) / len(pairs))
+    assert auc(torch.arange(1e5), torch.arange(1e5)) == pytest.approx(0.5)  # no matrix of 10^10 pairs
+
+
+def test_answers_run_in_halves_when_memory_runs_out(monkeypatch):
+    model = RRS(*tiny_qwen2_audio(), RRSConfig(), verbose=False)
+    questions, plain, sizes = [f"Question {i}?" for i in range(5)], model.model.generate, []
+    rows = [{"text": q} for q in questions]
+    expected = model.generate(rows, "text-only", max_new_tokens=4)
+
+    def small(*args, **kwargs):
+        sizes.append(len(next(v for k, v in kwargs.items() if k in ("inputs_embeds", "input_ids"))))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "generate", small)
+    assert model.generate(rows, "text-only", max_new_tokens=4) == expected
+    assert max(sizes) == 5
+    monkeypatch.setattr(model.model, "generate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.generate(rows, "text-only", max_new_tokens=4)

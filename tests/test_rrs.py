@@ -999,6 +999,54 @@ def test_with_a_judge_calibrate_goes_on_to_weaker_strengths(drawn):
     assert found["answers"]["cost"] == found["answers"]["benign"] <= 0.5
 
 
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_with_a_judge_a_broken_strength_is_not_the_last_one_tried(drawn):
+    """Answers that loop refuse nothing; weaker updates may leave them whole."""
+    before = drawn.lora.scale
+
+    def judge(prompts, answers):
+        if not drawn.lora.attached:
+            return ["compliance"] * len(answers)
+        return ["degenerate" if drawn.lora.scale > 1.2 * before else "compliance"] * len(answers)
+
+    strengths = [0.5, 1.0, 1.5, 2.0, 3.0]
+    points = drawn.calibrate(DEV, ["text-only"], budget=0.8, strengths=strengths, judge=judge, max_new_tokens=2)
+    found = drawn.record["calibrated"]
+    assert found["factor"] <= 1.0
+    assert found["answers"]["degenerate"] == 0
+    point = next(p for p in points if p.factor == found["factor"])  # all figures are of the same strength
+    assert (found["refused"], found["cost"], found["auc"]) == (point.refused, point.cost, point.auc)
+
+
+@pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning")
+def test_a_judge_that_fails_leaves_the_strength(drawn):
+    before, known = drawn.lora.scale, drawn.record.get("calibrated")
+
+    def judge(prompts, answers):
+        if drawn.lora.attached:
+            raise ConnectionError("no answer")
+        return ["compliance"] * len(answers)
+
+    with pytest.raises(ConnectionError):
+        drawn.calibrate(DEV, ["text-only"], budget=1.0, strengths=[0.5, 2.0], judge=judge, max_new_tokens=2)
+    assert drawn.lora.scale == before
+    assert drawn.record.get("calibrated") == known
+
+
+def test_a_report_that_a_callback_made_is_not_the_trained_adapters(tiny, harmful, benign):
+    r = RRS(*tiny, small(), verbose=False)
+
+    def look(step):
+        if step.step == 1:
+            step.rrs.evaluate({"harmful": harmful}, ["text-only"], max_new_tokens=1, usefulness=0)
+            assert step.rrs.report is not None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rrs.RRSWarning)
+        r.fit(harmful, benign, callbacks=[look], preflight=0)
+    assert r.report is None
+
+
 def test_calibrate_says_what_is_wrong_and_leaves_the_strength(drawn):
     before = drawn.lora.scale
     for call, words in (

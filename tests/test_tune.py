@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import rows, tiny_qwen2_audio
 
-from rrs import RRS, RRSConfig, RRSWarning
+from rrs import RRS, RRSConfig, RRSWarning, _space, search_space
 from rrs.data import DataError, hold_out, load_examples
 
 optuna = pytest.importorskip("optuna")
@@ -66,6 +67,45 @@ def test_answers_beyond_the_budget_are_tried_at_weaker_strengths():
     assert [refused for *_, refused in tried] == [1.0, 1.0, 1.0]
     assert study.trials[0].user_attrs["strength"] == 0.6 == r.record["tuned"]["dev"]["strength"]
     assert r.lora.scale == pytest.approx(0.6 * CONFIG.lora_alpha / CONFIG.lora_r)
+
+
+def test_the_present_config_is_in_the_space_and_whole_bounds_of_a_share_are_a_range():
+    config = replace(CONFIG, top=10.0, harmful_strength=5.0, benign_weight=0.5, depth=6)
+    space = search_space(config)
+    for name, values in space.items():
+        own = getattr(config, name)
+        assert own in values if isinstance(values, list) else values[0] <= own <= values[1], name
+    found = _space(config, {"benign_strength": (0, 1), "depth": (1, 4)})
+    assert isinstance(found["benign_strength"], optuna.distributions.FloatDistribution)
+    assert isinstance(found["depth"], optuna.distributions.IntDistribution)
+
+
+def test_a_group_that_the_conditions_leave_out_does_not_count():
+    spoken_only = [{"id": f"x{i}", "audio": {"array": [0.1, -0.1] * 4000, "sampling_rate": 16000}} for i in range(2)]
+    dev = {"harmful": rows("harmful", 3, seed=5), "hard-benign": spoken_only, "benign": rows("benign", 3, seed=5)}
+    _, study = tune(1, dev=dev, budget=0.5)
+    figures = study.trials[0].user_attrs
+    assert "hard-benign" not in figures
+    assert figures["cost"] == figures["cost"] <= 1  # not NaN, which no budget bounds
+
+
+def test_a_trial_that_is_broken_off_is_run_again(tmp_path):
+    def broken(_prompts, _answers):
+        if len(answered) == 1:
+            raise KeyboardInterrupt
+        answered.append(1)
+        return ["compliance"] * len(_answers)
+
+    broken.name = judge.name = "one and the same"
+    answered: list[int] = []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tune(1, tmp_path / "study.journal", budget=0.5, judge=broken)
+        _, study = tune(1, tmp_path / "study.journal", budget=0.5)
+    finally:
+        del judge.name
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE"]
+    assert study.trials[1].params["learning_rate"] == CONFIG.learning_rate
 
 
 @pytest.mark.parametrize("name", ["study.journal", "study.db"])
