@@ -153,7 +153,10 @@ class AnswerLog:
         known = dict[str, str]()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        cut = bool(lines) and not lines[-1].endswith(b"\n") and lines[-1].startswith(b'{"key": "')
+        head = b'{"key": "'
+        cut = bool(lines) and not lines[-1].endswith(b"\n")
+        # A file of a single torn line could be anybody's, unless all of the head is there.
+        cut = cut and (lines[-1].startswith(head) or (len(lines) > 1 and head.startswith(lines[-1])))
         for number, line in enumerate(lines[:-1] if cut else lines, 1):
             try:
                 row = json.loads(line)
@@ -1345,6 +1348,8 @@ class Report:
         except ImportError:
             methods = ("pca",)
         for condition, panels in (maps or {}).items():
+            if _vectors(panels) < 2:  # nothing that this condition can ask
+                continue
             for method in methods:
                 suffix = "" if method == "pca" else f"-{method}"
                 files.append(directory / f"representations-{condition}{suffix}.png")
@@ -1460,6 +1465,10 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
     return {name: "C3" if name.startswith("harmful") else next(others) for name in names}
 
 
+def _vectors(panels: Panels) -> int:
+    return sum(len(x) for panel in panels.values() for x in panel.values())
+
+
 def plot_representations(
     panels: Panels,
     path: str | Path,
@@ -1479,7 +1488,10 @@ def plot_representations(
 
     Raises:
         ImportError: matplotlib is missing (`pip install "rrs[plot]"`), or scikit-learn for t-SNE.
+        ValueError: there are fewer than two vectors.
     """
+    if (found := _vectors(panels)) < 2:
+        raise ValueError(f"A map takes two vectors or more, and the panels {list(panels)} have {found}.")
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure = _figure(3.6 * columns + 0.6, 3.4 * rows + 0.4)
@@ -1583,6 +1595,11 @@ def plot_front(
     figure.savefig(path, dpi=150)
 
 
+def _plain(text: str) -> str:
+    """For matplotlib, which reads what stands between dollars as a formula."""
+    return text.replace("$", r"\$")
+
+
 def plot_categories(report: Report, condition: str, path: Path) -> list[Path]:
     """Refusals by category, a panel for each group that has categories; nothing without any."""
     cells: dict[str, dict[str, None]] = {}
@@ -1602,8 +1619,8 @@ def plot_categories(report: Report, condition: str, path: Path) -> list[Path]:
             bars = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
             places = [j + (i - (len(report.stages) - 1) / 2) * bar for j in range(len(categories))]
             ax.barh(places, values, bar, xerr=bars, color=f"C{i % 10}", label=stage, error_kw={"elinewidth": 0.8})
-        ax.set(title=f"{group} refused", xlim=(0, 1))
-        ax.set_yticks(range(len(categories)), [c.replace("_", " ")[:34] for c in categories], fontsize="small")
+        ax.set(title=_plain(f"{group} refused"), xlim=(0, 1))
+        ax.set_yticks(range(len(categories)), [_plain(c.replace("_", " ")[:34]) for c in categories], fontsize="small")
         ax.invert_yaxis()
     labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")

@@ -188,8 +188,9 @@ def compare(
         report.notes.append(f"Strengths of the adapters, by the dev split, for a budget of {budget:g}: {said}.")
     rrs.lora, (rrs.record, rrs.history) = loras["RRS"], trained
     rrs.enable()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.md").write_text(summary(report.to_dict()), encoding="utf-8")  # first: figures can fail
     report.save(out, log.maps)
-    (out / "summary.md").write_text(summary(report.to_dict()), encoding="utf-8")
     return report
 
 

@@ -594,3 +594,24 @@ def test_answers_run_in_halves_when_memory_runs_out(monkeypatch):
     monkeypatch.setattr(model.model, "generate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         model.generate(rows, "text-only", max_new_tokens=4)
+
+
+def test_figures_of_nothing_and_of_names_with_dollars(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = Report([], [], "judge")
+    for stage in ("before", "after"):
+        report.answers.append(Answer("harmful", "text-only", stage, "1", "Q?", "A.", "refusal", r"fraud $\x_{$", "1"))
+    nobody = {"audio-text": {"epoch 0": {"harmful": torch.zeros(0, 8), "benign": torch.zeros(0, 8)}}}
+    files = report.save(tmp_path, nobody)
+    assert tmp_path / "categories-text-only.png" in files
+    assert not list(tmp_path.glob("representations*"))
+    with pytest.raises(ValueError, match=r"two vectors or more, and the panels \['epoch 0'\] have 0"):
+        plot_representations(nobody["audio-text"], tmp_path / "map.png")
+
+
+@pytest.mark.parametrize("torn", ['{"ke', '{"key": "b", "resp'])
+def test_a_torn_last_line_is_dropped_wherever_it_tore(tmp_path, torn):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"key": "a", "response": "x"}\n' + torn)
+    assert AnswerLog(path).known == {"a": "x"}
+    assert path.read_text() == '{"key": "a", "response": "x"}\n'
