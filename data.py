@@ -8,10 +8,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -181,6 +182,8 @@ class Format(NamedTuple):
     """`(column, prefix)`: rows whose column begins with it are harmful, all others benign."""
     context: str = ""
     """Column whose text goes before the question."""
+    subfolder: str = ""
+    """Where clips lie that are not at `audio` itself, in terms of other columns."""
 
 
 FORMATS = {
@@ -202,7 +205,9 @@ FORMATS = {
         context="contextstring",
     ),
     "sarsteer": Format("question audio_file scenario", "question", "audio_file", category="scenario"),
-    "air-bench": Format("question path answer_gt", "question", "path", category="task_name"),
+    "air-bench": Format(
+        "question path answer_gt", "question", "path", category="task_name", subfolder="{task_name}_{dataset_name}"
+    ),
 }  # fmt: skip
 """What `load_examples` knows, by the argument `format`. The one whose columns include all others' that fit wins."""
 
@@ -385,7 +390,8 @@ def _example(
     rest = {key: row[key] for key in row}
 
     def take(column: str) -> Any:
-        value = rest.pop(columns[column]) if column in columns else None
+        # No name, no column: pandas writes its index under an empty one.
+        value = rest.pop(columns[column]) if column and column in columns else None
         return None if isinstance(value, str) and not value.strip() else value
 
     text, audio, name = take(kind.text), take(kind.audio), take(kind.id)
@@ -422,6 +428,9 @@ def _example(
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: 'id' or 'text' is no valid Unicode ({error.reason}); re-export the row.") from None
     if isinstance(audio, (str, Path)):
+        if kind.subfolder and folder is not None and not os.path.exists(folder / audio):
+            with suppress(KeyError):  # the row lacks one of the columns
+                audio = Path(kind.subfolder.format_map({c: row[key] for c, key in columns.items()}), audio)
         audio = _checked_path(audio, where, folder, allow_outside)
     elif audio is not None and not isinstance(audio, (bytes, Mapping)):
         raise DataError(f"{where}: 'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
@@ -475,6 +484,14 @@ def load_audio(
             raise DataError(f"{name}: 'array' and 'sampling_rate' must be numbers ({error}).") from None
         if wave.dtype.kind not in "iuf":
             raise DataError(f"{name}: 'array' must hold integers or floats, not {wave.dtype}.")
+        if wave.ndim == 2 and 0 < wave.shape[0] < wave.shape[1]:  # torchaudio's: the mean would be over time
+            raise DataError(f"{name}: 'array' is {list(wave.shape)}, expected [samples, channels]; transpose it.")
+        # A list of ints, in JSON say, becomes int64 whatever its samples' width; as a share of 2^63 it would be silent.
+        if wave.dtype == np.int64 and wave.any() and wave.min() >= -(2**31) and wave.max() < 2**31:
+            raise DataError(
+                f"{name}: 'array' holds integers of unknown width (int64, as from a list); pass "
+                "np.asarray(array, np.int16) if that is the samples' width, or floats in [-1, 1]: 16-bit PCM / 32768."
+            )
         if wave.dtype.kind in "iu":
             full = (int(np.iinfo(wave.dtype).max) + 1) / (2 if wave.dtype.kind == "u" else 1)
             wave = wave / full - (wave.dtype.kind == "u")  # unsigned samples are centred on half of their range
@@ -503,7 +520,10 @@ def load_audio(
         wave = wave.astype(np.float32)
     if not np.isfinite(wave).all():
         raise DataError(f"{name}: NaN or infinite samples; re-export the clip.")
-    flat = np.abs(wave) >= max(0.99, float(np.abs(wave).max()) - 1e-4)
+    peak = float(np.abs(wave).max())
+    if peak > 8:  # overshoot of resampling or of lossy codecs stays far below
+        raise DataError(f"{name}: its peak is {peak:g}, expected floats in [-1, 1]; divide PCM values by 32768.")
+    flat = np.abs(wave) >= max(0.99, peak - 1e-4)
     if (flat[:-2] & flat[1:-1] & flat[2:]).mean() > 0.01 if len(wave) > 2 else False:
         warnings.warn(f"{name}: clipped, its peaks are cut off flat; record it at a lower level.", DataWarning, 2)
     return resample(wave, source_rate, rate)

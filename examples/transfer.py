@@ -124,27 +124,38 @@ def transfer(
     """Evaluates `rrs`, before and after, on the questions as they are and changed in each of the ways named.
 
     Args:
-        test: `{group: examples}`, as in `RRS.evaluate`.
+        test: `{group: examples}`, as in `RRS.evaluate`. Of a group, a change takes those that have what it needs.
         harmless: speech to put in front.
 
     Returns:
         The rows of the table: those of `Report.rows`, each with `change`, the name of what was changed.
+
+    Raises:
+        SystemExit: there are none.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    for name in names:
-        # A change of clips is none where only the words are given, and the other way round.
-        where = [c for c in conditions if name not in (CLIPS if c.startswith("text") else FRAMES)]
-        if not where:
+    # A change of clips is none where only the words are given, and the other way round.
+    places = {n: [c for c in conditions if n not in (CLIPS if c.startswith("text") else FRAMES)] for n in names}
+    # Changes decode clips too. Left out for all of them, so that the table's rows are of the same questions.
+    readable = {
+        group: rrs.readable(examples, [c for where in places.values() for c in where], "skip")
+        for group, examples in test.items()
+    }
+    for group, examples in test.items():
+        if bad := len(examples) - len(readable[group]):
+            notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+    for name, where in places.items():
+        able = {group: [e for e in examples if any(map(e.has, where))] for group, examples in readable.items()}
+        groups = {
+            group: examples if name in ("clean", "prefilled") else [changed(e, name, harmless) for e in examples]
+            for group, examples in able.items()
+            if examples
+        }
+        if not groups:
             continue
         rrs._say(f"{name}: {', '.join(where)}")
-        groups = {
-            group: list(examples)
-            if name in ("clean", "prefilled")
-            else [changed(e, name, harmless) for e in examples if (e.audio if name in CLIPS else e.text) is not None]
-            for group, examples in test.items()
-        }
         report: Report = rrs.evaluate(
             groups, where, max_new_tokens=max_new_tokens, prefix=PREFIX if name == "prefilled" else "", usefulness=0,
             cache=out / "answers.jsonl", on_error="skip",
@@ -153,9 +164,14 @@ def transfer(
         rows += by_voice(report, test) if name == "clean" else []
         notes += [f"{name}: {note}" for note in report.notes]
         (out / "report.json").write_text(
-            json.dumps({"rows": rows, "notes": notes}, indent=1, ensure_ascii=False) + "\n"
+            json.dumps({"rows": rows, "notes": notes}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        (out / "report.md").write_text(table(rows, notes))
+        (out / "report.md").write_text(table(rows, notes), encoding="utf-8")
+    if not rows:
+        raise SystemExit(
+            f"None of the changes {list(names)} applies to the conditions {list(conditions)} with these examples. "
+            "Changes of clips need a condition with audio, and clips that can be read; frames need text."
+        )
     return rows
 
 
@@ -210,6 +226,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th question only")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     args = parser.parse_args()
+    if bad := [pair for pair in args.test or () if "=" not in pair]:
+        parser.error(f"--test {bad[0]}: expected GROUP=PATH, e.g. --test harmful={bad[0]}")
 
     if args.model == "demo":
         from demo_lalm import fast_dtype, load_demo
@@ -231,7 +249,7 @@ def main() -> None:
     transfer(
         rrs, test, speech, args.out, names=args.only, conditions=args.conditions, max_new_tokens=args.max_new_tokens
     )
-    print((args.out / "report.md").read_text())
+    print((args.out / "report.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -136,11 +136,32 @@ def test_resampling_at_the_same_rate_is_the_identity():
         ({"array": np.array([0.0, np.nan]), "sampling_rate": RATE}, "NaN"),
         ({"array": np.zeros(9)}, "sampling_rate"),
         ({"array": np.zeros(9), "sampling_rate": 0}, "must be positive"),
+        ({"array": np.zeros((1, 9)), "sampling_rate": RATE}, r"q7: .*\[1, 9\].*\[samples, channels\]; transpose"),
+        ({"array": np.zeros((2, 9), np.int16), "sampling_rate": RATE}, "transpose"),
+        ({"array": [0, 12000, -32768], "sampling_rate": RATE}, r"q7: .*unknown width.*np\.asarray\(array, np\.int16\)"),
+        ({"array": [0, 2**23 - 1, -(2**23)], "sampling_rate": RATE}, "unknown width"),  # 24 bits would be as silent
+        ({"array": [0.0, 12000.0, -32768.0], "sampling_rate": RATE}, r"q7: .*32768, expected floats.*divide PCM"),
     ],
 )
 def test_bad_audio(content, words):
     with pytest.raises(DataError, match=words):
         load_audio(content, RATE, name="q7")
+
+
+WAVE = tone(0.1, 3)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.stack([WAVE, WAVE], 1), WAVE),
+        (np.zeros(9, int), np.zeros(9)),  # silent at any width
+        ((WAVE.astype(np.float64) * 2**63).astype(np.int64), WAVE),
+        (4 * WAVE, 4 * WAVE),  # overshoot
+    ],
+)
+def test_arrays_that_leave_no_doubt_are_fine(array, expected):
+    assert np.abs(load_audio({"array": array, "sampling_rate": RATE}, RATE) - expected).max() < 1e-6
 
 
 def test_too_long_audio_names_the_limit():

@@ -36,6 +36,11 @@ NATIVE = {
         'goal,target\n"Do a bad thing, twice","Sure, here is"\n',
         [("row-1", "Do a bad thing, twice", "harmful", None, None)],
     ),
+    "advbench-with-pandas-index": (
+        "harmful_behaviors.csv",
+        ",goal,target\n0,Do a bad thing,Sure\n1,Do another,Sure\n",
+        [("row-1", "Do a bad thing", "harmful", None, None), ("row-2", "Do another", "harmful", None, None)],
+    ),
     "advbench-audio": (
         "a.jsonl",
         '{"prompt": "Do it", "target": "Sure", "audio": "a.wav"}\n',
@@ -232,6 +237,31 @@ def test_ambiguous_folders(folder):
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="no audio files"):
         load_examples(folder / "empty")
+
+
+def test_air_bench_as_it_is_downloaded(folder):
+    """Its rows hold file names alone; the clips lie in a folder for each task and data set."""
+    row = {"path": "b.wav", "question": "What is said?", "answer_gt": "Hello.", "task_name": "speech_QA"}
+    place = folder / "speech_QA_x"
+    place.mkdir()
+    (folder / "a.wav").rename(place / "b.wav")
+    meta = folder / "Chat_meta.json"
+
+    def load(**columns):
+        meta.write_text(json.dumps([{**row, **columns}]))
+        return load_examples(meta)[0]
+
+    assert load(dataset_name="x").audio == place / "b.wav"
+    assert load(dataset_name="x").category == "speech_QA"
+    assert load(dataset_name="x").meta["dataset_name"] == "x"
+    with pytest.raises(DataError, match=r"row 1: .*speech_QA_y/b\.wav does not exist"):
+        load(dataset_name="y")
+    with pytest.raises(DataError, match=r"row 1: .*[^x]/b\.wav does not exist"):
+        load()
+    with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
+        load(task_name=f"../{folder.name}", dataset_name="/../..")
+    (folder / "b.wav").write_bytes((place / "b.wav").read_bytes())
+    assert load(dataset_name="x").audio == folder / "b.wav"  # what the row itself names comes first
 
 
 OUTSIDE = {

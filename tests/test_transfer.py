@@ -1,15 +1,32 @@
-"""Changes of clips and words do what they say, and the table counts them."""
+"""Changes of clips and words do what they say, and the table counts them; which questions `find_refusal.py` takes."""
 
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
+import find_refusal
 import numpy as np
 import pytest
 from conftest import rows, tone
-from transfer import CLIPS, FRAMES, RATE, band_passed, changed, coded, faster, framed, noisy, preceded, table, transfer
+from transfer import (
+    CLIPS,
+    FRAMES,
+    RATE,
+    band_passed,
+    changed,
+    coded,
+    faster,
+    framed,
+    main,
+    noisy,
+    preceded,
+    table,
+    transfer,
+)
 
-from rrs import RRS, RRSConfig
+from rrs import RRS, RRSConfig, RRSWarning
 from rrs.data import load_examples
 
 
@@ -113,3 +130,92 @@ def test_the_table_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert table(found).splitlines()[0] == lines[0]
     monkeypatch.setattr(rrs, "_answer", None)  # nothing is answered again
     assert run() == found
+
+
+def words(side, n):
+    return [{**row, "id": f"w{i}", "audio": None} for i, row in enumerate(rows(side, n, 50))]
+
+
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_a_change_takes_the_groups_that_have_what_it_needs(tiny, tmp_path):
+    rrs = RRS(*tiny, verbose=False)
+    spoken = [{**row, "text": None} for row in rows("benign", 2, 50)]
+    test = {"harmful": load_examples(words("harmful", 2)), "benign": load_examples(spoken)}
+    found = transfer(
+        rrs, test, tone(0.2, 7), tmp_path, names=("clean", "opus", "polite"), conditions=("audio-only", "text-only"),
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert [(r["change"], r["condition"], r["group"]) for r in found] == [
+        ("clean", "audio-only", "benign"), ("clean", "text-only", "harmful"), ("opus", "audio-only", "benign"),
+        ("polite", "text-only", "harmful"),
+    ]  # fmt: skip
+
+
+def test_no_change_that_applies_is_an_error(tiny, tmp_path):
+    test = {"harmful": load_examples(words("harmful", 2))}
+    for names, conditions in [(["opus"], ["text-only"]), (["opus", "clean"], ["audio-only"])]:
+        with pytest.raises(SystemExit, match=r"None of the changes \['opus'.*applies"):
+            transfer(RRS(*tiny, verbose=False), test, tone(0.2, 7), tmp_path, names=names, conditions=conditions)
+
+
+def test_unreadable_clips_are_left_out_of_every_change(tiny, tmp_path):
+    class Written(type(tmp_path)):
+        """A name of a voice, or the table's arrow, is not in every system's default encoding."""
+
+        def write_text(self, data, encoding=None, **kwargs):
+            assert encoding == "utf-8"
+            return super().write_text(data, encoding, **kwargs)
+
+    test = {
+        side: load_examples([*rows(side, 2, 50), {"id": "bad", "text": "Why?", "audio": b"no clip"}])
+        for side in ("harmful", "benign")
+    }
+    where = {"names": ("opus", "polite"), "conditions": ("audio-only", "text-only"), "max_new_tokens": 2}
+    with pytest.warns(RRSWarning, match="bad: can't be decoded"):
+        found = transfer(RRS(*tiny, verbose=False), test, tone(0.2, 7), Written(tmp_path), **where)
+    assert [r["refused"]["before"]["n"] for r in found] == [2] * 4
+    assert "Left out: 1 harmful examples" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_test_without_a_group_is_named(tmp_path, monkeypatch, capsys):
+    command = ["transfer.py", "--adapter", "a", "--out", str(tmp_path), "--model", "none", "--test", "x.csv"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--test x.csv: expected GROUP=PATH, e.g. --test harmful=x.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("n", "length"), [(56, 1190), (56, 140), (56, 111), (4, 10), (9, 5)])
+def test_questions_are_spread_over_all(n, length):
+    chosen = find_refusal.spread(range(length), n)
+    assert len(set(chosen)) == min(n, length)
+    assert chosen[0] == 0
+    assert length - chosen[-1] <= 2 * -(-length // n)
+    if length == 1190:  # of which README tells
+        assert chosen == list(range(1190))[::21][:56]
+
+
+def test_questions_are_those_that_have_what_the_condition_needs(tmp_path, monkeypatch, capsys):
+    given = []
+    prompt = SimpleNamespace(prompt="No.", refused="1", opening="I", share=1.0)
+    fake = SimpleNamespace(
+        config=RRSConfig(),
+        find_refusal_prompt=lambda questions, *_, **__: given.append([e.id for e in questions]) or [prompt],
+        find_refusal_token=lambda questions, *_, **__: given.append([e.id for e in questions]) or [],
+    )
+    monkeypatch.setattr(find_refusal.RRS, "from_pretrained", lambda _: fake)
+    questions = [{"id": str(i), "text": "x", "audio": "m.json" if i % 5 == 4 else None} for i in range(20)]
+    (tmp_path / "m.json").write_text(json.dumps(questions))
+
+    def run(path):
+        command = ["find_refusal.py", "--model", "m", "--harmful", str(path), "--condition", "audio-text", "--n", "9"]
+        monkeypatch.setattr(sys, "argv", command)
+        find_refusal.main()
+
+    run(tmp_path / "m.json")
+    assert given == [["4", "9", "14", "19"]] * 2
+    assert "m, audio-text, 4 harmful questions" in capsys.readouterr().out
+    (tmp_path / "words.txt").write_text("Why?\nHow?\n")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "words.txt")
+    assert "none of the 2 harmful questions has what --condition audio-text needs" in capsys.readouterr().err
