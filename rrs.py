@@ -1642,7 +1642,8 @@ class RRS:
         if plot is not None:
             done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
             points = [(cost, refused) for a in done for _, cost, refused in a["tried"]]
-            plot_front(points, plot, budget, before, (figures["cost"], figures["refused"]))
+            chosen_point = (figures["cost"], figures["refused"])
+            plot_front(points, plot, budget, before, chosen_point, "trials, each at some strengths")
         return self.enable(), study
 
     @torch.no_grad()
