@@ -832,6 +832,11 @@ def attached(model: nn.Module) -> list[LoRA]:
     return list(dict.fromkeys(lora for lora in found if isinstance(lora, LoRA)))
 
 
+def _is_packed(weight: Tensor) -> bool:
+    """Whether a weight holds codes instead of numbers: integers, 4-bit blocks, or float8 without its scales."""
+    return not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2
+
+
 class LoRA(nn.Module):
     """Low-rank updates `W + (α/r)·B·A` on named linears of a model, added by forward hooks.
 
@@ -899,7 +904,7 @@ class LoRA(nn.Module):
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = self._drop(i, args[0]) if self.training and self.dropout else args[0]
             # The scale goes into B, which is small: a pass over the activations less, and one less in backward.
-            update = F.linear(F.linear(x, a.to(x.dtype)), (self.scale * b).to(x.dtype))
+            update = F.linear(F.linear(x, a.to(x)), (self.scale * b).to(x))  # the model may have moved since
             return output + update.to(output.dtype)
 
         add.lora = self  # type: ignore[attr-defined]  # see `attached`
@@ -937,7 +942,7 @@ class LoRA(nn.Module):
     def weights_norm(self) -> float:
         """`Σ_modules ‖W‖_F²` of the linears that the update is added to."""
         weights = {path: weight_of(module).detach() for path, module in self._modules_by_path.items()}
-        if packed := [path for path, w in weights.items() if not w.is_floating_point() or w.dim() != 2]:
+        if packed := [path for path, weight in weights.items() if _is_packed(weight)]:
             raise ValueError(f"{packed[0]} is quantised, its norm is unknown; use penalty_form='sum'.")
         # Weights that are spread over ranks are brought together, one at a time: each rank has the same norm.
         return sum(float(whole(w).float().square().sum()) for w in weights.values())
@@ -949,7 +954,7 @@ class LoRA(nn.Module):
         inner = {path: getattr(module, "base_layer", module) for path, module in self._modules_by_path.items()}
         for path, module in inner.items():
             weight = weight_of(module)
-            if not weight.is_floating_point() or weight.dim() != 2:
+            if _is_packed(weight):
                 raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
             if hasattr(weight, "full_tensor"):
                 raise ValueError(f"{path} is spread over ranks; save the adapter, load it without shard and merge.")

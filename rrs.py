@@ -2421,7 +2421,7 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
         """A saved adapter on its base model, attached in place; `disable()` takes it off.
 
         Args:
-            kwargs: further arguments of `RRS(...)`.
+            kwargs: further arguments of `RRS(...)` but `config`, which is saved with the adapter.
 
         Raises:
             FileNotFoundError, ValueError: no adapter there, or one for another base.

@@ -20,7 +20,7 @@ from torch import nn
 
 from rrs import RRS, RRSConfig
 from rrs.data import DataError, Renderer, load_examples
-from rrs.hooks import capture
+from rrs.hooks import LoRA, capture
 
 THREE = ("audio-text", "text-only", "audio-only")
 HARMFUL, BENIGN = rows("harmful", 3), rows("benign", 3)
@@ -372,6 +372,17 @@ def quantised():
                 if isinstance(child, nn.Linear):
                     setattr(module, name, Int8Linear(child))
     return model, build_inputs
+
+
+def test_float8_weights_are_codes_too():
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    lora = LoRA(linear, ["0"], r=2, alpha=2)
+    linear[0].weight.requires_grad_(False)
+    linear[0].weight.data = linear[0].weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="0 is quantised, its norm is unknown"):
+        lora.weights_norm  # noqa: B018
+    with pytest.raises(ValueError, match=r"0 is quantised \(torch.float8_e4m3fn\)"):
+        lora.merge()
 
 
 def test_quantised_linears(tmp_path):
