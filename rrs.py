@@ -1541,12 +1541,10 @@ class RRS:
 
         def measure() -> dict[str, float]:
             """The dev set's figures of the model as it is now."""
-            now = worker._answered(groups, c.conditions, judge, max_new_tokens)
-            refused, cost = _gain(now, start)
+            figures = _figures(worker._answered(groups, c.conditions, judge, max_new_tokens), start)
             with self._quiet_model():
                 kl, _ = first_token_change(self.reader, benign_before, self.reader.represent(probes[1]))
-            figures = {g: rate.value for g, rate in now.items()}
-            return {**figures, "refused": refused, "cost": cost, "kl": float(kl.mean())}
+            return {**figures, "kl": float(kl.mean())}
 
         def watch(trial: Any, step: Step) -> None:
             """After each epoch: how much more often harmful inputs start a refusal than harmless ones, by the head."""
@@ -1575,8 +1573,9 @@ class RRS:
             worker.config = replace(c, **{k: _most(space[k]) for k in ("depth", "keep_tokens") if k in space})
             reps = worker.extract(*([e for e in train if e.label == label] for label in ("harmful", "benign")))
             worker.config = c
+            goals = worker.make_targets(reps, scorer)
             if preflight:
-                self.preflight(reps, worker.make_targets(reps, scorer), preflight)
+                self.preflight(reps, goals, preflight)
             worker.checks = self.checks if preflight else []
             prompts = self._dev(groups, c.conditions)
             groups = {g: rows for g, rows in groups.items() if g in prompts}
@@ -1590,7 +1589,7 @@ class RRS:
                 fixed = {k: v for k, v in asdict(c).items() if k not in space}
                 data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
                 how = [versions(), fixed, repr(space), budget, name_of(judge), max_new_tokens, str(self.reader.dtype)]
-                how += [name_of(scorer), *(goal.mask.tolist() for goal in worker.make_targets(reps, scorer).values())]
+                how += [name_of(scorer), *(goal.mask.tolist() for goal in goals.values())]
                 study = _study(study, _hash([fingerprint(self.model), data, how]), c.seed)
             if not any(t.state.name in ("COMPLETE", "PRUNED", "WAITING") for t in study.trials):
                 study.enqueue_trial({k: v for k, v in asdict(c).items() if k in space and _within(v, space[k])})
@@ -1704,9 +1703,7 @@ class RRS:
         if judge is not None:
 
             def measure() -> dict[str, float]:
-                now = self._answered(groups, conditions, judge, max_new_tokens)
-                refused, cost = _gain(now, start)
-                return {**{g: rate.value for g, rate in now.items()}, "refused": refused, "cost": cost}
+                return _figures(self._answered(groups, conditions, judge, max_new_tokens), start)
 
             try:
                 self._weaken(self.lora, best, points, budget, start, measure)
@@ -2494,6 +2491,12 @@ def _gain(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> tuple[float, 
     harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
     costs = [rate.value - vanilla[g].value for g, rate in now.items() if not g.startswith("harmful")]
     return sum(harmful) / len(harmful), max(costs)
+
+
+def _figures(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> dict[str, float]:
+    """The value of each rate, with `refused` and `cost` as `_gain` has them."""
+    refused, cost = _gain(now, vanilla)
+    return {**{name: rate.value for name, rate in now.items()}, "refused": refused, "cost": cost}
 
 
 def _score(budget: float, figures: Mapping[str, float]) -> float:
