@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import chain
@@ -39,7 +39,6 @@ PairScorer: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str]], 
 # Answers
 
 
-@torch.no_grad()
 def generate(
     reader: Reader,
     tokenizer: Any,
@@ -54,9 +53,6 @@ def generate(
 ) -> list[str]:
     """Greedy answers, in the prompts' order, batched by length.
 
-    The model's own generation settings hold except for sampling and beams: some LALMs sample by default, which would
-    make a before/after comparison a matter of luck.
-
     Args:
         known: `{index: answer}` of an earlier, interrupted run. Batches stay the same ones and only whole batches are
             left out, because rounding, hence now and then an answer, depends on what shares a batch.
@@ -64,23 +60,58 @@ def generate(
         questions: an answer ends early once `decided(question, answer)`; by default all run to their end.
         begun: token ids that the prompts already end with and that are part of the answers.
     """
+    answers = dict(known or {})
+
+    def add(ids: dict[int, list[int]]) -> None:
+        texts = tokenizer.batch_decode([[*begun, *new] for new in ids.values()], skip_special_tokens=True)
+        decoded = {i: text.strip() for i, text in zip(ids, texts, strict=True)}
+        answers.update(decoded)
+        if keep:
+            keep(decoded)
+
+    generate_ids(
+        reader, tokenizer, prompts, max_new_tokens, progress, done=answers.keys(), keep=add, questions=questions
+    )
+    return [answers[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def generate_ids(
+    reader: Reader,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    progress: Callable[[int], object] | None = None,
+    *,
+    done: Collection[int] = (),
+    keep: Callable[[dict[int, list[int]]], object] | None = None,
+    questions: Sequence[str] | None = None,
+) -> dict[int, list[int]]:
+    """Token ids of greedy answers, by the prompts' index, as the model chose them, with the end token if there is one.
+
+    The model's own generation settings hold except for sampling and beams: some LALMs sample by default, which would
+    make a before/after comparison a matter of luck.
+
+    Args:
+        done: batches of which all are done are left out; see `generate` for this and the others.
+    """
     model: Any = reader.model
     settings = copy.deepcopy(model.generation_config)
     settings.update(
         do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None,
         max_new_tokens=max_new_tokens, return_dict_in_generate=False,
     )  # fmt: skip
+    eos = settings.eos_token_id
+    ends = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     if settings.pad_token_id is None:
-        eos = settings.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id or (eos[0] if isinstance(eos, list) else eos)
-    answers = dict(known or {})
     cached = [i for i, prompt in enumerate(prompts) if prompt.inputs is None]
     batches = [[cached[i] for i in batch] for batch in reader.batches([prompts[i] for i in cached])]
     # where replay is not exact, the full model answers, one by one
     batches += [[i] for i, prompt in enumerate(prompts) if prompt.inputs is not None]
-    todo = [batch for batch in batches if not all(i in answers for i in batch)]
+    todo = [batch for batch in batches if not all(i in done for i in batch)]
 
-    def answer(batch: Sequence[int]) -> list[str]:
+    def answer(batch: Sequence[int]) -> list[list[int]]:
         chosen, make = [prompts[i] for i in batch], prompts[batch[0]].inputs
         start = len(chosen[0]) if make else 0  # given embeddings alone, generate() returns the new tokens alone
         stop = StoppingCriteriaList(
@@ -93,22 +124,24 @@ def generate(
         except RuntimeError as error:  # batches are made by the prompts' length, and answers take memory, too
             if len(batch) == 1 or together or not is_out_of_memory(error):
                 raise
-        else:
-            texts = tokenizer.batch_decode([[*begun, *ids] for ids in new.tolist()], skip_special_tokens=True)
-            return [text.strip() for text in texts]
+        else:  # what stands behind an end token only fills up the batch
+            return [
+                ids[: next((k for k, token in enumerate(ids, 1) if token in ends), len(ids))] for ids in new.tolist()
+            ]
         middle = len(batch) // 2  # behind the handler: its traceback holds what is to be freed
         return answer(batch[:middle]) + answer(batch[middle:])
 
+    answers = dict[int, list[int]]()
     if progress:
         progress(sum(map(len, batches)) - sum(map(len, todo)))
-    for batch, _, done in in_rounds(todo):
+    for batch, _, number in in_rounds(todo):
         new_answers = merged(dict(zip(batch, answer(batch), strict=True)))
         answers |= new_answers
         if keep:
             keep(new_answers)
         if progress:
-            progress(done)
-    return [answers[i] for i in range(len(prompts))]
+            progress(number)
+    return answers
 
 
 def decided(question: str, answer: str) -> bool:

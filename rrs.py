@@ -69,6 +69,7 @@ from rrs.evaluate import (
     figure_class,
     first_token_change,
     generate,
+    generate_ids,
     judge_refusals,
     log_likelihood,
     name_of,
@@ -1002,7 +1003,9 @@ class RRS:
             return [()] * len(prompts)
         if (end := self._end()) is None:
             raise ValueError("Neither model nor tokenizer has an end token; set model.generation_config.eos_token_id.")
-        return [tuple((self._ids(a) + n * [end])[:n]) for a in self._answer(prompts, n, "answers")]
+        with self._bar(len(prompts), "answers") as bar, self.reader.own_lora(any(p.audio for p in prompts)):
+            answers = generate_ids(self.reader, self.tokenizer, prompts, n, bar.update)
+        return [tuple((answers[i] + n * [end])[:n]) for i in range(len(prompts))]
 
     def _cached(
         self,

@@ -569,6 +569,24 @@ def test_kept_tokens_are_the_models_own_answers_and_refusals(tiny, harmful, beni
         assert torch.allclose(item.target[1:], hidden[-3:], atol=1e-4)
 
 
+def test_held_answers_are_the_tokens_the_model_chose(harmful, benign):
+    """Token for token: decoded and read again, an answer loses a line break at its end, and gets an end token there."""
+    r = RRS(*tiny_qwen2_audio(), small(keep_tokens=3), verbose=False)
+    newline, end = r.token_id("\n"), 79  # which this model says second, to one of them
+    r.model.generation_config.eos_token_id = end
+    with torch.no_grad():
+        r.location.head_weight[newline] *= 100  # first choice wherever the product is positive
+    items = rrs._items(r.make_targets(r.extract(harmful, benign))["audio-text"])[len(harmful) :]
+    for item in items:
+        ids, chosen = r.read(item.example, "audio-text"), []
+        for _ in range(3):
+            token = int(r.location.head(r.reader.represent([ids.extended(chosen)])).argmax())
+            chosen.append(end if chosen[-1:] == [end] else token)
+        assert item.tokens == tuple(chosen)
+    assert any(i.tokens[-1] == newline for i in items)
+    assert any(end in i.tokens for i in items)
+
+
 def test_a_refusal_in_words(harmful, benign):
     """Harmful inputs have targets along the text, as under the refusal prompt; benign ones along their answers."""
     config = small(refusal="I can't.", keep_tokens=2, epochs=12, prompts=(RRSConfig().instruction,), lora_dropout=0.0)
@@ -699,8 +717,8 @@ def test_deeper_targets_are_the_papers_at_each_position(tiny, harmful, benign):
     refusals, answers = (
         r.generate(rows_, max_new_tokens=4, refusal=refusal) for rows_, refusal in ((harmful, True), (benign, False))
     )
-    for tokens, said in zip(target.tokens, [*refusals, *answers], strict=True):  # a random model says half characters
-        assert r.tokenizer.decode(tokens).strip() == said or "\ufffd" in said
+    for tokens, said in zip(target.tokens, [*refusals, *answers], strict=True):
+        assert r.tokenizer.decode(tokens, skip_special_tokens=True).strip() == said
 
     def vanilla(rows_, tokens, refusal=False):  # one at a time, [n, hidden]
         prompts = [r.read(e, "audio-text", refusal=refusal) for e in load_examples(rows_)]
