@@ -401,8 +401,8 @@ class Representations:
     """How harmful inputs are refused, then how benign ones are answered: the first `config.answer_tokens` tokens."""
     along: list[Tensor] = field(default_factory=list)
     """With `config.refusal`: of each input, R_h+ or R_b after each of its `tokens` `[tokens, hidden]`."""
-    opened: list[Tensor] = field(default_factory=list)
-    """R_b after each of `config.openings` `[benign, hidden]`."""
+    opened: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+    """The tokens of each of `config.openings`, and R_b after them `[benign, hidden]`."""
 
     @property
     def delta(self) -> Tensor:
@@ -781,6 +781,7 @@ class RRS:
             )
         self.lora: LoRA | None = None
         self.targets: dict[str, Targets] = {}
+        """What this adapter was trained towards, for stages of your own; `load` does not bring them back."""
         self.checks: list[Preflight] = []
         self.history: list[dict[str, float]] = []
         self.report: Report | None = None
@@ -937,11 +938,11 @@ class RRS:
                 ends = list(rows.split(lasts))  # each [1 + its tokens, hidden]
                 groups = [ends[: len(b)], ends[len(b) : len(b) + len(h)], ends[len(b) + len(h) :]]
                 opened = []
-                for opening in c.openings:
-                    begun = [prompt.extended(self._ids(opening)) for prompt in prompts[0]]
+                for tokens in self._openings():
+                    begun = [prompt.extended(tokens) for prompt in prompts[0]]
                     bar.total += len(b)
                     represent = partial(self.reader.represent, begun, bar.update)
-                    opened.append(self._cached(cache, condition, b, begun, represent))
+                    opened.append((tokens, self._cached(cache, condition, b, begun, represent)))
             if not torch.isfinite(rows).all():
                 names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
                 raise ValueError(
@@ -1058,13 +1059,13 @@ class RRS:
                     f"{condition}: depth={c.depth} and keep_tokens={c.keep_tokens} need {c.answer_tokens} answer "
                     f"tokens, these representations have {len(r.later)}; extract them again with this config."
                 )
-            if len(r.opened) != len(c.openings):
+            if (opened := [tokens for tokens, _ in r.opened]) != self._openings():
                 raise ValueError(
-                    f"{condition}: openings={c.openings!r}, but these representations go along {len(r.opened)}; "
-                    "extract them again with this config."
+                    f"{condition}: openings={c.openings!r}, but these representations go along "
+                    f"{tuple(map(self.tokenizer.decode, opened))!r}; extract them again with this config."
                 )
             out[condition] = make_targets(r, row, c.top, scorer, strengths, quiet)
-            out[condition].opened = [(tuple(self._ids(o)), r_b) for o, r_b in zip(c.openings, r.opened, strict=True)]
+            out[condition].opened = list(r.opened)
             for k, rep in enumerate(r.later[: c.answer_tokens], 1):
                 if k < c.depth:
                     said = self.location.head_weight[self._first_choice(rep.refused)].float().cpu().mean(0)  # [hidden]
@@ -1119,11 +1120,12 @@ class RRS:
         _check_folder(checkpoint_dir, checkpoint_every, resume)
         c = self.config
         callbacks = list(callbacks)
-        made = {k: (len(t.later), len(t.opened)) for k, t in targets.items() if isinstance(t, Targets)}
-        if wrong := [k for k, has in made.items() if has != (c.answer_tokens, len(c.openings))]:
+        made = {k: t for k, t in targets.items() if isinstance(t, Targets)}
+        depth = (c.answer_tokens, self._openings())
+        if wrong := [k for k, t in made.items() if (len(t.later), [tokens for tokens, _ in t.opened]) != depth]:
             raise ValueError(
-                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, or not after "
-                f"{len(c.openings)} openings, as config.depth, keep_tokens and openings say; make them by extract and "
+                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, or not after the "
+                f"openings {c.openings!r}, as config.depth, keep_tokens and openings say; make them by extract and "
                 "make_targets with this config."
             )
         items: dict[str, list[Item]] = {
@@ -1143,7 +1145,7 @@ class RRS:
         steps = c.epochs * per_epoch
         weight = c.penalty
         if c.penalty_form == "relative":  # pairs have no Δ: their loss keeps its own unit
-            units = [float((t.delta * t.mask).square().mean()) for t in targets.values() if isinstance(t, Targets)]
+            units = [float((t.delta * t.mask).square().mean()) for t in made.values()]
             weight *= sum(units) / len(units) if units else 1.0
         self._say(
             f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, "
@@ -1171,7 +1173,7 @@ class RRS:
         if checkpoint_dir is not None:
             run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
             run["dtype"] = str(self.reader.dtype)
-            run["selection"] = {k: _hash(t.mask.tolist()) for k, t in targets.items() if isinstance(t, Targets)}
+            run["selection"] = {k: _hash(t.mask.tolist()) for k, t in made.items()}
             for what, how in (("loss", loss), ("objective", objective)):
                 run[what] = None if how is None else getattr(how, "__qualname__", type(how).__name__)
             checkpoints = Checkpoints(checkpoint_dir, run, resume)
@@ -1196,12 +1198,11 @@ class RRS:
             # Of the adapter that is attached, from here on: a callback may save it.
             self.checks = checks
             self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
-            self.report, self._vectors = None, {}
+            self.report, self.targets, self._vectors = None, made, {}
             self._trained_on = [item.example for rows in items.values() for item in rows]
-            for condition, t in targets.items():
-                if isinstance(t, Targets):
-                    self._vectors[f"{condition}.delta"] = t.delta.contiguous()
-                    self._vectors[f"{condition}.mask"] = t.mask.contiguous()
+            for condition, t in made.items():
+                self._vectors[f"{condition}.delta"] = t.delta.contiguous()
+                self._vectors[f"{condition}.mask"] = t.mask.contiguous()
             bar.update(len(history))
             for step in range(len(history), steps):
                 epoch, place = divmod(step, per_epoch)
@@ -1451,13 +1452,13 @@ class RRS:
                 stacklevel=2,
             )
         reps = self.extract(harmful, benign, cache=checkpoint_dir)
-        self.targets = self.make_targets(reps, scorer)
+        targets = self.make_targets(reps, scorer)
         if not started:
             self.checks = []
             if preflight:
-                self.preflight(reps, self.targets, preflight)
+                self.preflight(reps, targets, preflight)
         self.train(
-            self.targets,
+            targets,
             loss=loss,
             callbacks=callbacks,
             checkpoint_dir=checkpoint_dir,
@@ -1559,13 +1560,14 @@ class RRS:
 
         def run(settings: Mapping[str, Any], *callbacks: Callback) -> list[dict[str, float]]:
             worker.config = replace(c, **settings)
-            worker.targets = worker.make_targets(reps, scorer)
             try:
-                worker.train(worker.targets, callbacks=callbacks)
+                worker.train(worker.make_targets(reps, scorer), callbacks=callbacks)
                 assert worker.lora is not None
                 points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS[1::2])  # 0.6 to 1.4
-                best = worker._strengthen(worker.lora, points, budget)
-                return worker._weaken(worker.lora, best, points, budget, start, measure)
+                best = worker._strongest(points, budget)
+                tried = worker._weaken(worker.lora, best, points, budget, start, measure)
+                worker._set_strength(worker.lora, points, best, budget, tried)
+                return tried
             finally:
                 worker.disable()
 
@@ -1701,20 +1703,14 @@ class RRS:
             if judge is not None:
                 start = self._answered(groups, conditions, judge, max_new_tokens)
         points = self._strengths(self.lora, prompts, vanilla, strengths)
-        present, known = self.lora.scale, self.record.get("calibrated")
-        best = self._strengthen(self.lora, points, budget)
+        best, tried = self._strongest(points, budget), list[dict[str, float]]()
         if judge is not None:
 
             def measure() -> dict[str, float]:
                 return _figures(self._answered(groups, conditions, judge, max_new_tokens), start)
 
-            try:
-                self._weaken(self.lora, best, points, budget, start, measure)
-            except BaseException:  # a judge that fails, or Ctrl-C: the strength is what it was
-                self.lora.scale = present
-                self.record.pop("calibrated") if known is None else self.record.update(calibrated=known)
-                raise
-            best = next(p for p in points if p.factor == self.record["calibrated"]["factor"])
+            tried = self._weaken(self.lora, best, points, budget, start, measure)
+        best = self._set_strength(self.lora, points, best, budget, tried)
         self.report = None  # of another strength
         said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
         apart = ", ".join(f"{g} {value:.3f}" for g, value in best.auc.items())
@@ -1782,13 +1778,12 @@ class RRS:
             lora.scale = present
         return points
 
-    def _strengthen(self, lora: LoRA, points: Sequence[Strength], budget: float) -> Strength:
-        """The best of `points`, which it sets; where none refuses anything, that is the one nearest to 1."""
+    @staticmethod
+    def _strongest(points: Sequence[Strength], budget: float) -> Strength:
+        """The best of `points`; where none refuses anything, that is the one nearest to 1."""
         best = max(points, key=lambda p: (-max(0.0, p.cost - budget), p.refused, -p.factor))
         if not any(p.refused for p in points):
             best = min(points, key=lambda p: abs(math.log(p.factor)))
-        lora.scale *= best.factor
-        self._note_strength(lora, best, budget)
         return best
 
     def _answered(
@@ -1804,8 +1799,8 @@ class RRS:
         now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
         return {**now, "degenerate": Rate.of(a.verdict == "degenerate" for a in report.answers)}
 
+    @staticmethod
     def _weaken(
-        self,
         lora: LoRA,
         best: Strength,
         points: Sequence[Strength],
@@ -1813,26 +1808,39 @@ class RRS:
         start: Mapping[str, Rate],
         measure: Callable[[], dict[str, float]],
     ) -> list[dict[str, float]]:
-        """From `best`, which is set, to weaker ones, until the answers, by what `measure` says, are within the budget,
-        too, or whole ones refuse no more than at the `start`. Sets the best; returns the figures of each one tried."""
-        present, tried = lora.scale / best.factor, list[dict[str, float]]()
+        """From `best` to weaker ones, until the answers, by what `measure` says, are within the budget, too, or whole
+        ones refuse no more than at the `start`. Returns the figures of each one tried; the strength stays as it is."""
+        present, tried = lora.scale, list[dict[str, float]]()
         before, broken = _gain(start, start)[0], start["degenerate"].value + budget
-        by_factor = {p.factor: p for p in points if p.factor <= best.factor}
-        for factor in sorted(by_factor, reverse=True):
-            lora.scale = factor * present
-            tried.append({"strength": factor, **measure()})
-            figures = tried[-1]  # answers that loop refuse nothing, and weaker updates may leave them whole
-            if figures["cost"] <= budget or (figures["refused"] <= before and figures["degenerate"] <= broken):
-                break
-        chosen = max(tried, key=partial(_rank, budget))
-        lora.scale = chosen["strength"] * present
-        self._note_strength(lora, by_factor[chosen["strength"]], budget)
-        self.record["calibrated"]["answers"] = chosen
+        try:
+            for factor in sorted({p.factor for p in points if p.factor <= best.factor}, reverse=True):
+                lora.scale = factor * present
+                tried.append({"strength": factor, **measure()})
+                figures = tried[-1]  # answers that loop refuse nothing, and weaker updates may leave them whole
+                if figures["cost"] <= budget or (figures["refused"] <= before and figures["degenerate"] <= broken):
+                    break
+        finally:
+            lora.scale = present
         return tried
 
-    def _note_strength(self, lora: LoRA, point: Strength, budget: float) -> None:
-        figures = {"factor": point.factor, "refused": point.refused, "cost": point.cost, "auc": point.auc}
+    def _set_strength(
+        self,
+        lora: LoRA,
+        points: Sequence[Strength],
+        best: Strength,
+        budget: float,
+        tried: Sequence[Mapping[str, float]] = (),
+    ) -> Strength:
+        """Scales the adapter to `best`, or to the best of those whose answers were `tried`, and puts it on record."""
+        answers = max(tried, key=partial(_rank, budget), default=None)
+        if answers is not None:
+            best = next(p for p in points if p.factor == answers["strength"])
+        lora.scale *= best.factor
+        figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "auc": best.auc}
         self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
+        if answers is not None:
+            self.record["calibrated"]["answers"] = answers
+        return best
 
     # -- will it work? ------------------------------------------------------------------------------------------------
 
@@ -2027,6 +2035,10 @@ class RRS:
         with self._quiet_model():
             prompts = [self.read(e, condition, refusal=refusal).extended(self._ids(prefix)) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def _openings(self) -> list[tuple[int, ...]]:
+        """The tokens of each of `config.openings`."""
+        return [tuple(self._ids(opening)) for opening in self.config.openings]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -62,10 +62,10 @@ Groups = dict[str, list[Example]]
 def of_its_own(rrs: RRS, reps: Mapping[str, Representations], row: Row, key: Callable[[Example], Any]) -> None:
     """Trains with a Δ and a selection, at the prompt's end, for each group of examples with the same `key`: a category,
     a pair of twins."""
-    c, rrs.targets = rrs.config, rrs.make_targets(reps, row.scorer)
+    c, targets = rrs.config, rrs.make_targets(reps, row.scorer)
     head_row = rrs.head_row(c.refusal_token)
     for condition, rep in reps.items():
-        goal = rrs.targets[condition]
+        goal = targets[condition]
         sides = [[key(e) for e in examples] for examples in (rep.harmful_examples, rep.benign_examples)]
         groups = [
             [[i for i, k in enumerate(side) if k == group] for side in sides]
@@ -81,7 +81,7 @@ def of_its_own(rrs: RRS, reps: Mapping[str, Representations], row: Row, key: Cal
         for (h, b), move in zip(groups, moves, strict=True):
             goal.harmful[h] = rep.harmful[h] + c.harmful_strength * move
             goal.benign[b] = rep.benign[b] - c.benign_strength * move
-    rrs.train(rrs.targets)
+    rrs.train(targets)
 
 
 def pair(example: Example) -> tuple[str, ...]:
@@ -99,8 +99,7 @@ def harmful_minus_benign(rrs: RRS, reps: Mapping[str, Representations], row: Row
 
 def plain(rrs: RRS, reps: Mapping[str, Representations], row: Row) -> None:
     """Trains as the method says."""
-    rrs.targets = rrs.make_targets(reps, row.scorer)
-    rrs.train(rrs.targets)
+    rrs.train(rrs.make_targets(reps, row.scorer))
 
 
 # -- harmless inputs held by what the head says, instead of by their vectors
@@ -109,8 +108,7 @@ def plain(rrs: RRS, reps: Mapping[str, Representations], row: Row) -> None:
 def held_by_kl(rrs: RRS, reps: Mapping[str, Representations], row: Row, weight: float) -> None:
     """Trains harmful inputs to their targets, and benign ones with `weight` · KL(vanilla ‖ now) of the first token."""
     pairs: dict[str, list[tuple[Example, Tensor]]] = {}
-    rrs.targets = rrs.make_targets(reps, row.scorer)
-    for condition, goal in rrs.targets.items():
+    for condition, goal in rrs.make_targets(reps, row.scorer).items():
         ends = torch.cat([goal.harmful, reps[condition].benign])
         benign = (torch.arange(len(ends)) >= len(goal.harmful)).float()
         flagged = torch.cat([benign[:, None], ends], 1)  # [n, 1 + hidden]: is it benign? and the vector

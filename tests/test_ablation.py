@@ -58,7 +58,7 @@ def test_a_delta_for_each_group(tiny, monkeypatch):
     rrs = RRS(*tiny, replace(CONFIG, top=100.0, **held), verbose=False)
     sides = twins(4)
     reps = rrs.extract(sides["harmful"], sides["benign"])
-    monkeypatch.setattr(rrs, "train", lambda targets: None)
+    monkeypatch.setattr(rrs, "train", lambda targets: vars(rrs).update(targets=targets))
     of_its_own(rrs, reps, ROWS["base"], pair)
     rep, goal = reps["text-only"], rrs.targets["text-only"]
     # With all features: from the twin's place.

@@ -268,6 +268,11 @@ def test_callbacks_see_the_adapter_as_it_is_saved(harmful, benign, tmp_path):
         loaded.train(r.targets, callbacks=[lambda _: 1 / 0])
     assert loaded.lora.attached
     assert vars(loaded) == before
+    loaded.disable()
+    targets, lora = r.targets, r.enable().lora
+    with pytest.raises(ZeroDivisionError):
+        r.fit(harmful, benign[:-1], preflight=0, callbacks=[lambda _: 1 / 0])
+    assert (r.targets is targets, r.lora is lora) == (True, True)
 
 
 def test_refitting_starts_from_vanilla(fitted, harmful, benign):
@@ -787,9 +792,16 @@ def test_openings_need_representations_after_them(tiny, harmful, benign):
     reps = r.extract(harmful, benign)
     targets = r.make_targets(reps)
     r.config = small(openings=("Sure,",))
-    with pytest.raises(ValueError, match=r"openings=\('Sure,',\).*extract them again"):
+    with pytest.raises(ValueError, match=r"openings=\('Sure,',\).*go along \(\); extract them again"):
         r.make_targets(reps)
-    with pytest.raises(ValueError, match="not after 1 openings"):
+    with pytest.raises(ValueError, match=r"not after the openings \('Sure,',\)"):
+        r.train(targets)
+    reps = r.extract(harmful, benign)
+    targets = r.make_targets(reps)
+    r.config = small(openings=("Of course,",))  # as many, but another
+    with pytest.raises(ValueError, match=r"go along \('Sure,',\); extract them again"):
+        r.make_targets(reps)
+    with pytest.raises(ValueError, match=r"not after the openings \('Of course,',\)"):
         r.train(targets)
 
 
