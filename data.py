@@ -76,7 +76,8 @@ class Example:
 
         Several voices, seeds or paraphrases of a question are no independent draws.
         """
-        return str(self.meta.get("question") or (self.text or "").strip() or self.id)
+        question = self.meta.get("question")
+        return str((self.text or "").strip() or self.id if question in (None, "") else question)
 
     @property
     def clip(self) -> tuple[str, Callable[[int], Wave]]:
@@ -116,19 +117,38 @@ def content_hash(examples: Iterable[Example]) -> str:
     return hashlib.sha256("\n".join(e.digest for e in examples).encode()).hexdigest()
 
 
-def shared(ours: Sequence[Example], others: Sequence[Example], *, twins: bool = False) -> list[str]:
+def marks(examples: Iterable[Example]) -> frozenset[int]:
+    """What `shared` knows examples by, to be kept without them: 64-bit hashes of their questions, ids and twins."""
+    return frozenset(mark for e in examples for mark in _marks(e).values())
+
+
+def _marks(e: Example) -> dict[str, int]:
+    """An example's question (its text; without one, its clip), id and, if it names one, twin, hashed."""
+    question = " ".join(e.text.casefold().split()) if e.text else e.audio_hash
+    known = {"question": question, "id": e.id, "twin": e.meta.get("twin")}
+    return {what: _mark(what, value) for what, value in known.items() if value is not None}
+
+
+def _mark(what: str, value: object) -> int:
+    return int.from_bytes(hashlib.sha256(f"{what} {value}".encode()).digest()[:8], "little", signed=True)
+
+
+def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], *, twins: bool = False) -> list[str]:
     """Ids of those of `ours` whose question (its text; without one, its clip) is also among `others`.
 
     Args:
+        others: examples, or their `marks`.
         twins: count as well an example that names one of `others` as its `twin`, or is named by one.
     """
+    known = others if isinstance(others, frozenset) else marks(others)
 
-    def question(e: Example) -> str:
-        return " ".join(e.text.casefold().split()) if e.text else e.audio_hash
+    def among(e: Example) -> bool:
+        own = _marks(e)
+        if own["question"] in known or not twins:
+            return own["question"] in known
+        return _mark("twin", e.id) in known or ("twin" in own and _mark("id", e.meta["twin"]) in known)
 
-    questions = {question(e) for e in others}
-    ids, named = {e.id for e in others}, {e.meta.get("twin") for e in others}
-    return [e.id for e in ours if question(e) in questions or (twins and (e.id in named or e.meta.get("twin") in ids))]
+    return [e.id for e in ours if among(e)]
 
 
 def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -148,7 +168,7 @@ def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) ->
         return "id", e.label, e.id  # two files may number their rows alike
 
     for e in examples:
-        twin = ("id", other.get(e.label or ""), e.meta["twin"]) if e.meta.get("twin") else own(e)
+        twin = ("id", other.get(e.label or ""), str(e.meta["twin"])) if e.meta.get("twin") else own(e)
         for key in (twin, ("question", e.cluster)):
             parent[root(own(e))] = root(key)
     families: dict[tuple[Any, ...], list[Example]] = {}
@@ -330,7 +350,7 @@ def _read_file(path: Path, format: str | None) -> list[Any]:
     if format != "lines":
         if content.lstrip()[:1] in ("[", "{") or path.suffix.lower() in (".json", ".jsonl"):
             return _read_json(path, content)
-        if rows := _read_table(path, content, format):
+        if (rows := _read_table(path, content, format)) is not None:
             return rows
         if path.suffix.lower() in (".csv", ".tsv") and len(content.splitlines()) > 1:
             raise DataError(
@@ -435,6 +455,9 @@ def _example(
     elif audio is not None and not isinstance(audio, (bytes, Mapping)):
         raise DataError(f"{where}: 'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
     category = take(kind.category) if isinstance(row.get(columns.get(kind.category, "")), str) else None
+    for name_ in ("question", "twin", "voice"):  # read from `meta` by these names, however the column is spelt
+        if (column := columns.get(name_, name_)) != name_ and column in rest:
+            rest[name_] = rest.pop(column)
     return Example(f"row-{number}" if name is None else str(name), text, audio, label, category, rest)
 
 

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -227,10 +227,10 @@ def first_token_change(reader: Reader, before: Tensor, after: Tensor) -> tuple[T
     Returns:
         `[n]` in nats and `[n]` boolean, from what the head gives (a soft cap behind the head is not in it).
     """
-    head, kl, same = reader.location.head, [], []
+    kl, same = [], []
     for a, b in zip(before.split(64), after.split(64), strict=True):
-        p = head.forward(a.to(reader.device, reader.dtype)).float().log_softmax(-1)  # past all hooks: vanilla
-        q = head(b.to(reader.device, reader.dtype)).float().log_softmax(-1)  # a steering hook acts here
+        p = reader.logits(a, vanilla=True).log_softmax(-1)
+        q = reader.logits(b).log_softmax(-1)  # a steering hook acts here
         kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
         same.append((p.argmax(-1) == q.argmax(-1)).cpu())
     return torch.cat(kl), torch.cat(same)
@@ -264,7 +264,7 @@ def log_likelihood(reader: Reader, prompts: Sequence[Prompt], answers: Sequence[
     rows = [h[len(p) - 1 : len(p) - 1 + len(a)] for h, p, a in zip(hidden, prompts, answers, strict=True)]
     targets = torch.cat(list(answers)).to(reader.device)
     losses = [
-        F.cross_entropy(location.head(h).float(), t, reduction="none")
+        F.cross_entropy(reader.logits(h), t, reduction="none")
         for h, t in zip(torch.cat(rows).split(512), targets.split(512), strict=True)
     ]
     return torch.stack([-x.mean() for x in torch.cat(losses).split([len(a) for a in answers])])
@@ -311,20 +311,18 @@ class Rate:
 
         Args:
             clusters: what each value belongs to, e.g. the question that several voices ask. The interval is then that
-                of the effective sample size `n / design effect`: answers that agree count as one.
+                of the effective sample size `n / design effect`, at most the number of clusters: of few clusters, how
+                much they agree within says little.
         """
         values = np.asarray([bool(hit) for hit in hits], float)
         k, n, z = int(values.sum()), len(values), 1.959963984540054
         if not n:
             return cls(0, 0, math.nan, math.nan, math.nan)
-        p, m = k / n, float(n)
         sums, sizes = _clustered(values, clusters)
-        if len(sums) < n:
-            spread = float(((sums - p * sizes) ** 2).sum()) / n**2  # variance of the rate, clusters drawn
-            if spread > 0:
-                m = min(m, p * (1 - p) / spread)
-            elif p in (0, 1) or len(sums) == 1:  # nothing tells how much voices agree: as if they always did
-                m = float(len(sums))
+        p, m = k / n, float(len(sums))
+        spread = float(((sums - p * sizes) ** 2).sum()) / n**2  # variance of the rate, clusters drawn
+        if 1 < len(sums) < n and spread > 1e-12:
+            m = min(m, p * (1 - p) / spread)
         middle = (p + z * z / (2 * m)) / (1 + z * z / m)
         half = z * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m)) / (1 + z * z / m)
         return cls(k, n, p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
@@ -1034,9 +1032,9 @@ class _Asker:
         """Probability `[n, choices]` of each choice, among the choices."""
         with tqdm(total=len(texts), desc=self.name[:40], leave=False, dynamic_ncols=True, disable=None) as bar:
             h = self.reader.represent([self.reader.read(text) for text in texts], bar.update)
-        head, out = self.reader.location.head, []
+        out = []
         for rows in h.split(64):
-            logits = head(rows.to(self.reader.device, self.reader.dtype)).float().cpu()
+            logits = self.reader.logits(rows).cpu()
             out.append(torch.stack([logits[:, ids].logsumexp(-1) for ids in self.ids], -1).softmax(-1))
         return torch.cat(out) if out else torch.empty(0, len(self.ids))
 
@@ -1305,6 +1303,7 @@ class Report:
     def _methods_table(self) -> str:
         """Several stages: for each condition, a row for each stage."""
         groups = list(dict.fromkeys(a.group for a in self.answers))
+        order = list(dict.fromkeys(a.condition for a in self.answers))
         kl = {(u["condition"], u["stage"]): u["kl"]["value"] for u in self.usefulness}
         body = []
         for condition, stage in dict.fromkeys((a.condition, a.stage) for a in self.answers):
@@ -1319,7 +1318,7 @@ class Report:
             cells.append(f"{self._rate(everything, ('degenerate',)).value:.1%}")
             cells.append(f"{kl[condition, stage]:.3f}" if (condition, stage) in kl else "–")
             body.append(cells)
-        counts = {g: len({a.id for a in self.answers if a.group == g}) for g in groups}
+        counts = {g: numbers(len(self._select(g, c, self.stages[0])) for c in order) for g in groups}
         head = ["condition", "method", *(f"{g} refused (n={n})" for g, n in counts.items()), "degenerate", "KL"]
         return _table(head, body)
 
@@ -1376,6 +1375,9 @@ class Report:
             import matplotlib  # noqa: F401
         except ImportError:
             return files
+        for pattern in ("safety.png", "categories-*.png", "representations-*.png"):
+            for old in directory.glob(pattern):  # of an earlier report in this folder
+                old.unlink()
         files += plot_safety(self, directory / "safety.png")
         for condition in dict.fromkeys(a.condition for a in self.answers):
             files += plot_categories(self, condition, directory / f"categories-{condition}.png")
@@ -1398,6 +1400,12 @@ class Report:
 def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
     lines = [" | ".join(head), " | ".join(["---"] * len(head)), *(" | ".join(map(str, cells)) for cells in body)]
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def numbers(counts: Iterable[int]) -> str:
+    """ "56", or "12–56" where they differ."""
+    found = sorted({*counts} - {0}) or [0]
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
 
 def _percent(rate: Rate) -> str:
@@ -1451,6 +1459,8 @@ Panels: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 class RepresentationLog:
     """Records `h(x)` of fixed examples at epoch 0 (vanilla) to E; a callback for `fit`, for the paper's figure.
 
+    A fit that starts anew empties it; one that resumes lacks the epochs before.
+
         log = RepresentationLog({"harmful": "test_h.jsonl", "benign": "test_b.jsonl"})
         rrs.fit(harmful=…, benign=…, callbacks=[log])
         rrs.evaluate(…).save("out", maps=log.maps)
@@ -1468,7 +1478,9 @@ class RepresentationLog:
     def __call__(self, step: Step) -> None:
         """Records at the first call (epoch 0) and after the last step of each epoch."""
         rrs = step.rrs
-        if not any(self.maps.values()):
+        if step.step == 1 or not any(self.maps.values()):
+            for panels in self.maps.values():
+                panels.clear()
             with rrs.disabled():
                 self.record(rrs, "epoch 0")
         if step.step % (step.steps // rrs.config.epochs) == 0:
@@ -1490,6 +1502,13 @@ def figure_class() -> Any:
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "rrs[plot]" (or: pip install matplotlib).') from error
     return Figure
+
+
+def check_plot(path: str | Path) -> None:
+    """Raises ValueError or ImportError where `figure.savefig(path)` would, once the work is done."""
+    kinds = figure_class()().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in ("", *kinds):
+        raise ValueError(f"plot={str(path)!r} must end in .png, or another of {sorted(kinds)}.")
 
 
 def _figure(width: float, height: float) -> Any:
@@ -1577,7 +1596,7 @@ def plot_safety(report: Report, path: Path) -> list[Path]:
     for ax, condition in zip(figure.subplots(1, len(conditions), squeeze=False)[0], conditions, strict=True):
         for stage, colour in stages.items():
             up = report._rate([a for g in harmful for a in report._select(g, condition, stage)], ("refusal",))
-            for group, marker in zip(others, "osD^v<>PX*", strict=False):
+            for group, marker in zip(others, cycle("osD^v<>PX*"), strict=False):
                 right = report.rate(group, condition, stage)
                 if not up.n or not right.n:
                     continue
@@ -1589,8 +1608,13 @@ def plot_safety(report: Report, path: Path) -> list[Path]:
         ax.set(title=condition, xlabel="harmless refused", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("harmful refused")
-    labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=min(len(labels[0]), 3), frameon=False, fontsize="small")
+    handles = {
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside lower center", ncols=min(len(handles), 3) or 1, frameon=False,
+        fontsize="small",
+    )  # fmt: skip
     figure.savefig(path, dpi=150)
     return [path]
 

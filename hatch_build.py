@@ -18,3 +18,6 @@ class FlatLayout(BuildHookInterface):  # type: ignore[type-arg]
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
             build_data["force_include"][str(marker)] = "rrs/py.typed"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        (Path(self.directory) / "py.typed").unlink(missing_ok=True)  # only wheels and the like stay in dist/

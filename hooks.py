@@ -171,6 +171,10 @@ def _children(module: nn.Module, names: Sequence[str], kind: type) -> dict[str, 
 ACTIVATIONS = ("inputs_embeds", "hidden_states", "input")  # keyword names of a module's main argument, asked first
 
 
+class EmptyClip(ValueError):  # noqa: N818
+    """A clip that gives the model no audio token."""
+
+
 class _Stop(Exception):  # noqa: N818
     """Ends a forward pass early; caught by the `capture` that raised it and by nothing else."""
 
@@ -361,6 +365,7 @@ class Reader:
         self.share_prefix = True
         self.continues_prefix: bool | None = None  # may generate() go on from it? decided on the first batch
         self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head
+        self.logit_scale = 1.0  # and what the head gives, on its way to the softmax; see `_logit_scale`
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
         self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # instruction -> ids before, ids after the audio
@@ -500,6 +505,8 @@ class Reader:
         inputs, audio = make(), load is not None
         ids = inputs["input_ids"][0].cpu()
         prompt, first = Prompt(ids, audio=audio, inputs=make), self.exact is None
+        if first:
+            self.logit_scale = self._logit_scale(inputs, audio)
         if first and not all(_accepts(self.location.decoder, name) for name in ("inputs_embeds", "use_cache")):
             self._fall_back("its forward takes no inputs_embeds or use_cache")
         if self.exact is False:
@@ -513,6 +520,8 @@ class Reader:
                 return prompt
             if audio:
                 differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
+                if not len(differs):
+                    raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
                 start, end = int(differs[0]), int(differs[-1]) + 1
                 prompt = replace(prompt, rows=embeds[start:end], start=start)
         if first or (audio and self.undecided):  # the first text and the first clip are checked
@@ -570,6 +579,29 @@ class Reader:
         with self.own_lora(audio), capture(self.model, path, where="input", position=end, stop=True) as record:
             self.model(**inputs)
         return record[path][0]
+
+    def _logit_scale(self, inputs: Mapping[str, Any], audio: bool) -> float:
+        """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 where it does nothing of
+        the kind, and for a soft cap, which leaves small logits as they are."""
+        path, few = self.location.head_path, {"logits_to_keep": 1} if _accepts(self.model, "logits_to_keep") else {}
+        with self.own_lora(audio), capture(self.model, path, position=slice(-1, None)) as record:
+            logits = getattr(self.model(**inputs, **few), "logits", None)
+        head = record[path][0][0, -1].float()
+        if not isinstance(logits, Tensor) or logits.shape[-1:] != head.shape:
+            return 1.0
+        true = logits[0, -1].float()
+        factor = float(true @ head / (head @ head))
+        return factor if factor > 0 and abs(factor - 1) > self.tolerance and self._close(factor * head, true) else 1.0
+
+    def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
+        """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.
+
+        Args:
+            vanilla: past all hooks on the head, such as steering ones.
+        """
+        head = self.location.head.forward if vanilla else self.location.head
+        logits = head(h.to(self.device, self.dtype)).float()
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     @contextmanager
     def own_lora(self, audio: bool) -> Iterator[None]:
@@ -949,7 +981,7 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the update to the model's weights and detaches itself. It can't be undone exactly; keep a saved copy."""
+        """Adds the update to the model's weights, and is zero and detached. It can't be undone; keep a saved copy."""
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
         inner = {path: getattr(module, "base_layer", module) for path, module in self._modules_by_path.items()}
         for path, module in inner.items():
@@ -962,6 +994,7 @@ class LoRA(nn.Module):
             update = self.scale * (b @ a)
             weight = weight_of(module)
             weight += (update.T if _is_conv1d(module) else update).to(weight.dtype)
+            b.zero_()  # it is in the weights: after an error (memory, Ctrl-C) another merge() does the rest
         self.detach()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -1037,7 +1070,12 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
     depth, (low, high) = len(location.layers), layers
     inside = {path for path in linears if low <= (int(path.partition(".")[0]) + 0.5) / depth <= high}
     paths = [f"{location.layers_path}.{path}" for path, name in linears.items() if name in wanted and path in inside]
-    if not paths and wanted:
+    if not wanted:
+        raise ValueError(
+            f"target_modules {list(names)} are all matrices of experts, 3-D parameters, which get no LoRA; name some "
+            f"of {sorted(present)}."
+        )
+    if not paths:
         raise ValueError(f"layers={layers} hold none of the {depth} blocks with {sorted(wanted)}; widen it.")
     return paths
 

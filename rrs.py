@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -52,6 +53,7 @@ from rrs.data import (
     content_hash,
     hold_out,
     load_examples,
+    marks,
     needed_packages,
     shared,
     user_turn,
@@ -66,7 +68,7 @@ from rrs.evaluate import (
     answer_and_judge,
     auc,
     chat_quality,
-    figure_class,
+    check_plot,
     first_token_change,
     generate,
     generate_ids,
@@ -77,6 +79,7 @@ from rrs.evaluate import (
 )
 from rrs.hooks import (
     ANOTHER_LORA,
+    EmptyClip,
     Location,
     LoRA,
     Prompt,
@@ -247,26 +250,33 @@ class RRSConfig:
     """Spread the frozen decoder's weights over the processes of torchrun (FSDP2), for bases that fit no single GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "conditions", "openings", "target_modules", "betas", "layers"):  # JSON has lists only
+        for name in ("prompts", "conditions", "openings", "target_modules"):
+            setattr(self, name, _strings(name, getattr(self, name)))
+        for name, kind in ((f.name, type(f.default)) for f in fields(self)):
+            if kind is int or kind is float:
+                setattr(self, name, _number(name, getattr(self, name), kind))
+        for name in ("betas", "layers"):  # JSON has lists only
             value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"{name}={value!r} must be a sequence of strings; write ({value!r},).")
-            setattr(self, name, tuple(value))
-        if not all(self.openings):
-            raise ValueError(f"openings={self.openings!r} must not hold an empty one; answers begin anywhere anyway.")
+            if not isinstance(value, Sequence) or len(value) != 2:
+                raise ValueError(f"{name}={value!r} must be two numbers.")
+            setattr(self, name, tuple(_number(name, x, float) for x in value))
+        for name in ("prompts", "openings"):
+            if not all(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must not hold an empty one.")
         if unknown := [c for c in self.conditions if c not in CONDITIONS]:
             raise ValueError(f"conditions {unknown} are unknown; choose from {CONDITIONS}.")
+        self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
         for name in ("prompts", "conditions", "target_modules", "refusal_token", "refusal_prompt", "instruction"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty.")
         for name in ("depth", "lora_r", "epochs", "batch_size", "accumulate"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm", "benign_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
-        if not isinstance(self.keep_tokens, int) or self.keep_tokens < 0:
+        if self.keep_tokens < 0:
             raise ValueError(f"keep_tokens={self.keep_tokens!r} must be a whole number of at least 0.")
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"keep_share={self.keep_share!r} must lie in (0, 1]; keep_tokens=0 holds no answers.")
@@ -279,7 +289,9 @@ class RRSConfig:
             raise ValueError(f"direction={self.direction!r} must be 'delta' or 'quiet'.")
         if self.penalty_form not in ("sum", "relative"):
             raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
-        if len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1] <= 1:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r} must lie in [0, 1).")
+        if not 0 <= self.layers[0] < self.layers[1] <= 1:
             raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
         if self.refusal and self.depth > 1:
             raise ValueError(
@@ -302,8 +314,26 @@ class RRSConfig:
         return cls(**values)
 
 
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    """The strings of a sequence; a string is not one of its letters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}={value!r} must be a sequence of strings; write ({value!r},).")
+    found = tuple(value) if isinstance(value, Iterable) else None
+    if found is None or not all(isinstance(x, str) for x in found):
+        raise ValueError(f"{name}={value!r} must be a sequence of strings.")
+    return found
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> float:
+    """A number as Python's own, whatever it comes as (NumPy's can't be saved as JSON)."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise ValueError(f"{name}={value!r} must be a {'whole ' if kind is int else ''}number.")
+    return kind(value)
+
+
 def _check_top(top: float | str) -> None:
-    if top != "positive" and (isinstance(top, (str, bool)) or not 0 < top <= 100):
+    if top != "positive" and (not isinstance(top, (int, float)) or isinstance(top, bool) or not 0 < top <= 100):
         raise ValueError(f"top={top!r} must be a percentage in (0, 100], e.g. 12.5, 25 or 50, or 'positive'.")
 
 
@@ -362,7 +392,7 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
     Args:
         move: `[hidden]`, e.g. Δ∘mask, or several `[moves, hidden]`.
         benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly.
-        head_weight: W `[vocab, hidden]`.
+        head_weight: W `[vocab, hidden]`, times what the model scales its logits with, if it does.
 
     Returns:
         As many, with the same component along `move`; ε is F's mean eigenvalue.
@@ -448,7 +478,7 @@ def make_targets(
         reps: the vanilla representations.
         head_row, top, scorer: see `select_features`.
         strengths: factors of Δ on the harmful and on the benign side; the paper's are 1 and 1.
-        quiet: the head's weights `[vocab, hidden]`; with them, `quiet_direction` takes the place of Δ∘mask.
+        quiet: `quiet_direction`'s `head_weight`; with it, that direction takes the place of Δ∘mask.
     """
     delta = reps.delta
     mask = select_features(delta, head_row, top, scorer)
@@ -783,12 +813,13 @@ class RRS:
         self.targets: dict[str, Targets] = {}
         """What this adapter was trained towards, for stages of your own; `load` does not bring them back."""
         self.checks: list[Preflight] = []
+        self._checked: Mapping[str, Any] | None = None  # the targets that these are of
         self.history: list[dict[str, float]] = []
         self.report: Report | None = None
         """The last before/after evaluation of this adapter; `save` puts it on the model card."""
         self.record: dict[str, Any] = {}
         """What the adapter was trained with: config, data, base, versions."""
-        self._trained_on: list[Example] = []
+        self._trained_on = frozenset[int]()
         self._vectors: dict[str, Tensor] = {}
 
     @classmethod
@@ -854,7 +885,10 @@ class RRS:
         rate = getattr(self.render, "rate", 16000)
         if not rate:
             raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
-        return self.reader.read(text, (key, lambda: load(rate)))
+        try:
+            return self.reader.read(text, (key, lambda: load(rate)))
+        except EmptyClip as error:
+            raise DataError(f"{example.id}: {error}.") from None
 
     def readable(
         self, examples: Sequence[Example], conditions: Sequence[str], on_error: Literal["raise", "skip"] = "raise"
@@ -1052,7 +1086,7 @@ class RRS:
         """
         c, out = self.config, {}
         row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
-        quiet = self.location.head_weight if c.direction == "quiet" else None
+        quiet = self.location.head_weight * self.reader.logit_scale if c.direction == "quiet" else None
         for condition, r in reps.items():
             if len(r.later) < c.answer_tokens:
                 raise ValueError(
@@ -1077,10 +1111,11 @@ class RRS:
             out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
             if c.refusal:
                 h, lengths = len(r.harmful), [len(tokens) for tokens in r.tokens]
-                if not r.along or max(lengths[h:]) < c.keep_tokens:
+                other = set(r.tokens[:h]) != {tuple(self._ids(c.refusal))}
+                if not r.along or other or max(lengths[h:]) < c.keep_tokens:
                     raise ValueError(
-                        f"{condition}: these representations do not go along the refusal and {c.keep_tokens} tokens of "
-                        "benign answers; extract them again with this config."
+                        f"{condition}: these representations do not go along refusal={c.refusal!r} and "
+                        f"{c.keep_tokens} tokens of benign answers; extract them again with this config."
                     )
                 ends = lengths[:h] + [min(n, c.keep_tokens) for n in lengths[h:]]
                 out[condition].tokens = [tokens[:end] for tokens, end in zip(r.tokens, ends, strict=True)]
@@ -1121,13 +1156,15 @@ class RRS:
         c = self.config
         callbacks = list(callbacks)
         made = {k: t for k, t in targets.items() if isinstance(t, Targets)}
-        depth = (c.answer_tokens, self._openings())
-        if wrong := [k for k, t in made.items() if (len(t.later), [tokens for tokens, _ in t.opened]) != depth]:
-            raise ValueError(
-                f"The targets in {wrong} do not go {c.answer_tokens} tokens along the answers, or not after the "
-                f"openings {c.openings!r}, as config.depth, keep_tokens and openings say; make them by extract and "
-                "make_targets with this config."
-            )
+        for condition, t in made.items():
+            refusals = set(t.tokens[: len(t.harmful)]) if t.along else set()
+            along = (len(t.later), [tokens for tokens, _ in t.opened], refusals)
+            if along != (c.answer_tokens, self._openings(), {tuple(self._ids(c.refusal))} if c.refusal else set()):
+                raise ValueError(
+                    f"{condition}: these targets are not of config.depth={c.depth}, keep_tokens={c.keep_tokens}, "
+                    f"refusal={c.refusal!r} and openings={c.openings!r}; make them by extract and make_targets with "
+                    "this config."
+                )
         items: dict[str, list[Item]] = {
             condition: _items(t)
             if isinstance(t, Targets)
@@ -1142,7 +1179,8 @@ class RRS:
         )  # fmt: skip
         batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
         per_epoch = -(-batches // c.accumulate)
-        steps = c.epochs * per_epoch
+        if not (steps := c.epochs * per_epoch):
+            raise ValueError(f"There is nothing to train on: {len(items)} conditions, {c.epochs} epochs, no step.")
         weight = c.penalty
         if c.penalty_form == "relative":  # pairs have no Δ: their loss keeps its own unit
             units = [float((t.delta * t.mask).square().mean()) for t in made.values()]
@@ -1166,7 +1204,7 @@ class RRS:
             "base": {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)},
             "versions": versions(),
         }
-        checkpoints, checks = None, self.checks
+        checkpoints, checks = None, self.checks if targets is self._checked else []
         history: list[dict[str, float]] = []
         micro = c.batch_size
         plan: list[tuple[str, list[int]]] = []
@@ -1199,7 +1237,7 @@ class RRS:
             self.checks = checks
             self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
             self.report, self.targets, self._vectors = None, made, {}
-            self._trained_on = [item.example for rows in items.values() for item in rows]
+            self._trained_on = marks(item.example for rows in items.values() for item in rows)
             for condition, t in made.items():
                 self._vectors[f"{condition}.delta"] = t.delta.contiguous()
                 self._vectors[f"{condition}.mask"] = t.mask.contiguous()
@@ -1369,8 +1407,8 @@ class RRS:
         """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
         before, on = dict(vars(self)), self.lora is not None and self.lora.attached
         self.disable()
-        self.lora, self.history = lora.attach().train(), history
         try:
+            self.lora, self.history = lora.attach().train(), history
             yield
         except BaseException:
             lora.detach()
@@ -1428,6 +1466,7 @@ class RRS:
             self. After an error, model and adapter are as they were before.
         """
         _check_folder(checkpoint_dir, checkpoint_every, resume)
+        callbacks = list(callbacks)
         harmful, benign = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         began = time.perf_counter()
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
@@ -1453,10 +1492,8 @@ class RRS:
             )
         reps = self.extract(harmful, benign, cache=checkpoint_dir)
         targets = self.make_targets(reps, scorer)
-        if not started:
-            self.checks = []
-            if preflight:
-                self.preflight(reps, targets, preflight)
+        if preflight and not started:
+            self.preflight(reps, targets, preflight)
         self.train(
             targets,
             loss=loss,
@@ -1523,7 +1560,8 @@ class RRS:
         except ImportError as error:
             raise ImportError('tune() needs Optuna: pip install "rrs[tune]" (or: pip install optuna).') from error
         if plot is not None:
-            figure_class()  # before the trials, not after
+            check_plot(plot)  # before the trials, not after
+        budget = _number("budget", budget, float)
         if world() > 1:
             raise ValueError("tune() runs in one process, and torchrun started several; give several fits to it.")
         c, space = self.config, _space(self.config, search)
@@ -1561,7 +1599,9 @@ class RRS:
         def run(settings: Mapping[str, Any], *callbacks: Callback) -> list[dict[str, float]]:
             worker.config = replace(c, **settings)
             try:
-                worker.train(worker.make_targets(reps, scorer), callbacks=callbacks)
+                targets = worker.make_targets(reps, scorer)
+                worker._checked = targets if preflight else None  # once for all trials
+                worker.train(targets, callbacks=callbacks)
                 assert worker.lora is not None
                 points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS[1::2])  # 0.6 to 1.4
                 best = worker._strongest(points, budget)
@@ -1581,7 +1621,7 @@ class RRS:
             goals = worker.make_targets(reps, scorer)
             if preflight:
                 self.preflight(reps, goals, preflight)
-            worker.checks = self.checks if preflight else []
+            worker.checks = self.checks
             prompts = self._dev(groups, c.conditions)
             groups = {g: rows for g, rows in groups.items() if g in prompts}
             probes = [[p for g in prompts if g.startswith("harmful") is up for p in prompts[g]] for up in (True, False)]
@@ -1643,12 +1683,13 @@ class RRS:
                 f"stays within the budget of {budget:g}" if over else "within the budget refuses more than vanilla"
             )
             warnings.warn(f"No trial {trouble}; the best is: {said}.", RRSWarning, stacklevel=2)
+        self.enable()
         if plot is not None:
             done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
             points = [(cost, refused) for a in done for _, cost, refused in a["tried"]]
             chosen_point = (figures["cost"], figures["refused"])
             plot_front(points, plot, budget, before, chosen_point, "trials, each at some strengths")
-        return self.enable(), study
+        return self, study
 
     @torch.no_grad()
     def calibrate(
@@ -1690,9 +1731,12 @@ class RRS:
         """
         if self.lora is None or not self.lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        strengths = [float(strength) for strength in strengths]
+        strengths = [_number("strengths", strength, float) for strength in strengths]
         if not strengths or min(strengths) <= 0:
             raise ValueError(f"strengths={strengths!r} must be factors above 0.")
+        conditions, budget = _strings("conditions", conditions), _number("budget", budget, float)
+        if plot is not None:
+            check_plot(plot)  # before the answers, not after
         groups = {group: self.readable(rows, conditions) for group, rows in _groups(dev).items()}
         self._warn_of_training_data(groups)
         prompts = self._dev(groups, conditions)
@@ -1873,6 +1917,7 @@ class RRS:
                 benign_same=Rate.of(self._first_choice(goal.benign) == self._first_choice(reps[condition].benign)),
             )
             self.checks.append(check)
+            self._checked = targets
             self._say(
                 f"preflight {condition}: {check.refused} refused with the refusal prompt; first choice is "
                 f"{self.config.refusal_token!r} at {check.token_before} of harmful inputs, {check.token_full} with the "
@@ -1918,6 +1963,7 @@ class RRS:
             candidates: prompts to try beside the config's own.
             n: examples to answer under each (24 tokens).
         """
+        candidates = _strings("candidates", candidates)
         condition, examples = self._some(harmful, condition, n)
         out, worker = [], copy.copy(self)
         with self.disabled(), self._quiet_model():
@@ -1944,6 +1990,7 @@ class RRS:
             candidates: further openings to try, of one token or several.
             n: examples to use.
         """
+        candidates = _strings("candidates", candidates)
         condition, examples = self._some(harmful, condition, n)
         with self.disabled(), self._quiet_model():
             refusing = [self.read(e, condition, refusal=True) for e in examples]
@@ -1995,21 +2042,20 @@ class RRS:
         """Whether a token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead over all others."""
 
         def take(logits: Tensor) -> Tensor:
-            first, (best, second) = logits.argmax(-1) == token, logits.float().topk(2).values.unbind(-1)
-            return torch.stack([first.float(), logits[:, token].float() - torch.where(first, second, best)], 1)
+            first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
+            return torch.stack([first.float(), logits[:, token] - torch.where(first, second, best)], 1)
 
         first, lead = self._logits(h, take).unbind(-1)
         return first.bool(), lead
 
     def _log_probability(self, h: Tensor, token: int) -> Tensor:
         """The head's log-probability `[n]` of a token at vectors `[n, hidden]`."""
-        return self._logits(h, lambda logits: logits.float().log_softmax(-1)[:, token])
+        return self._logits(h, lambda logits: logits.log_softmax(-1)[:, token])
 
     @torch.no_grad()
     def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
         """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
-        head, device, dtype = self.location.head, self.reader.device, self.reader.dtype
-        return torch.cat([take(head(rows.to(device, dtype))).cpu() for rows in h.split(256)])
+        return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -2084,7 +2130,7 @@ class RRS:
             scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
             on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
-        groups = _groups(examples)
+        groups, conditions = _groups(examples), _strings("conditions", conditions)
         if (chat is None) != (scorer is None):
             raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
         chats = [] if chat is None else load_examples(chat)
@@ -2104,6 +2150,12 @@ class RRS:
             if bad := len(rows) - len(groups[group]):
                 notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
         notes += self._warn_of_training_data(groups)
+        sides = [
+            [e for g, rows in groups.items() if g.startswith("harmful") is side for e in rows] for side in (True, False)
+        ]
+        if both := shared(*sides):
+            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
+            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
 
         def answer(stage: str, condition: str, rows: Sequence[Example], instruction: bool = False) -> list[str]:
             with self._quiet_model(), stages[stage](condition) as other:
@@ -2290,7 +2342,7 @@ class RRS:
                 raise ValueError(ANOTHER_LORA)
             yield
         finally:
-            if on:
+            if on and self.lora is not None:  # not merged in here
                 self.enable()
 
     def merge(self) -> nn.Module:
@@ -2302,7 +2354,8 @@ class RRS:
         return self.model
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks).
+        """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks,
+        and hashes of the training questions, by which `evaluate` knows them again).
 
         The folder appears complete or not at all. What it replaces is deleted last, and only if it is an adapter.
 
@@ -2348,8 +2401,11 @@ class RRS:
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": self._card().encode(),
         }
-        if self._vectors:
-            files["rrs.safetensors"] = to_safetensors(self._vectors)
+        vectors = dict(self._vectors)
+        if self._trained_on:
+            vectors["trained_on"] = torch.tensor(sorted(self._trained_on))
+        if vectors:
+            files["rrs.safetensors"] = to_safetensors(vectors)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
             for name, content in files.items():
@@ -2444,19 +2500,23 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
             raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
         try:
             peft, record, vectors = json.loads((directory / "adapter_config.json").read_text()), {}, {}
-            paths, r, alpha = list(peft["target_modules"]), int(peft["r"]), float(peft["lora_alpha"])
+            r, alpha = int(peft["r"]), float(peft["lora_alpha"])
             if (directory / "rrs.json").is_file():
                 record = json.loads((directory / "rrs.json").read_text())
             if (directory / "rrs.safetensors").is_file():
                 vectors = load_file(directory / "rrs.safetensors")
             tensors = load_file(directory / "adapter_model.safetensors")
+            # Not by peft["target_modules"]: saved again by PEFT, those are shortened to the ends of paths.
+            names = re.findall(r"^base_model\.model\.(.+)\.lora_A\.weight$", "\n".join(tensors), re.MULTILINE)
+            if not names:
+                raise ValueError("no LoRA in adapter_model.safetensors")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again."
             ) from None
         rrs = cls(model, processor, RRSConfig.from_dict(record.get("config", {})), **kwargs)
-        known = dict(model.named_modules())
-        if unknown := [p for p in paths if p not in known]:
+        paths = [path for path, _ in model.named_modules() if path in names]
+        if unknown := sorted(set(names) - set(paths)):
             raise ValueError(
                 f"{directory} was made for another base ({record.get('base', {}).get('class', '?')}): "
                 f"{type(model).__name__} has no {unknown[:3]} …"
@@ -2471,6 +2531,7 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
                 RRSWarning,
                 stacklevel=2,
             )
+        rrs._trained_on = frozenset(vectors.pop("trained_on", torch.empty(0)).tolist())
         rrs.history, rrs._vectors = record.pop("history", []), vectors
         rrs.checks = [Preflight.from_dict(check) for check in record.get("preflight", [])]
         rrs.record = {k: v for k, v in record.items() if k != "evaluation"}  # of what is saved next, not of this
@@ -2585,10 +2646,13 @@ def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any
             )
         if isinstance(values, list):
             out[name] = CategoricalDistribution(values)
-        elif isinstance(getattr(config, name), int):
-            out[name] = IntDistribution(*values)
+            continue
+        if not (isinstance(values, tuple) and len(values) == 2 and all(isinstance(x, (int, float)) for x in values)):
+            raise ValueError(f"search: {name}={values!r} must be two numbers (low, high) or a list of choices.")
+        low, high = values
+        if isinstance(getattr(config, name), int):
+            out[name] = IntDistribution(low, high)
         else:
-            low, high = values
             out[name] = FloatDistribution(low, high, log=0 < 10 * low <= high)
     return out
 
@@ -2598,8 +2662,9 @@ def _most(distribution: Any) -> Any:
 
 
 def _within(value: Any, distribution: Any) -> bool:
-    choices = getattr(distribution, "choices", None)
-    return value in choices if choices else distribution.low <= value <= distribution.high
+    if choices := getattr(distribution, "choices", None):
+        return value in choices
+    return not isinstance(value, str) and distribution.low <= value <= distribution.high
 
 
 def _study(path: str | Path | None, name: str, seed: int) -> Any:

@@ -77,7 +77,7 @@ def of_its_own(rrs: RRS, reps: Mapping[str, Representations], row: Row, key: Cal
         deltas = [rep.refused[h].mean(0) - rep.benign[b].mean(0) for h, b in groups]
         moves = torch.stack([delta * select_features(delta, head_row, c.top, row.scorer) for delta in deltas])
         if c.direction == "quiet":
-            moves = quiet_direction(moves, rep.benign, rrs.location.head_weight)
+            moves = quiet_direction(moves, rep.benign, rrs.location.head_weight * rrs.reader.logit_scale)
         for (h, b), move in zip(groups, moves, strict=True):
             goal.harmful[h] = rep.harmful[h] + c.harmful_strength * move
             goal.benign[b] = rep.benign[b] - c.benign_strength * move
@@ -117,8 +117,7 @@ def held_by_kl(rrs: RRS, reps: Mapping[str, Representations], row: Row, weight: 
     def near(reader: Reader, prompts: Sequence[Prompt], targets: Sequence[Tensor]) -> Tensor:
         h = reader.last_hidden(prompts)[:, 0].float()  # [batch, hidden]
         flags, goal = torch.stack(list(targets)).to(h).split([1, h.shape[1]], 1)
-        head, dtype = reader.location.head, reader.dtype
-        before, now = (head(x.to(dtype)).float().log_softmax(-1) for x in (goal, h))
+        before, now = (reader.logits(x).log_softmax(-1) for x in (goal, h))
         kl = F.kl_div(now, before, log_target=True, reduction="none").sum(-1)
         return torch.where(flags[:, 0] > 0, weight * kl, (h - goal).square().mean(-1)).mean()
 
@@ -230,7 +229,8 @@ def ablate(
     dev: Mapping[str, Sequence[Example]] | None = None,
     budget: float = 0.01,
 ) -> list[dict[str, Any]]:
-    """Trains and measures every row that is not in `out/rows.jsonl` yet, and writes the table after each.
+    """Trains and measures every row that is not in `out/rows.jsonl` yet, and writes the table after each: of these rows
+    and of those that were measured alike before.
 
     Args:
         rrs: a model with the base configuration.
@@ -244,10 +244,14 @@ def ablate(
     (out / "base.json").write_text(json.dumps(asdict(base), indent=1, ensure_ascii=False) + "\n")
     vanilla = copy.copy(rrs)  # the same model and reader: the stage that all rows are compared with, answered once
     vanilla.lora, vanilla.targets = None, {}
-    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    whole, _, torn = log.read_text().rpartition("\n") if log.exists() else ("", "", "")
+    if torn:  # a line that was being written
+        log.write_text(whole and f"{whole}\n")
+    known = [json.loads(line) for line in whole.splitlines()]
     same = [fingerprint(rrs.model), asdict(base), list(conditions), max_new_tokens, name_of(judge_refusals)]
     same += [content_hash(examples) for examples in (*train.values(), *test.values())]
     same += [budget, *(content_hash(examples) for examples in dev.values())] if dev else []
+    alike = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
     done: list[dict[str, Any]] = []
     for number, (name, row) in enumerate(rows.items(), 1):
         key = hashlib.sha256(json.dumps([same, name, str(row)]).encode()).hexdigest()[:16]
@@ -261,16 +265,26 @@ def ablate(
             if dev:
                 rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS)
             found = rrs.record.get("calibrated", {"factor": 1.0, "auc": {}})
-            record = {"key": key, "name": name, "diff": str(row), "strength": found["factor"], "auc": found["auc"]}
+            record = {
+                "key": key,
+                "alike": alike,
+                "name": name,
+                "diff": str(row),
+                "strength": found["factor"],
+                "auc": found["auc"],
+            }
             record["seconds"] = round(seconds)
             record |= measure(rrs, vanilla, test, conditions, max_new_tokens, out / "answers.jsonl")
             rrs.disable()
             rrs.config = base
+            known.append(record)
             with log.open("a") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         done.append(record)
-        (out / "table.json").write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n")
-        (out / "table.md").write_text(table(done))
+        others = [r for r in known if r.get("alike") == alike and r["name"] in ROWS and r["name"] not in rows]
+        shown = sorted([*done, *others], key=lambda r: [*ROWS].index(r["name"]) if r["name"] in ROWS else len(ROWS))
+        (out / "table.json").write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
+        (out / "table.md").write_text(table(shown))
     return done
 
 

@@ -142,7 +142,7 @@ def compare(
     rrs.fit(train["harmful"], train["benign"], callbacks=[log], preflight=preflight)
     calibrate("RRS")
     rrs.save(out / "adapter", overwrite=True)
-    loras, moves, trained = {"RRS": rrs.lora}, dict(rrs.targets), (rrs.record, rrs.history)
+    loras, moves, trained = {"RRS": rrs.lora}, dict(rrs.targets), dict(vars(rrs))
     if elsewhere := tuple(c for c in conditions if c not in moves):  # steering needs a Δ where nothing was trained, too
         rrs.config = replace(config, conditions=elsewhere, depth=1, refusal="", keep_tokens=0, keep_share=1.0)
         moves |= rrs.make_targets(rrs.extract(train["harmful"], train["benign"]))
@@ -186,7 +186,7 @@ def compare(
     if dev:
         said = ", ".join(f"{name} ×{factor:g}" for name, factor in factors.items())
         report.notes.append(f"Strengths of the adapters, by the dev split, for a budget of {budget:g}: {said}.")
-    rrs.lora, (rrs.record, rrs.history) = loras["RRS"], trained
+    vars(rrs).update({**trained, "report": report})  # RRS's adapter again, after SFT's
     rrs.enable()
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.md").write_text(summary(report.to_dict()), encoding="utf-8")  # first: figures can fail
@@ -224,8 +224,9 @@ def main() -> None:
     )
     parser.add_argument("--harmful", type=Path, help="harmful questions to train on; default: the quickstart's")
     parser.add_argument("--benign", type=Path, help="benign questions to train on; default: the quickstart's")
-    parser.add_argument("--test", action="append", metavar="GROUP=PATH", help="repeat: harmful=…, benign=…, …")
-    parser.add_argument("--dev", action="append", metavar="GROUP=PATH", help="repeat, as --test: to calibrate by")
+    groups: dict[str, Any] = {"action": quickstart.Groups, "default": {}, "metavar": "GROUP=PATH"}
+    parser.add_argument("--test", **groups, help="repeat: harmful=…, benign=…, …")
+    parser.add_argument("--dev", **groups, help="repeat, as --test: to calibrate by")
     parser.add_argument("--budget", type=float, default=0.01, help="of over-rejection on dev")
     parser.add_argument("--strength", type=float, nargs="+", default=[0.5, 1.0], help="of steering, a row each")
     parser.add_argument("--sft-rate", type=float, help="learning rate of SFT; default: RRS's")
@@ -241,12 +242,9 @@ def main() -> None:
         rrs = RRS.from_pretrained(args.model, RRSConfig.from_dict({"conditions": CONDITIONS, **fields}))
     train = quickstart.training_questions()
     train |= {side: load_examples(p, side) for side in train if (p := getattr(args, side))}
-    test, dev = (
-        {group: load_examples(path) for group, path in (pair.split("=", 1) for pair in given or ())}
-        for given in (args.test, args.dev)
-    )
-    if not test:
-        test, dev = quickstart.evaluation_questions(), dev or quickstart.evaluation_questions("dev")
+    test, dev = args.test or quickstart.evaluation_questions(), args.dev
+    if args.model == "demo":
+        dev = dev or quickstart.evaluation_questions("dev")
     if args.fast:
         rrs.config = replace(rrs.config, epochs=1)
         train, test, dev = ({k: v[::10] for k, v in groups.items()} for groups in (train, test, dev))

@@ -16,12 +16,14 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from demo_lalm import fast_dtype, load_demo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rrs import RRS, Example, RRSConfig, load_examples
+from rrs.data import DataError
 from rrs.evaluate import plot_representations
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -73,6 +75,23 @@ def evaluation_questions(split: str = "test") -> dict[str, list[Example]]:
     for e in load_examples(DATA / "dev_text.jsonl") if split == "dev" else ():
         groups["harmful" if e.label == "harmful" else "benign" if e.meta["twin"] else "hard-benign"].append(e)
     return groups
+
+
+class Groups(argparse.Action):
+    """`--test GROUP=PATH`, repeated: `{group: examples}`, those of the label that the group's name stands for."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        group, _, path = values.partition("=")
+        if not group or not path:
+            parser.error(f"{option_string} {values}: expected GROUP=PATH, e.g. {option_string} harmful={values}")
+        groups = getattr(namespace, self.dest) or {}
+        if group in groups:
+            parser.error(f"{option_string} {group}=… is given twice; join the two files, or name another group.")
+        try:
+            groups[group] = load_examples(path, "harmful" if group.startswith("harmful") else "benign")
+        except DataError as error:
+            parser.error(f"{option_string} {values}: {error}")
+        setattr(namespace, self.dest, groups)
 
 
 def word_edits(a: list[str], b: list[str]) -> int:

@@ -63,6 +63,11 @@ def run(name: str, config: RRSConfig, description: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for adapter and report")
     parser.add_argument("--model", default=name, help="name on the hub, or a folder")
     args = parser.parse_args()
+    groups = {  # before hours of training, not after
+        "harmful": load_examples(args.test, "harmful"),
+        "benign": load_examples(args.test, "benign"),
+        "hard-benign": load_examples(args.hard_benign, "benign"),
+    }
 
     rrs = RRS.from_pretrained(args.model, config)
     parts = expected_memory(rrs)
@@ -70,14 +75,7 @@ def run(name: str, config: RRSConfig, description: str) -> None:
 
     rrs.fit(harmful=args.harmful, benign=args.benign)
     rrs.save(args.out / "adapter", overwrite=True)
-    report = rrs.evaluate(
-        {
-            "harmful": load_examples(args.test, "harmful"),
-            "benign": load_examples(args.test, "benign"),
-            "hard-benign": load_examples(args.hard_benign),
-        },
-        ("audio-text", "text-only", "audio-only"),
-    )
+    report = rrs.evaluate(groups, ("audio-text", "text-only", "audio-only"))
     report.save(args.out)
     print(report)
     if torch.cuda.is_available():

@@ -24,10 +24,12 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from demo_lalm import fast_dtype, load_demo
+from quickstart import Groups, evaluation_questions
 
-from rrs import RRS, Example, load_examples
+from rrs import RRS, Example
 from rrs.data import Wave, resample
-from rrs.evaluate import Report
+from rrs.evaluate import Report, numbers
 
 DATA = Path(__file__).resolve().parent / "data"
 RATE = 16000  # of all waves here
@@ -163,6 +165,7 @@ def transfer(
         rows += [{"change": name, **row} for row in report.rows()]
         rows += by_voice(report, test) if name == "clean" else []
         notes += [f"{name}: {note}" for note in report.notes]
+        notes += [f"{name}: {s['condition']} leaves out {len(s['ids'])} {s['group']} examples." for s in report.skipped]
         (out / "report.json").write_text(
             json.dumps({"rows": rows, "notes": notes}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -201,9 +204,8 @@ def table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
         broken = [[row["degenerate"][s] for row in here if row] for s in stages]
         line.append(" → ".join(f"{sum(r['k'] for r in rates) / sum(r['n'] for r in rates):.1%}" for rates in broken))
         lines.append(line)
-    counts: dict[str, int] = {}
-    for row in rows:  # those of all voices come first
-        counts.setdefault(row["group"], row["refused"]["before"]["n"])
+    asked = [row for row in rows if not row["change"].startswith("voice ")]  # those of all voices
+    counts = {g: numbers(row["refused"]["before"]["n"] for row in asked if row["group"] == g) for g in groups}
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     about = f"Before → after the adapter; {', '.join(f'{n} {g}' for g, n in counts.items())}; intervals: report.json."
     return "\n\n".join([text, about, *notes]) + "\n"
@@ -216,7 +218,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="name or folder of the adapter's base; default: the demo LALM")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="of the demo data")
     parser.add_argument(
-        "--test", action="append", metavar="GROUP=PATH", help="own data; repeat: harmful=…, benign=…, …"
+        "--test", action=Groups, default={}, metavar="GROUP=PATH", help="own data; repeat: harmful=…, benign=…, …"
     )
     parser.add_argument(
         "--only", nargs="+", choices=ROWS, default=ROWS, metavar="CHANGE", help=", ".join(ROWS).replace("%", "%%")
@@ -226,25 +228,16 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th question only")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     args = parser.parse_args()
-    if bad := [pair for pair in args.test or () if "=" not in pair]:
-        parser.error(f"--test {bad[0]}: expected GROUP=PATH, e.g. --test harmful={bad[0]}")
 
     if args.model == "demo":
-        from demo_lalm import fast_dtype, load_demo
-
         model, processor = load_demo(dtype=fast_dtype())
     else:
         base = RRS.from_pretrained(args.model)
         model, processor = base.model, base.processor
     rrs = RRS.load(args.adapter, model, processor)
-    if args.test:
-        test = {group: load_examples(path) for group, path in (pair.split("=", 1) for pair in args.test)}
-    else:
-        from quickstart import evaluation_questions
-
-        groups = evaluation_questions(args.split)  # the same ones in all conditions: not those that nobody speaks
-        test = {group: [e for e in examples if e.audio] for group, examples in groups.items()}
-    test = {group: examples[:: args.every] for group, examples in test.items()}
+    # the demo's: the same ones in all conditions, not those that nobody speaks
+    own = {group: [e for e in examples if e.audio] for group, examples in evaluation_questions(args.split).items()}
+    test = {group: examples[:: args.every] for group, examples in (args.test or own).items()}
     speech = Example("harmless", audio=args.harmless).clip[1](RATE)
     transfer(
         rrs, test, speech, args.out, names=args.only, conditions=args.conditions, max_new_tokens=args.max_new_tokens

@@ -47,6 +47,10 @@ def test_rows_train_and_go_on(tiny, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "table.json").read_text()) == done
     assert (tmp_path / "table.md").read_text().count("\n| ") == len(chosen) + 2  # below the head: rule, vanilla, rows
     monkeypatch.setattr(rrs, "train", None)
+    assert run({"base": chosen["base"]}) == done[:1]  # the table keeps the others
+    assert json.loads((tmp_path / "table.json").read_text()) == done
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
     assert run(chosen) == done  # nothing is trained again
     assert rrs.config == CONFIG
     with pytest.raises(SystemExit, match="nowhere"):

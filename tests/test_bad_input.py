@@ -7,9 +7,11 @@ import json
 import os
 import struct
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 from conftest import RATE, rows, tone
@@ -236,7 +238,12 @@ CALLS = {
     ),
     "unknown on_error": (lambda t, _: fit(t, on_error="ignore"), ValueError, ["on_error='ignore'", "'skip'"]),
     "adapter of another base": (
-        lambda t, p: damaged(t, p, "adapter_config.json", b'{"target_modules": ["x.q"], "r": 2, "lora_alpha": 4}'),
+        lambda t, p: damaged(
+            t,
+            p,
+            "adapter_model.safetensors",
+            safetensors.torch.save({f"base_model.model.x.q.lora_{c}.weight": torch.zeros(2, 2) for c in "AB"}),
+        ),
         ValueError,
         ["another base", "x.q"],
     ),
@@ -299,12 +306,47 @@ def test_bad_rows_are_skipped_and_counted(tiny, tmp_path):
         r.generate(harmful)
 
 
-def test_evaluating_on_the_training_set_or_its_twins_warns(tiny):
-    r = fit(tiny)
-    other = [{"id": "t", "text": "new", "twin": "benign-1", "label": "harmful"}]
-    with pytest.warns(RRSWarning, match=r"1 examples, or their twins, are in the training set: t .*Evaluate on others"):
-        report = r.evaluate(other, ("text-only",), max_new_tokens=2)
-    assert "in the training set" in str(report)
+def test_clips_too_short_for_one_audio_token_are_named(tiny):
+    short = {"array": np.zeros(150, np.float32), "sampling_rate": RATE}
+    harmful = [*rows("harmful", 3), {"id": "short", "text": "Why?", "audio": short, "label": "harmful"}]
+    with pytest.raises(DataError, match="short: the clip is too short: it gives this model no audio token"):
+        fit(tiny, harmful=harmful)
+    with pytest.warns(RRSWarning, match="1 of 7 examples can't be read"):
+        r = fit(tiny, harmful=harmful, on_error="skip")
+    assert r.record["data"]["audio-text"]["harmful"]["n"] == 3
+
+
+def test_a_table_without_rows_is_no_question(tmp_path):
+    (tmp_path / "x.csv").write_text("id,text,label\n")
+    with pytest.raises(DataError, match="no harmful examples in it"):
+        load_examples(tmp_path / "x.csv", "harmful")
+
+
+def test_a_question_in_a_harmful_and_in_a_harmless_group_is_said(tiny):
+    same = [{"id": "a", "text": "Why so?"}]
+    with pytest.warns(RRSWarning, match="1 questions are in a harmful and in a harmless group: a"):
+        report = RRS(*tiny, verbose=False).evaluate({"harmful": same, "benign": same}, ("text-only",), max_new_tokens=1)
+    assert "in a harmful and in a harmless group" in str(report)
+
+
+def test_evaluating_on_the_training_set_or_its_twins_warns(tiny, tmp_path):
+    """Also after saving and loading."""
+    benign = [{**row, "twin": f"lost-{i}"} for i, row in enumerate(rows("benign", 3))]
+    r = fit(tiny, benign=benign)
+    r.save(tmp_path / "adapter")
+    r.disable()
+    loaded = RRS.load(tmp_path / "adapter", *tiny, verbose=False)
+    asked = [
+        {"id": "t", "text": "names a twin", "twin": benign[1]["id"]},
+        {"id": "lost-2", "text": "is named as a twin"},
+        {"id": "same", "text": f"  {benign[0]['text'].upper()} "},
+        {"id": "other", "text": "another"},
+    ]
+    asked = [{**row, "label": "harmful"} for row in asked]
+    for who in (loaded, r):
+        with pytest.warns(RRSWarning, match=r"3 examples, or their twins, .*: t, lost-2, same .*Evaluate on others"):
+            report = who.evaluate(asked, ("text-only",), max_new_tokens=2, stages={"now": lambda _: nullcontext()})
+        assert "in the training set" in str(report)
 
 
 @pytest.mark.parametrize("n", [1, 2])

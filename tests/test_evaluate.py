@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from rrs.evaluate import (
     first_token_change,
     log_likelihood,
     plot_representations,
+    plot_safety,
 )
 from rrs.hooks import steer
 
@@ -166,8 +168,14 @@ def test_voices_of_one_question_are_no_independent_draws():
     assert (rate.k, rate.n, rate.value) == (3, 12, 0.25)
     assert (rate.low, rate.high) == pytest.approx((alone.low, alone.high))
     assert Rate.of([True] * 12, questions).low == pytest.approx(Rate.of([True] * 4).low)
-    mixed = [True, False, False] * 4  # voices that differ as much within a question as between: worth all 12
-    assert Rate.of(mixed, questions) == Rate.of(mixed)
+    mixed = Rate.of([True, False, False] * 4, questions)  # voices that differ within a question: still four questions
+    assert (mixed.low, mixed.high) == pytest.approx((alone.low, alone.high), abs=0.1)
+    for n in (48, 49, 50):  # one question, asked n times
+        once = Rate.of([True] + [False] * (n - 1), ["q"] * n)
+        assert once.high > 0.75
+    for questions in ([i // 28 for i in range(56)], [i // 2 for i in range(56)]):
+        assert Rate.of([True] * 56, questions).low > Rate.of([True] * 55 + [False], questions).low
+    questions = range(12)
     assert Rate.of(hits, range(12)) == Rate.of(hits)
     with pytest.raises(ValueError, match="one cluster per value"):
         Rate.of(hits, [1])
@@ -205,6 +213,22 @@ def test_the_report_clusters_and_says_so():
     assert "8 answers to 4 questions" in str(report)
     example = Example("a", "How so?", None, meta={"question": 7})
     assert (example.cluster, Example("b").cluster) == ("7", "b")
+    asked = load_examples(
+        [{"id": "a", "text": "How so?", "Question": 0}, {"id": "b", "text": "Why so?", "Question": 0}]
+    )
+    assert [e.cluster for e in asked] == ["0", "0"]
+
+
+def test_intervals_of_few_questions_hold_what_is_true():
+    """A few questions in many voices that agree within a question: in 92 of 100 samples or more."""
+    rng = np.random.default_rng(0)
+    for questions, voices in ((2, 28), (3, 20), (5, 10), (28, 2)):
+        held = 0
+        for _ in range(300):
+            rates = rng.beta(0.6 * 0.5, 0.4 * 0.5, questions).repeat(voices)  # 0.6 on average, correlation 2/3
+            rate = Rate.of(rng.random(questions * voices) < rates, np.arange(questions).repeat(voices).tolist())
+            held += rate.low <= 0.6 <= rate.high
+        assert held >= 0.92 * 300, (questions, voices)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,6 +578,30 @@ def test_figures(tmp_path):
     assert pictures >= {"safety.png", "categories-audio-text.png", "representations-audio-text.png"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in files if p.suffix == ".png")
     assert all(p.is_file() for p in files)
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    again = replace(methods(), answers=[a for a in methods().answers if a.group == "harmful"])
+    left = {p.name for p in again.save(tmp_path)}
+    assert {p.name for p in tmp_path.iterdir()} == left | {"mine.png"}  # no figure of the report before
+    assert "safety.png" not in left
+
+
+def test_where_conditions_differ_the_numbers_say_so():
+    report = methods()
+    one = [a for a in report.answers if a.condition == "text-only" or a.id in ("harmful-0", "hard-benign-0")]
+    assert "harmful refused (n=1–24)" in replace(report, answers=one).to_markdown()
+
+
+def test_the_legend_names_all_groups_of_all_conditions(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    said = []
+    legend = Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda f, h, names, **kw: said.append(names) or legend(f, h, names, **kw))
+    report = methods()
+    report.answers = [a for a in report.answers if (a.condition, a.group) != ("audio-text", "hard-benign")]
+    plot_safety(report, tmp_path / "safety.png")
+    assert said == [[f"{stage}, hard-benign" for stage in ("vanilla", "steering", "RRS")]]
 
 
 def test_representations_are_logged_by_epoch(model, harmful, benign):
@@ -567,6 +615,9 @@ def test_representations_are_logged_by_epoch(model, harmful, benign):
         assert torch.equal(log.maps["audio-text"]["epoch 0"]["harmful"], model.reader.represent(prompts))
     other = RRS(*tiny_qwen2_audio(), model.config, verbose=False).fit(harmful, benign, preflight=0)
     assert all(torch.equal(a, b) for a, b in zip(model.lora.parameters(), other.lora.parameters(), strict=True))
+    other.config = replace(model.config, epochs=1)
+    other.fit(harmful, benign, callbacks=[log], preflight=0)
+    assert list(log.maps["text-only"]) == ["epoch 0", "epoch 1"]  # of this model alone
 
 
 def test_auc_counts_every_pair():

@@ -8,11 +8,20 @@ import pytest
 import torch
 from conftest import assert_same, rows
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from rrs import RRS, RRSConfig
 from rrs.data import load_examples
-from rrs.hooks import LoRA, capture, linear_paths, locate
+from rrs.hooks import LoRA, Reader, capture, linear_paths, locate
 
 CONDITIONS = ("audio-text", "text-only", "audio-only")
 
@@ -295,6 +304,27 @@ def test_lora_merge_equals_adapter(tiny):
     assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
 
 
+def test_a_merge_that_was_broken_off_goes_on(tiny, monkeypatch):
+    rrs = RRS(*tiny, verbose=False)
+    inputs = next(full_inputs(rrs, "audio-text"))
+    lora = lora_on(rrs.model).eval().attach()
+    adapted, seen = rrs.model(**inputs).logits, []
+
+    def third_fails(module):
+        seen.append(module)
+        if len(seen) == 3:
+            raise torch.OutOfMemoryError
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rrs.hooks._is_conv1d", third_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            lora.merge()
+    assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
+    lora.merge()
+    assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
+
+
 def test_lora_on_transposed_linears():
     """GPT-2's Conv1D stores [in, out]."""
     torch.manual_seed(0)
@@ -306,6 +336,29 @@ def test_lora_on_transposed_linears():
     adapted = model(ids).logits
     lora.merge()
     assert torch.allclose(model(ids).logits, adapted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scaling", "capped"), [(8.0, False), (0.25, False), (1.0, True)])
+def test_logits_are_scaled_as_the_model_does(scaling, capped):
+    """Granite divides what its head gives; a soft cap is no scale."""
+    torch.manual_seed(0)
+    common = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.5,
+    }  # fmt: skip
+    if capped:
+        model = Gemma2ForCausalLM(Gemma2Config(**common, head_dim=16, final_logit_softcapping=2.0))
+    else:
+        model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=scaling))
+    ids = torch.arange(5, 12)[None]
+    reader = Reader(model.eval(), locate(model), lambda _text, _wave: {"input_ids": ids})
+    prompt = reader.read("x")
+    assert reader.logit_scale == pytest.approx(1 if capped else 1 / scaling)
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1:]
+        ours = reader.logits(reader.represent([prompt]))
+    assert torch.allclose(ours, logits, atol=1e-3) is not capped
+    assert torch.equal(ours.argmax(-1), logits.argmax(-1))
 
 
 def test_lora_targets_that_match_nothing(tiny):

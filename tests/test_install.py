@@ -63,6 +63,10 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
         os.chdir(here)
 
 
+def test_no_marker_is_left_beside_the_wheel(wheels):
+    assert [p.name for p in wheels["standard"].parent.iterdir() if p.is_file()] == [wheels["standard"].name]
+
+
 def test_wheel(wheels, tmp_path):
     with zipfile.ZipFile(wheels["standard"]) as wheel:
         names = {n for n in wheel.namelist() if ".dist-info" not in n}

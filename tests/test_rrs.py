@@ -7,9 +7,11 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, rows, tiny_qwen2_audio
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,6 +58,13 @@ def fitted(tiny, harmful, benign):
         ({"learning_rate": 0}, "learning_rate=0"),
         ({"penalty": -1}, "penalty=-1"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"learning_rate": "5e-5"}, "learning_rate='5e-5' must be a number"),
+        ({"seed": 1.0}, "seed=1.0 must be a whole number"),
+        ({"layers": 0.5}, "layers=0.5 must be two numbers"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must lie in"),
+        ({"top": None}, "top=None"),
+        ({"conditions": None}, "conditions=None must be a sequence of strings"),
+        ({"prompts": ("",)}, "must not hold an empty one"),
     ],
 )
 def test_config_rejects(kwargs, words):
@@ -64,6 +73,10 @@ def test_config_rejects(kwargs, words):
 
 
 def test_config_survives_json():
+    scalars = {"penalty": np.float32(0.5), "epochs": np.int64(3), "top": np.float64(25), "lora_alpha": 8}
+    config = RRSConfig(**scalars, conditions=list(THREE), layers=[0, 1])
+    assert RRSConfig.from_dict(json.loads(json.dumps(vars(config)))) == config
+    assert (type(config.lora_alpha), type(config.epochs), config.layers) == (float, int, (0.0, 1.0))
     config = RRSConfig(top=12.5, conditions=THREE)
     assert RRSConfig.from_dict(json.loads(json.dumps(vars(config)))) == config
     with pytest.raises(ValueError, match="no fields"):
@@ -305,6 +318,13 @@ def test_peft_reads_the_adapter(fitted, harmful, tmp_path):
     wrapped = [name for name, m in model.named_modules() if hasattr(m, "lora_A")]
     assert len(wrapped) == len(fitted.lora.paths)
     assert all("audio_tower" not in name for name in wrapped)
+    model.save_pretrained(tmp_path / "again")  # whose target_modules may be shortened to the ends of paths
+    settings = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    settings["target_modules"] = ["q_proj", "layers.1.mlp.up_proj"]
+    (tmp_path / "again" / "adapter_config.json").write_text(json.dumps(settings))
+    loaded = RRS.load(tmp_path / "again", *tiny_qwen2_audio(), verbose=False)
+    assert loaded.lora.paths == fitted.lora.paths
+    assert torch.equal(loaded.model(**inputs).logits, ours)
 
 
 def test_merged_equals_adapter(fitted, harmful):
@@ -314,6 +334,14 @@ def test_merged_equals_adapter(fitted, harmful):
     assert torch.allclose(fitted.model(**inputs).logits, adapted, atol=1e-4)
     with pytest.raises(ValueError, match="no adapter"):
         fitted.merge()
+
+
+def test_merging_while_it_is_off(fitted, harmful):
+    inputs = fitted.render(fitted.config.instruction, load_examples(harmful)[0].clip[1](16000))
+    adapted = fitted.model(**inputs).logits
+    with fitted.disabled():
+        fitted.merge()
+    assert torch.allclose(fitted.model(**inputs).logits, adapted, atol=1e-4)
 
 
 def test_saving_never_mixes_runs(fitted, tmp_path):
@@ -343,10 +371,13 @@ def test_loading_errors(fitted, tmp_path):
     fitted.save(tmp_path / "a")
     with pytest.warns(rrs.RRSWarning, match="another base"):
         RRS.load(tmp_path / "a", *tiny_qwen2_audio(seed=1), verbose=False)
-    (tmp_path / "a" / "adapter_config.json").write_text(
-        (tmp_path / "a" / "adapter_config.json").read_text().replace("layers.1.", "layers.7.")
-    )
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    deeper = {name.replace("layers.1.", "layers.7."): value for name, value in tensors.items()}
+    save_file(deeper, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"made for another base .*layers\.7"):
+        RRS.load(tmp_path / "a", *tiny_qwen2_audio(), verbose=False)
+    save_file({"x": torch.zeros(1)}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"damaged .*no LoRA in adapter_model\.safetensors"):
         RRS.load(tmp_path / "a", *tiny_qwen2_audio(), verbose=False)
 
 
@@ -443,6 +474,41 @@ def test_preflight_warns_with_the_fix(tiny, harmful, benign):
     assert r.checks[0].benign_same.n == 5
     assert r.checks[0].refused.n == 3
     assert r.checks[0].token_target.n == 6
+
+
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_a_preflight_is_on_record_with_its_own_targets(tiny, harmful, benign, tmp_path):
+    r = RRS(*tiny, small(epochs=1), verbose=False).fit(harmful, benign, preflight=3)
+    assert len(r.record["preflight"]) == 1
+    r.save(tmp_path / "adapter")
+    r.disable()
+    loaded = RRS.load(tmp_path / "adapter", *tiny, verbose=False)
+    assert loaded.checks == r.checks
+    reps = loaded.extract(harmful, benign)
+    targets = loaded.make_targets(reps)
+    assert loaded.train(targets).record["preflight"] == []  # the saved adapter's is of other targets
+    loaded.preflight(reps, targets, n=2)
+    assert [check["refused"]["n"] for check in loaded.train(targets).record["preflight"]] == [2]
+
+
+def test_nothing_to_train_on_is_said(tiny, harmful, benign):
+    r = RRS(*tiny, small(), verbose=False)
+    for nothing in ({}, {"text-only": []}):
+        with pytest.raises(ValueError, match="nothing to train on"):
+            r.train(nothing)
+    with pytest.raises(TypeError, match="not iterable"):
+        r.fit(harmful, benign, callbacks=print)
+    assert r.lora is None
+
+
+def test_a_string_is_not_its_letters(tiny, harmful):
+    r = RRS(*tiny, small(), verbose=False)
+    for call in (r.find_refusal_token, r.find_refusal_prompt):
+        with pytest.raises(ValueError, match=r"candidates='Sorry' must be a sequence of strings; write \('Sorry',\)"):
+            call(harmful, candidates="Sorry")
+    with pytest.raises(ValueError, match="conditions='text-only' must be a sequence"):
+        r.evaluate(harmful, "text-only")
+    assert r.evaluate(harmful, iter(["text-only"]), max_new_tokens=1).answers
 
 
 def test_preflight_asks_for_no_refusals_where_their_words_are_given(tiny, harmful, benign):
@@ -610,6 +676,15 @@ def test_a_refusal_in_words(harmful, benign):
     r.config = replace(config, keep_tokens=3)
     with pytest.raises(ValueError, match="extract them again"):
         r.make_targets(reps)
+    r.config = replace(config, refusal="I won't.")
+    with pytest.raises(ValueError, match=r"refusal=\"I won't.\".*extract them again"):
+        r.make_targets(reps)
+    r.config = config
+    targets = r.make_targets(reps)
+    for other in ("I won't.", ""):
+        r.config = replace(config, refusal=other, keep_tokens=0)
+        with pytest.raises(ValueError, match="audio-text: these targets are not of"):
+            r.train(targets)
     r.config = config
     for item in items[: len(harmful)]:
         refused = r.read(item.example, "audio-text", refusal=True)
@@ -794,14 +869,14 @@ def test_openings_need_representations_after_them(tiny, harmful, benign):
     r.config = small(openings=("Sure,",))
     with pytest.raises(ValueError, match=r"openings=\('Sure,',\).*go along \(\); extract them again"):
         r.make_targets(reps)
-    with pytest.raises(ValueError, match=r"not after the openings \('Sure,',\)"):
+    with pytest.raises(ValueError, match=r"these targets are not of .*openings=\('Sure,',\)"):
         r.train(targets)
     reps = r.extract(harmful, benign)
     targets = r.make_targets(reps)
     r.config = small(openings=("Of course,",))  # as many, but another
     with pytest.raises(ValueError, match=r"go along \('Sure,',\); extract them again"):
         r.make_targets(reps)
-    with pytest.raises(ValueError, match=r"not after the openings \('Of course,',\)"):
+    with pytest.raises(ValueError, match=r"these targets are not of .*openings=\('Of course,',\)"):
         r.train(targets)
 
 
@@ -812,7 +887,7 @@ def test_deeper_targets_need_deeper_representations(tiny, harmful, benign):
     r.config = small(depth=2)
     with pytest.raises(ValueError, match="extract them again"):
         r.make_targets(reps)
-    with pytest.raises(ValueError, match=r"\['audio-text'\] do not go 1 tokens"):
+    with pytest.raises(ValueError, match=r"audio-text: these targets are not of config\.depth=2"):
         r.train(targets)
 
 

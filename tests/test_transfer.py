@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import find_refusal
 import numpy as np
 import pytest
 from conftest import rows, tone
+from quickstart import Groups
 from transfer import (
     CLIPS,
     FRAMES,
@@ -183,6 +185,22 @@ def test_a_test_without_a_group_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "--test x.csv: expected GROUP=PATH, e.g. --test harmful=x.csv" in capsys.readouterr().err
+    (tmp_path / "both.jsonl").write_text(
+        "".join(json.dumps({"id": side, "text": side, "label": side}) + "\n" for side in ("harmful", "benign"))
+    )
+    twice = [f"harmful={tmp_path / 'both.jsonl'}", "--test", f"harmful={tmp_path / 'both.jsonl'}"]
+    for given, words in ((twice, "harmful=… is given twice"), (["benign=nowhere.csv"], "nowhere.csv: no such file")):
+        monkeypatch.setattr(sys, "argv", [*command[:-1], *given])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert words in capsys.readouterr().err
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--test", action=Groups, default={})
+    groups = parser.parse_args(["--test", twice[0], "--test", twice[0].replace("harmful=", "hard-benign=")]).test
+    assert {group: [e.id for e in rows_] for group, rows_ in groups.items()} == {
+        "harmful": ["harmful"],
+        "hard-benign": ["benign"],
+    }
 
 
 @pytest.mark.parametrize(("n", "length"), [(56, 1190), (56, 140), (56, 111), (4, 10), (9, 5)])

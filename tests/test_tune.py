@@ -80,6 +80,14 @@ def test_the_present_config_is_in_the_space_and_whole_bounds_of_a_share_are_a_ra
     assert isinstance(found["depth"], optuna.distributions.IntDistribution)
 
 
+def test_whole_numbers_in_the_config_leave_ranges_ranges():
+    space = _space(RRSConfig(penalty=1, benign_strength=0, harmful_strength=1), None)
+    kinds = {type(space[name]).__name__ for name in ("penalty", "benign_strength", "harmful_strength")}
+    assert kinds == {"FloatDistribution"}
+    r, _ = tune(1, search={"top": (10.0, 50.0)})  # the config's own, "positive", lies outside
+    assert 10 <= r.config.top <= 50
+
+
 def test_a_group_that_the_conditions_leave_out_does_not_count():
     spoken_only = [{"id": f"x{i}", "audio": {"array": [0.1, -0.1] * 4000, "sampling_rate": 16000}} for i in range(2)]
     dev = {"harmful": rows("harmful", 3, seed=5), "hard-benign": spoken_only, "benign": rows("benign", 3, seed=5)}
@@ -175,6 +183,9 @@ def test_without_matplotlib_a_plot_ends_the_search_before_it_begins(monkeypatch,
     [
         ({"search": {"learning_rat": (1, 2)}}, "search names 'learning_rat'"),
         ({"search": {"refusal_prompt": ["No.", "Never."]}}, "search names 'refusal_prompt'.*extracted once"),
+        ({"search": {"top": (12.5, 25, 50)}}, r"top=\(12.5, 25, 50\) must be two numbers \(low, high\) or a list"),
+        ({"search": {"direction": ("delta", "quiet")}}, "direction=.* or a list of choices"),
+        ({"plot": "front.foo"}, "front.foo' must end in .png"),
         ({"dev": HARMFUL}, r"groups \['harmful'\]; it needs"),
     ],
 )
@@ -199,6 +210,13 @@ def test_rows_that_are_numbered_alike(tmp_path):
 def test_choosing_by_what_is_trained_on_is_noticed():
     with pytest.warns(RRSWarning, match="16 dev examples, or their twins, are trained on"):
         tune(1, dev={"harmful": HARMFUL, "benign": BENIGN})
+
+
+def test_twins_named_by_numbers_are_held_out_together():
+    harmful = [{"id": i, "text": f"h{i}", "label": "harmful", "twin": 100 + i} for i in range(8)]
+    benign = [{"id": 100 + i, "text": f"b{i}", "label": "benign", "twin": i} for i in range(8)]
+    train, held = hold_out(load_examples([*harmful, *benign]))
+    assert {int(e.id) % 100 for e in train}.isdisjoint(int(e.id) % 100 for e in held)
 
 
 def test_twins_and_voices_are_held_out_together():

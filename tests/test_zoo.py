@@ -145,6 +145,25 @@ def test_the_whole_job(name, tmp_path):
             assert torch.allclose(merged(**i).logits, logits, atol=1e-3 * float(logits.abs().max()))
 
 
+def test_experts_alone_get_no_lora():
+    rrs = tiny_rrs("qwen3_omni_moe")
+    with pytest.raises(ValueError, match=r"all matrices of experts.*name some of .*'q_proj'"):
+        linear_paths(rrs.location, ("gate_proj", "up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_logits_are_the_models_own(name):
+    """But for a soft cap (Gemma), which leaves small ones nearly as they are."""
+    rrs = tiny_rrs(name)
+    for condition in THREE:
+        prompts = [rrs.read(e, condition) for e in load_examples(HARMFUL)]
+        ours = rrs.reader.logits(rrs.reader.represent(prompts))
+        for mine, inputs in zip(ours, full_inputs(rrs, condition), strict=True):
+            with rrs.reader.own_lora(condition != "text-only"), torch.no_grad():
+                logits = rrs.model(**inputs).logits[0, -1]
+            assert torch.allclose(mine, logits, atol=1e-2 * float(logits.abs().max()))
+
+
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_batched_answers_are_the_models_own(name):
     rrs = tiny_rrs(name)
