@@ -583,7 +583,8 @@ class Reader:
     def _logit_scale(self, inputs: Mapping[str, Any], audio: bool) -> float:
         """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 where it does nothing of
         the kind, and for a soft cap, which leaves small logits as they are."""
-        path, few = self.location.head_path, {"logits_to_keep": 1} if _accepts(self.model, "logits_to_keep") else {}
+        known, path = inspect.signature(self.model.forward).parameters, self.location.head_path
+        few = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         with self.own_lora(audio), capture(self.model, path, position=slice(-1, None)) as record:
             logits = getattr(self.model(**inputs, **few), "logits", None)
         head = record[path][0][0, -1].float()
@@ -592,6 +593,12 @@ class Reader:
         true = logits[0, -1].float()
         factor = float(true @ head / (head @ head))
         return factor if factor > 0 and abs(factor - 1) > self.tolerance and self._close(factor * head, true) else 1.0
+
+    @property
+    def logit_weight(self) -> Tensor:
+        """The matrix `[vocab, hidden]` that gives the logits: the head's, times `logit_scale`."""
+        weight = self.location.head_weight
+        return weight if self.logit_scale == 1 else weight * self.logit_scale
 
     def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
         """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.

@@ -392,7 +392,7 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
     Args:
         move: `[hidden]`, e.g. Δ∘mask, or several `[moves, hidden]`.
         benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly.
-        head_weight: W `[vocab, hidden]`, times what the model scales its logits with, if it does.
+        head_weight: W `[vocab, hidden]`, see `Reader.logit_weight`.
 
     Returns:
         As many, with the same component along `move`; ε is F's mean eigenvalue.
@@ -1086,7 +1086,7 @@ class RRS:
         """
         c, out = self.config, {}
         row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
-        quiet = self.location.head_weight * self.reader.logit_scale if c.direction == "quiet" else None
+        quiet = self.reader.logit_weight if c.direction == "quiet" else None
         for condition, r in reps.items():
             if len(r.later) < c.answer_tokens:
                 raise ValueError(

@@ -77,7 +77,7 @@ def of_its_own(rrs: RRS, reps: Mapping[str, Representations], row: Row, key: Cal
         deltas = [rep.refused[h].mean(0) - rep.benign[b].mean(0) for h, b in groups]
         moves = torch.stack([delta * select_features(delta, head_row, c.top, row.scorer) for delta in deltas])
         if c.direction == "quiet":
-            moves = quiet_direction(moves, rep.benign, rrs.location.head_weight * rrs.reader.logit_scale)
+            moves = quiet_direction(moves, rep.benign, rrs.reader.logit_weight)
         for (h, b), move in zip(groups, moves, strict=True):
             goal.harmful[h] = rep.harmful[h] + c.harmful_strength * move
             goal.benign[b] = rep.benign[b] - c.benign_strength * move
