@@ -546,6 +546,8 @@ def load_audio(
     peak = float(np.abs(wave).max())
     if peak > 8:  # overshoot of resampling or of lossy codecs stays far below
         raise DataError(f"{name}: its peak is {peak:g}, expected floats in [-1, 1]; divide PCM values by 32768.")
+    if peak < 1e-4:  # -80 dB: silence, channels that cancel out, or integers that were scaled twice
+        warnings.warn(f"{name}: silent, its peak is {peak:.0e}; export it again, or leave it out.", DataWarning, 2)
     flat = np.abs(wave) >= max(0.99, peak - 1e-4)
     if (flat[:-2] & flat[1:-1] & flat[2:]).mean() > 0.01 if len(wave) > 2 else False:
         warnings.warn(f"{name}: clipped, its peaks are cut off flat; record it at a lower level.", DataWarning, 2)

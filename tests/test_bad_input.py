@@ -113,6 +113,13 @@ def test_clipping_warns():
         load_audio(wav(tone(0.5, 0) / np.abs(tone(0.5, 0)).max()), RATE)  # as loud as can be is not clipped
 
 
+def test_silence_warns():
+    left = tone(0.5, 0)
+    for wave in (np.zeros(RATE), np.stack([left, -left], 1), 1e-5 * left):  # the second: channels that cancel out
+        with pytest.warns(DataWarning, match="q7: silent"):
+            load_audio({"array": wave, "sampling_rate": RATE}, RATE, name="q7")
+
+
 def line(**row):
     return json.dumps(row).encode()
 
@@ -307,7 +314,7 @@ def test_bad_rows_are_skipped_and_counted(tiny, tmp_path):
 
 
 def test_clips_too_short_for_one_audio_token_are_named(tiny):
-    short = {"array": np.zeros(150, np.float32), "sampling_rate": RATE}
+    short = {"array": tone(0.2, 0)[:150], "sampling_rate": RATE}
     harmful = [*rows("harmful", 3), {"id": "short", "text": "Why?", "audio": short, "label": "harmful"}]
     with pytest.raises(DataError, match="short: the clip is too short: it gives this model no audio token"):
         fit(tiny, harmful=harmful)
