@@ -1023,7 +1023,7 @@ class RRS:
             known by then, `[1, hidden]` each.
         """
         c, known, some = self.config, dict[int, Tensor](), list(range(len(prompts)))
-        if n and c.keep_share < 1:
+        if n and c.refusal and c.keep_share < 1:
             ends = represent()
             near = self._log_probability(ends, self.token_id(c.refusal_token)).argsort(descending=True, stable=True)
             some = sorted(near[: max(1, round(c.keep_share * len(prompts)))].tolist())

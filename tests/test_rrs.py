@@ -789,6 +789,14 @@ def test_training_keeps_tokens(harmful, benign):
     assert distance[1] < 0.7 * distance[0]
 
 
+def test_depth_goes_along_all_answers_whatever_share_would_be_held(tiny, harmful, benign):
+    """keep_share is of `refusal`'s benign answers; without it, all inputs go equally deep."""
+    r = RRS(*tiny, small(depth=3, keep_share=0.4), verbose=False)
+    target = r.make_targets(r.extract(harmful, benign))["audio-text"]
+    assert len(target.later) == 2
+    assert {len(tokens) for tokens in target.tokens} == {2}
+
+
 def test_deeper_targets_are_the_papers_at_each_position(tiny, harmful, benign):
     """depth=3, keep_tokens=4: Δ and mask of their own at 3 positions along refusal and answer, 2 more as they are."""
     r = RRS(*tiny, small(depth=3, keep_tokens=4), verbose=False)
