@@ -77,7 +77,9 @@ class Example:
         Several voices, seeds or paraphrases of a question are no independent draws.
         """
         question = self.meta.get("question")
-        return str((self.text or "").strip() or self.id if question in (None, "") else question)
+        if question in (None, ""):
+            question = (self.text or "").strip() or self.id
+        return str(question)
 
     @property
     def clip(self) -> tuple[str, Callable[[int], Wave]]:

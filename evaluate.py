@@ -102,9 +102,9 @@ def generate_ids(
         max_new_tokens=max_new_tokens, return_dict_in_generate=False,
     )  # fmt: skip
     eos = settings.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    ends = [eos] if isinstance(eos, int) else list(eos or [])
     if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id or (eos[0] if isinstance(eos, list) else eos)
+        settings.pad_token_id = tokenizer.pad_token_id or (ends[0] if ends else None)
     cached = [i for i, prompt in enumerate(prompts) if prompt.inputs is None]
     batches = [[cached[i] for i in batch] for batch in reader.batches([prompts[i] for i in cached])]
     # where replay is not exact, the full model answers, one by one
@@ -1402,8 +1402,15 @@ def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
+def by_side(groups: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of groups that should be refused, which begin with "harmful", and those of all others."""
+    names = list(groups)
+    harmful = [name for name in names if name.startswith("harmful")]
+    return harmful, [name for name in names if name not in harmful]
+
+
 def numbers(counts: Iterable[int]) -> str:
-    """ "56", or "12–56" where they differ."""
+    """Equal counts as "56", others as "12–56"."""
     found = sorted({*counts} - {0}) or [0]
     return f"{found[0]}" if len(found) == 1 else f"{found[0]}–{found[-1]}"
 
@@ -1588,7 +1595,7 @@ def plot_safety(report: Report, path: Path) -> list[Path]:
     """Harmful questions refused (up) against harmless ones refused (right), with intervals; nothing without both."""
     groups = list(dict.fromkeys(a.group for a in report.answers))
     conditions = list(dict.fromkeys(a.condition for a in report.answers))
-    harmful, others = ([g for g in groups if g.startswith("harmful") is side] for side in (True, False))
+    harmful, others = by_side(groups)
     if not harmful or not others:
         return []
     figure = _figure(4.2 * len(conditions), 4.4)

@@ -67,6 +67,7 @@ from rrs.evaluate import (
     Report,
     answer_and_judge,
     auc,
+    by_side,
     chat_quality,
     check_plot,
     first_token_change,
@@ -1571,7 +1572,7 @@ class RRS:
             dev = {label: [e for e in held if e.label == label] for label in ("harmful", "benign")}
         groups = {group: self.readable(rows, c.conditions) for group, rows in _groups(dev).items()}
         train = self.readable(train, c.conditions)
-        sides = [[e for g in groups for e in groups[g] if g.startswith("harmful") is side] for side in (True, False)]
+        sides = [[e for g in side for e in groups[g]] for side in by_side(groups)]
         if not all(sides):
             raise ValueError(f"dev has the groups {list(groups)}; it needs one that begins with 'harmful' and another.")
         if seen := shared([*sides[0], *sides[1]], train, twins=True):
@@ -1624,7 +1625,7 @@ class RRS:
             worker.checks = self.checks
             prompts = self._dev(groups, c.conditions)
             groups = {g: rows for g, rows in groups.items() if g in prompts}
-            probes = [[p for g in prompts if g.startswith("harmful") is up for p in prompts[g]] for up in (True, False)]
+            probes = [[p for g in side for p in prompts[g]] for side in by_side(prompts)]
             vanilla = self._strength(prompts)
             with self._quiet_model():
                 benign_before = self.reader.represent(probes[1])  # [n, hidden]
@@ -1655,7 +1656,7 @@ class RRS:
                         study.tell(trial, state=optuna.trial.TrialState.FAIL)
                         raise
                     else:
-                        figures = max(tried, key=partial(_rank, budget))
+                        figures = worker.record["calibrated"]["answers"]
                         for name, value in figures.items():
                             trial.set_user_attr(name, value)
                         trial.set_user_attr("tried", [[f["strength"], f["cost"], f["refused"]] for f in tried])
@@ -1788,11 +1789,11 @@ class RRS:
         """The prompts of each group that has any, the harmful groups first; there must be harmful and harmless ones."""
         with self._quiet_model():
             prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}
-        sides = [{g: p for g, p in prompts.items() if p and g.startswith("harmful") is side} for side in (True, False)]
+        sides = by_side(g for g, p in prompts.items() if p)
         if not all(sides):
             found = {g: len(p) for g, p in prompts.items()}
             raise ValueError(f"dev has {found} prompts in {conditions}; it needs a group 'harmful…' and another.")
-        return {**sides[0], **sides[1]}
+        return {g: prompts[g] for side in sides for g in side}
 
     def _strength(
         self, prompts: Mapping[str, Sequence[Prompt]], factor: float = 0.0, vanilla: Strength | None = None
@@ -1802,7 +1803,7 @@ class RRS:
         with self._quiet_model():
             leads = {g: self._lead(self.reader.represent(rows), token) for g, rows in prompts.items()}
         now = {g: Rate.of(first) for g, (first, _) in leads.items()}
-        harmful, harmless = ([g for g in now if g.startswith("harmful") is side] for side in (True, False))
+        harmful, harmless = by_side(now)
         refused, cost = _gain(now, vanilla.groups if vanilla else now)
         lead = torch.cat([leads[g][1] for g in harmful])
         return Strength(factor, refused, cost, now, {g: auc(lead, leads[g][1]) for g in harmless})
@@ -2150,10 +2151,8 @@ class RRS:
             if bad := len(rows) - len(groups[group]):
                 notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
         notes += self._warn_of_training_data(groups)
-        sides = [
-            [e for g, rows in groups.items() if g.startswith("harmful") is side for e in rows] for side in (True, False)
-        ]
-        if both := shared(*sides):
+        harmful, harmless = ([e for g in side for e in groups[g]] for side in by_side(groups))
+        if both := shared(harmful, harmless):
             notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
             warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
 
@@ -2205,7 +2204,7 @@ class RRS:
             "data": {group: {"n": len(rows), "sha256": content_hash(rows)} for group, rows in groups.items()},
         }
         report.notes += notes
-        benign = [(group, e) for group, rows in groups.items() if not group.startswith("harmful") for e in rows]
+        benign = [(group, e) for group in by_side(groups)[1] for e in groups[group]]
         limit = 0 if stop_when_decided else max_new_tokens  # answers that were cut off have no end token
         for condition in conditions:
             able = [(group, e) for group, e in benign if e.has(condition)]
@@ -2564,8 +2563,8 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
 
 def _gain(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> tuple[float, float]:
     """Refused: the mean over the harmful groups. Cost: of the others, beyond vanilla, where it is most."""
-    harmful = [rate.value for g, rate in now.items() if g.startswith("harmful")]
-    costs = [rate.value - vanilla[g].value for g, rate in now.items() if not g.startswith("harmful")]
+    sides = by_side(now)
+    harmful, costs = [now[g].value for g in sides[0]], [now[g].value - vanilla[g].value for g in sides[1]]
     return sum(harmful) / len(harmful), max(costs)
 
 

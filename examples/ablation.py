@@ -265,15 +265,8 @@ def ablate(
             if dev:
                 rrs.calibrate(dev, conditions, budget=budget, strengths=STRENGTHS)
             found = rrs.record.get("calibrated", {"factor": 1.0, "auc": {}})
-            record = {
-                "key": key,
-                "alike": alike,
-                "name": name,
-                "diff": str(row),
-                "strength": found["factor"],
-                "auc": found["auc"],
-            }
-            record["seconds"] = round(seconds)
+            record = {"key": key, "alike": alike, "name": name, "diff": str(row)}
+            record |= {"strength": found["factor"], "auc": found["auc"], "seconds": round(seconds)}
             record |= measure(rrs, vanilla, test, conditions, max_new_tokens, out / "answers.jsonl")
             rrs.disable()
             rrs.config = base
