@@ -706,7 +706,7 @@ class Renderer:
         ValueError: no chat template anywhere.
     """
 
-    def __init__(self, processor: Any, system: str | None = None) -> None:
+    def __init__(self, processor: Any, system: str | None = None, template_kwargs: Any = None) -> None:
         self.processor, self.system = processor, system
         self.tokenizer = getattr(processor, "tokenizer", processor)
         name = type(processor).__name__

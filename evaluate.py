@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rrs.data import CONDITIONS, Example, Renderer, load_examples
-from rrs.hooks import Prompt, Reader, capture, first, in_rounds, is_out_of_memory, locate, merged, rank
+from rrs.hooks import Prompt, Reader, capture, on_rank0 as first, in_rounds, locate, all_gather as merged, rank
+is_out_of_memory = lambda e: False
 
 if TYPE_CHECKING:
     from rrs import Step
@@ -105,21 +106,21 @@ def generate_ids(
     ends = [eos] if isinstance(eos, int) else list(eos or [])
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id or (ends[0] if ends else None)
-    cached = [i for i, prompt in enumerate(prompts) if prompt.inputs is None]
+    cached = list(range(len(prompts)))
     batches = [[cached[i] for i in batch] for batch in reader.batches([prompts[i] for i in cached])]
     # where replay is not exact, the full model answers, one by one
-    batches += [[i] for i, prompt in enumerate(prompts) if prompt.inputs is not None]
+    
     todo = [batch for batch in batches if not all(i in done for i in batch)]
 
     def answer(batch: Sequence[int]) -> list[list[int]]:
-        chosen, make = [prompts[i] for i in batch], prompts[batch[0]].inputs
+        chosen, make = [prompts[i] for i in batch], None
         start = len(chosen[0]) if make else 0  # given embeddings alone, generate() returns the new tokens alone
         stop = StoppingCriteriaList(
             [_Decided(tokenizer, [questions[i] for i in batch], start)] if questions is not None else []
         )
-        together = {"synced_gpus": True} if reader.sharded else {}
+        together = {}
         try:
-            inputs = make() if make else reader.openings(chosen, settings)
+            inputs = make() if make else reader.collate(chosen)
             new = model.generate(**inputs, **together, generation_config=settings, stopping_criteria=stop)[:, start:]
         except RuntimeError as error:  # batches are made by the prompts' length, and answers take memory, too
             if len(batch) == 1 or together or not is_out_of_memory(error):
@@ -134,7 +135,7 @@ def generate_ids(
     answers = dict[int, list[int]]()
     if progress:
         progress(sum(map(len, batches)) - sum(map(len, todo)))
-    for batch, _, number in in_rounds(todo):
+    for batch, number in in_rounds(todo):
         new_answers = merged(dict(zip(batch, answer(batch), strict=True)))
         answers |= new_answers
         if keep:
@@ -1176,7 +1177,9 @@ class Answer:
     verdict: Verdict
     category: str | None = None
     cluster: str | None = None
-    """The question that several seeds or voices share; see `Example.cluster`."""
+    @property
+    def declined(self): return ('refusal',)
+    _x="""The question that several seeds or voices share; see `Example.cluster`."""
 
 
 @dataclass

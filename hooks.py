@@ -1,31 +1,29 @@
-"""Everything that attaches to a model: find its parts, capture vectors, replay the decoder, add a LoRA.
+"""Everything that attaches to a model: find its parts, capture and steer vectors, replay the decoder, add a LoRA.
 
-Nothing here edits a module. Hooks are put on inside context managers (or `LoRA.attach`) and come off again, which
+Nothing here edits a module. Hooks are put on inside context managers (or by `LoRA.attach`) and come off again, which
 leaves the model bit-identical to before.
 """
 
 from __future__ import annotations
 
 import atexit
-import copy
 import hashlib
 import inspect
 import math
 import os
-import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationConfig
 from transformers.utils.versions import require_version
 
@@ -43,6 +41,15 @@ REFUSED = {
     "VoxtralRealtimeForConditionalGeneration": "it adds audio at every position and reads no text alone; use Voxtral",
     "Qwen2_5OmniForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
     "Qwen3OmniMoeForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
+}
+# Wrappers, by the name of a class that theirs derive from: what is inside has to be given.
+WRAPPERS = {
+    "PeftModel": "model.merge_and_unload(), which keeps its adapter, or model.unload(), which drops it",
+    "PeftMixedModel": "model.merge_and_unload(), which keeps its adapters, or model.unload(), which drops them",
+    "OptimizedModule": "model._orig_mod",
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "a model that is loaded whole",
 }
 # The release of transformers before which a class can't be served; FIXED_INPUTS says what it could not be told.
 NEEDS = {"VibeVoiceAsrForConditionalGeneration": "5.23"}
@@ -84,9 +91,13 @@ def locate(
         decoder, norm, head: dotted paths, as in `model.named_modules()`.
 
     Raises:
-        ValueError: a part is missing or ambiguous. The message lists the candidates and the argument that decides.
+        ValueError: a part is missing or ambiguous, and the message lists the candidates and the argument that decides;
+            or the model is wrapped, by PEFT for example, and the message says how to unwrap it.
         ImportError: the class needs a newer transformers.
     """
+    for kind in type(model).__mro__:
+        if inside := WRAPPERS.get(kind.__name__):
+            raise ValueError(f"The model is wrapped in a {kind.__name__}; pass {inside}.")
     if reason := REFUSED.get(type(model).__name__):
         raise ValueError(f"{type(model).__name__} is not supported: {reason}.")
     if since := NEEDS.get(type(model).__name__):
@@ -165,10 +176,53 @@ def _children(module: nn.Module, names: Sequence[str], kind: type) -> dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Capture
-
+# What is changed for a while: hooks to capture and to steer, flags that freeze
 
 ACTIVATIONS = ("inputs_embeds", "hidden_states", "input")  # keyword names of a module's main argument, asked first
+
+_CHANGES: WeakKeyDictionary[nn.Module, list[_Changes]] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+class _Changes:
+    """What one `with` changes on a model. Its end undoes it; where Ctrl-C cuts that short, the next use does."""
+
+    def __init__(self, model: nn.Module, by_position: bool = False) -> None:
+        """`by_position`: what it does depends on a token's place, so passes must show whole prompts and their mask."""
+        self.model, self.by_position = model, by_position
+        self.over, self.undo = False, list[Callable[[], object]]()  # each may be called twice
+
+    def __enter__(self) -> _Changes:
+        if left := [changes for changes in _CHANGES.get(self.model, ()) if changes.over]:
+            for changes in left:
+                changes.__exit__()
+            message = "An interrupt had left hooks or flags of RRS on the model; they are taken back now."
+            warnings.warn(message, stacklevel=4)
+        _CHANGES.setdefault(self.model, []).append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        for undo in reversed(self.undo):
+            undo()
+        _CHANGES[self.model].remove(self)
+
+
+def lock(model: nn.Module) -> threading.RLock:
+    """The model's lock: `with lock(model):` keeps other threads from changing it meanwhile. It may be taken again."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients inside the `with`; every flag is as it was afterwards."""
+    with _Changes(model) as changes:
+        changes.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
+        changes.undo += [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
+        model.eval().requires_grad_(False)
+        yield
 
 
 class EmptyClip(ValueError):  # noqa: N818
@@ -176,7 +230,7 @@ class EmptyClip(ValueError):  # noqa: N818
 
 
 class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass early; caught by the `capture` that raised it and by nothing else."""
+    """Ends a forward pass early; caught by the `with` that raised it and by nothing else."""
 
 
 @contextmanager
@@ -187,6 +241,7 @@ def capture(
     where: Literal["input", "output"] = "output",
     position: int | slice | None = None,
     stop: bool = False,
+    before_steering: bool = False,
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Record what goes into or comes out of modules during every forward pass inside the `with`.
 
@@ -199,10 +254,11 @@ def capture(
         position: keep `tensor[:, position]` only; `None` keeps all positions.
         stop: end the pass once every module in `modules` has been recorded. The statement that runs the model is the
             last one of the `with` body that is executed.
+        before_steering: record the tensors before the hooks that are there already, e.g. those of `steer`.
 
     Yields:
         `{path: [one tensor per forward pass]}`, still attached to the autograd graph. Run `backward()` inside the
-        `with`: with activation checkpointing the recomputation needs the hooks, and a hook removed too early gives
+        `with`: with gradient checkpointing the recomputation needs the hooks, and a hook removed too early gives
         wrong gradients without an error.
 
     Raises:
@@ -213,11 +269,10 @@ def capture(
     if missing := [path for path in paths if path not in known]:
         raise ValueError(f"No module {missing} in {type(model).__name__}; see model.named_modules().")
     record: dict[str, list[Tensor]] = {path: [] for path in paths}
-    pending = set(paths)
-    end = _Stop()
+    pending, end = set(paths), _Stop()
 
     def keep(path: str, value: Any) -> None:
-        tensor = next((t for t in _tensors(value)), None)
+        tensor = next(_tensors(value), None)
         if tensor is None:
             raise ValueError(f"{path} carries no tensor at its {where}, but {type(value).__name__}.")
         record[path].append(tensor if position is None else tensor[:, position])
@@ -225,50 +280,28 @@ def capture(
         if stop and not pending:
             raise end
 
-    def hook_on(path: str, module: nn.Module) -> RemovableHandle:
-        if where == "input":
-            return module.register_forward_pre_hook(
-                lambda _m, args, kwargs: keep(path, (*args, *(kwargs.get(n) for n in ACTIVATIONS), *kwargs.values())),
-                with_kwargs=True,
-            )
-        return module.register_forward_hook(lambda _m, _args, output: keep(path, output))
+    def keep_input(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
 
-    handles: list[RemovableHandle] = []
+    def keep_output(path: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        keep(path, output)
+
     try:
-        for path in paths:
-            handles.append(hook_on(path, known[path]))
-        yield record
+        with _Changes(model) as changes:
+            for path in paths:
+                if where == "input":
+                    handle = known[path].register_forward_pre_hook(
+                        partial(keep_input, path), with_kwargs=True, prepend=before_steering
+                    )
+                else:
+                    handle = known[path].register_forward_hook(
+                        partial(keep_output, path), with_kwargs=True, prepend=before_steering
+                    )
+                changes.undo.append(handle.remove)
+            yield record
     except _Stop as error:
         if error is not end:
             raise
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def steer(location: Location, vector: Tensor, strength: float = 1.0) -> Iterator[None]:
-    """Adds `strength · vector` to what the head multiplies, at every position, during every pass inside the `with`.
-
-    Inference-time steering, a baseline for RRS without training: the same Δ, added instead of learnt, and to harmful
-    and harmless inputs alike.
-
-    Args:
-        location: from `locate(model)`.
-        vector: `[hidden]`, e.g. Δ ∘ mask.
-        strength: 1 adds the vector as it is.
-    """
-
-    def add(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] + (strength * vector).to(args[0]), *args[1:])
-
-    if vector.shape != (hidden := location.head_weight.shape[1:]):
-        raise ValueError(f"The vector {list(vector.shape)} must be [hidden] = {list(hidden)}.")
-    handle = location.head.register_forward_pre_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -277,11 +310,85 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         if value.is_floating_point():
             yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
+        yield from _tensors(list(value.values()))
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    vector: Tensor | Callable[[Tensor], Tensor],
+    *,
+    layer: int | str | None = None,
+    position: int | slice | None = None,
+    scale: float = 1.0,
+    location: Location | None = None,
+) -> Iterator[None]:
+    """Moves hidden states during every forward pass inside the `with`: steering without training.
+
+    Args:
+        model: the model.
+        vector: `[hidden]`, added to the hidden states `[batch, length, hidden]`; or a function that gives the new ones,
+            e.g. `lambda h: h - (h @ v)[..., None] * v` to take a unit direction out.
+        layer: a decoder block by number (its output; -1 is the last), a module by its path (its output), or `None` for
+            what the head multiplies.
+        position: tokens of the prompt, as in `prompt[position]`, padding not counted; tokens that are generated stay.
+            `None` moves all of them, generated ones too.
+        scale: factor of the vector, or of the change that the function makes.
+        location: of a model that `locate` needs help with.
+
+    Raises:
+        ValueError: no such layer, a vector of another size, or a position with `layer=None`: the head need not see
+            whole prompts.
+    """
+    where = location or locate(model)
+    blocks = dict(enumerate(where.layers)) | {i - len(where.layers): b for i, b in enumerate(where.layers)}
+    named: dict[Any, nn.Module] = {**blocks, **dict(model.named_modules()), None: where.head}
+    if layer not in named:
+        raise ValueError(f"layer={layer!r} is neither a block (there are {len(where.layers)}) nor a module's path.")
+    if position is not None and layer is None:
+        raise ValueError("position= needs layer=; of many prompts the head sees the last token only.")
+    hidden = where.head_weight.shape[1:]
+    if isinstance(vector, Tensor) and not isinstance(layer, str) and vector.shape != hidden:
+        raise ValueError(f"The vector {list(vector.shape)} must be [hidden] = {list(hidden)}.")
+    masks: list[Tensor | None] = [None]  # of the pass that is running
+
+    def note_mask(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        masks[0] = kwargs.get("attention_mask")
+
+    def moved(h: Tensor) -> Tensor:
+        new = h + (scale * (vector if isinstance(vector, Tensor) else vector(h) - h)).to(h)
+        return new if position is None else torch.where(_chosen(position, h, masks[0])[..., None], new, h)
+
+    def move_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (moved(args[0]), *args[1:])
+
+    def move_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return moved(output) if isinstance(output, Tensor) else (moved(output[0]), *output[1:])
+
+    with _Changes(model, by_position=position is not None) as changes:
+        if position is not None:
+            handle = where.decoder.register_forward_pre_hook(note_mask, with_kwargs=True)
+            changes.undo.append(handle.remove)
+        if layer is None:
+            changes.undo.append(where.head.register_forward_pre_hook(move_input).remove)
+        else:
+            changes.undo.append(named[layer].register_forward_hook(move_output).remove)
+        yield
+
+
+def _chosen(position: int | slice, h: Tensor, mask: Any) -> Tensor:
+    """Which positions `[batch, length]` of hidden states `[…, batch, length, hidden]` are those of the prompts."""
+    batch, length = h.shape[-3:-1]
+    chosen = torch.zeros(batch, length, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = torch.ones(batch, length if length > 1 else 0)  # nothing is padded; one token is one that is generated
+    if mask.shape[1] == length:  # else the tokens before are in a cache, and these are generated
+        for row, real in zip(chosen, mask.cpu().bool(), strict=True):
+            row[real.nonzero().flatten()[position]] = True
+    return chosen.to(h.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,6 +403,13 @@ OWN_AUDIO_LORA = ("GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusFor
 # after the first token, Granite Speech switches its own LoRA by the presence of input_features.
 GENERATES_FROM_INPUTS = ("Gemma3nForConditionalGeneration", *OWN_AUDIO_LORA)
 PER_TOKEN_INPUTS = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}  # and their values for text
+# Generation settings that look at the prompt's token ids or length, with the values that do nothing. Padding would
+# mislead them, so prompts are answered one by one, from the model's own inputs.
+READS_PROMPT: dict[str, Any] = {
+    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0, "min_length": 0, "bad_words_ids": None, "sequence_bias": None, "forced_bos_token_id": None,
+    "stop_strings": None, "watermarking_config": None, "prompt_lookup_num_tokens": None,
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -310,27 +424,29 @@ class Prompt:
     """Position of the first row."""
     audio: bool = False
     """Whether the prompt has audio."""
-    inputs: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
-    """Makes the model's own inputs; set only where the full model has to run (`Reader.exact`, `.from_embeddings`)."""
+    make: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
+    """Makes the model's own inputs, where the full model has to run; `None`: the ids are all there is."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def inputs(self) -> dict[str, Any]:
+        """The model's own inputs for this prompt alone, `input_ids` `[1, length]` among them."""
+        return self.make() if self.make else {"input_ids": self.ids[None]}
+
     def extended(self, tokens: Sequence[int]) -> Prompt:
         """The prompt with token ids appended: an answer that has already begun."""
         more = torch.tensor(tokens, dtype=self.ids.dtype)
-        make = self.inputs
 
-        def inputs() -> dict[str, Any]:
-            assert make is not None
-            own = make()
+        def make() -> dict[str, Any]:
+            own = self.inputs()
             tails = {name: torch.full_like(more, fill) for name, fill in PER_TOKEN_INPUTS.items()}
             for name, tail in {"input_ids": more, **tails}.items():
                 if name in own:
                     own[name] = torch.cat([own[name], tail[None].to(own[name])], dim=1)
             return own
 
-        return replace(self, ids=torch.cat([self.ids, more]), inputs=make and inputs)
+        return replace(self, ids=torch.cat([self.ids, more]), make=make)
 
 
 class Reader:
@@ -342,7 +458,6 @@ class Reader:
         render: `(text or None, waveform or None) -> model inputs` for one unpadded prompt, `input_ids` `[1, length]`
             among them (`rrs.data.Renderer`, or your own).
         max_tokens: positions per forward pass (prompts × padded length) where gradients are not needed.
-        max_cached: bytes of encoded clips to keep in memory; further ones go to a memory-mapped temporary file.
     """
 
     def __init__(
@@ -351,34 +466,22 @@ class Reader:
         location: Location,
         render: Callable[[str | None, Any], dict[str, Any]],
         max_tokens: int = 8192,
-        max_cached: int = 4 * 2**30,
     ) -> None:
         if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
             raise ValueError(
                 f"The decoder's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), and training "
                 "needs them in place; load the model with a device_map that puts all of it on devices."
             )
-        self.model, self.location, self.render = model, location, render
-        self.max_tokens, self.max_cached = max_tokens, max_cached
+        self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
         self.from_embeddings = True  # may generate() start from embeddings?
         self.share_prefix = True
-        self.continues_prefix: bool | None = None  # may generate() go on from it? decided on the first batch
         self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head
         self.logit_scale = 1.0  # and what the head gives, on its way to the softmax; see `_logit_scale`
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
         self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # instruction -> ids before, ids after the audio
-        self._held = 0  # bytes of clips in memory
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of the clips beyond max_cached
-        self._mapped: Tensor | None = None  # what is free of the newest file there
-        self._everywhere: set[str] = set()  # clips that all ranks have
-        self.sharded = False  # are the decoder's blocks spread over the ranks? see `shard`
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the first clip, on which `exact`, `scale` and more are decided, is still to come."""
-        return self.exact is not False and not self._clips
+        self._composes = True  # are the ids around the audio those of the instruction, whatever the clip?
 
     @property
     def device(self) -> torch.device:
@@ -389,30 +492,6 @@ class Reader:
     def dtype(self) -> torch.dtype:
         """Of the decoder's activations (and of its weights, unless they are quantised)."""
         return next(p.dtype for p in self.location.decoder.parameters() if p.is_floating_point())
-
-    def shard(self) -> None:
-        """Spreads the decoder's blocks over the ranks (FSDP2): each holds its part of the frozen weights and fetches
-        the rest of a block while that runs. Alone it does nothing. Tower, embeddings and head stay whole on each rank.
-
-        All ranks then have to run the same number of passes, so that prefixes are not shared, and every rank reads
-        every clip.
-
-        Raises:
-            ValueError: replay is not exact on this model.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
-        if world() == 1:
-            return
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        mesh = init_device_mesh(device.type, (world(),))
-        self.location.decoder.requires_grad_(False)
-        for layer in self.location.layers:
-            if not isinstance(layer, FSDPModule):  # by an RRS on the same model
-                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        self.model.to(device)
-        self.sharded, self.share_prefix = True, False
 
     @torch.no_grad()
     def read(self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None) -> Prompt:
@@ -427,74 +506,33 @@ class Reader:
         if clip is None:
             return self._run(text, None)
         key, load = clip
-        if key in self._clips and text in self._frames and self.exact is not False:
+        if self._composes and key in self._clips and text in self._frames and self.exact is not False:
             before, after = self._frames[text]
             ids, rows = self._clips[key]
-            inputs = None if self.from_embeddings else lambda: self._inputs(text, load())
-            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, inputs)
+            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, lambda: self._inputs(text, load()))
         prompt = self._run(text, load)
         if prompt.rows is None:
             return prompt
         end = prompt.start + len(prompt.rows)
-        frame = (prompt.ids[: prompt.start], prompt.ids[end:])
-        known, clip_known = self._frames.setdefault(text, frame), self._clips.get(key)
-        same_ids = all(torch.equal(a, b) for a, b in zip(known, frame, strict=True))
-        same_rows = clip_known is None or self._close(clip_known[1].to(prompt.rows), prompt.rows)  # it may lie on disk
-        if not same_ids or not same_rows:
-            # The ids around the audio depend on the clip, or the projected audio on the text: no composing, every
-            # pair goes through the processor and the tower.
-            self._frames = _Never()
-        if clip_known is None:
-            clip_known = self._clips[key] = (prompt.ids[prompt.start : end], self._keep(prompt.rows))
-        return replace(prompt, rows=clip_known[1] if same_rows else prompt.rows.clone())
-
-    def _keep(self, rows: Tensor) -> Tensor:
-        """A copy of a clip's rows `[n, hidden]` that stays: in memory up to `max_cached` bytes, on disk beyond."""
-        self._held += rows.numel() * rows.element_size()
-        if self._held <= self.max_cached:
-            return rows.clone()
-        if self._mapped is None or len(self._mapped) < rows.numel():
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rrs-clips-")
-            name, size = Path(self._folder.name) / str(self._held), max(rows.numel(), 2**25)
-            self._mapped = torch.from_file(str(name), shared=True, size=size, dtype=rows.dtype)
-        kept, self._mapped = self._mapped[: rows.numel()], self._mapped[rows.numel() :]
-        return kept.copy_(rows.flatten()).view_as(rows)
-
-    def exchange_clips(self) -> None:
-        """Gives every rank the clips that the others have encoded, so that each is encoded once in all, and the ids
-        around them, unless these differ from clip to clip.
-        """
-        if world() == 1 or self.sharded:  # sharded: all read all
-            return
-        frames: dict[str | None, tuple[Tensor, Tensor]] = {}
-        for theirs in merged({rank(): dict(self._frames) if type(self._frames) is dict else None}).values():
-            if theirs is None or not all(
-                torch.equal(a, b)
-                for text in theirs
-                for a, b in zip(theirs[text], frames.setdefault(text, theirs[text]), strict=True)
-            ):
-                frames = _Never()
-        self._frames = frames
-        new = [key for key in self._clips if key not in self._everywhere]
-        for start in range(0, largest(len(new)), 64):
-            own = {k: [t.to("cpu", copy=True) for t in self._clips[k]] for k in new[start : start + 64]}
-            for key, (ids, rows) in merged(own).items():
-                if key not in self._clips:
-                    self._clips[key] = (ids, self._keep(rows.to(self.device)))
-        self._everywhere = set(self._clips)
+        frame = self._frames.setdefault(text, (prompt.ids[: prompt.start], prompt.ids[end:]))
+        ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows.clone()))
+        same_rows = self._close(rows, prompt.rows)
+        if not same_rows or not torch.equal(torch.cat([frame[0], ids, frame[1]]), prompt.ids):
+            # The ids around the audio depend on the clip, or the projected audio on the text.
+            self._composes = False
+        return replace(prompt, rows=rows if same_rows else prompt.rows.clone())
 
     def _inputs(self, text: str | None, wave: Any) -> dict[str, Any]:
         """The model's own inputs of one prompt, on its device and in its dtype."""
+        return self._on_device({**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})})
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, Mapping):  # first-generation Qwen-Audio's audio_info
-                return {k: moved(v) for k, v in value.items()}
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
-
-        own: dict[str, Any] = moved({**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})})
-        return own
+    def _on_device(self, value: Any) -> Any:
+        """Tensors on the model's device, floating ones in its dtype, also those in mappings."""
+        if isinstance(value, Mapping):
+            return {k: self._on_device(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def _run(self, text: str | None, load: Callable[[], Any] | None) -> Prompt:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
@@ -504,7 +542,7 @@ class Reader:
 
         inputs, audio = make(), load is not None
         ids = inputs["input_ids"][0].cpu()
-        prompt, first = Prompt(ids, audio=audio, inputs=make), self.exact is None
+        prompt, first = Prompt(ids, audio=audio, make=make), self.exact is None
         if first:
             self.logit_scale = self._logit_scale(inputs, audio)
         if first and not all(_accepts(self.location.decoder, name) for name in ("inputs_embeds", "use_cache")):
@@ -524,7 +562,7 @@ class Reader:
                     raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
                 start, end = int(differs[0]), int(differs[-1]) + 1
                 prompt = replace(prompt, rows=embeds[start:end], start=start)
-        if first or (audio and self.undecided):  # the first text and the first clip are checked
+        if first or (audio and not self._clips):  # the first text and the first clip are checked
             true = self._head_input(inputs, audio)[0, 0].float()
             difference = self.check(prompt, true)
             if difference > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache
@@ -532,10 +570,10 @@ class Reader:
                 difference = self.check(prompt, true)
             if difference > self.tolerance:
                 self._fall_back(f"it is off by {difference:.1e}")
-                return Prompt(ids, audio=audio, inputs=make)
+                return replace(prompt, rows=None)
             self.exact = True
             self.from_embeddings = self.from_embeddings and self._generates_from_embeddings(prompt, true)
-        return replace(prompt, inputs=None) if self.from_embeddings else prompt
+        return prompt
 
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
@@ -547,16 +585,15 @@ class Reader:
             if "inputs_embeds" in seen:
                 raise end
 
-        handle = self.location.decoder.register_forward_pre_hook(note, with_kwargs=True)
         try:
             # Given token ids, the decoder merges the audio inside, as Phi-4's: then its first block tells.
-            with capture(self.model, block, where="input", stop=True) as record:
+            with _Changes(self.model) as changes, capture(self.model, block, where="input", stop=True) as record:
+                handle = self.location.decoder.register_forward_pre_hook(note, with_kwargs=True)
+                changes.undo.append(handle.remove)
                 self.model(**inputs)
         except _Stop as error:
             if error is not end:
                 raise
-        finally:
-            handle.remove()
         if "inputs_embeds" not in seen:
             if not record[block]:
                 raise ValueError(f"{block} never ran in a forward pass; pass decoder='path' of the one that does.")
@@ -564,8 +601,6 @@ class Reader:
         return seen
 
     def _fall_back(self, why: str) -> None:
-        if self.sharded:
-            raise ValueError(f"shard=True needs a decoder that replays cached inputs, but {why}; use shard=False.")
         self.exact = False
         warnings.warn(
             f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
@@ -576,7 +611,10 @@ class Reader:
     def _head_input(self, inputs: Mapping[str, Any], audio: bool, last: int = 1) -> Tensor:
         """`[batch, last, hidden]`: what the head multiplies at the last positions when the whole model runs."""
         path, end = self.location.head_path, slice(-last, None)
-        with self.own_lora(audio), capture(self.model, path, where="input", position=end, stop=True) as record:
+        with (
+            self.own_lora(audio),
+            capture(self.model, path, where="input", position=end, stop=True, before_steering=True) as record,
+        ):
             self.model(**inputs)
         return record[path][0]
 
@@ -616,19 +654,15 @@ class Reader:
         layers: list[Any] = []
         if type(self.model).__name__ in OWN_AUDIO_LORA:
             layers = [m for m in self.model.modules() if hasattr(m, "lora_A") and hasattr(m, "enable_adapters")]
-        was_on = [not layer.disable_adapters for layer in layers]
-        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]  # PEFT sets this as well
-        try:
+        flags = [partial(p.requires_grad_, p.requires_grad) for layer in layers for p in layer.parameters()]
+        with _Changes(self.model) as changes:
+            changes.undo += flags  # PEFT sets these as well; undone last
+            changes.undo += [partial(layer.enable_adapters, not layer.disable_adapters) for layer in layers]
             for layer in layers:
                 layer.enable_adapters(audio)
-            for p, flag in trainable:
-                p.requires_grad_(flag)
+            for restore in flags:
+                restore()
             yield
-        finally:
-            for layer, on in zip(layers, was_on, strict=True):
-                layer.enable_adapters(on)
-            for p, flag in trainable:
-                p.requires_grad_(flag)
 
     @property
     def tolerance(self) -> float:
@@ -677,13 +711,7 @@ class Reader:
             skip: leave out this many leading positions.
             side: where the padding goes; generation needs it on the left.
         """
-        length = max(map(len, prompts)) - skip
-        ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        offsets = [length - (len(p) - skip) if side == "left" else 0 for p in prompts]
-        for i, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True)):
-            ids[i, offset : offset + len(prompt) - skip] = prompt.ids[skip:]
-            mask[i, offset : offset + len(prompt) - skip] = 1
+        ids, mask, offsets = _padded([prompt.ids[skip:] for prompt in prompts], side)
         mask = mask.to(self.device)
         inputs = self._embed(ids)
         embeds = inputs["inputs_embeds"] * mask.unsqueeze(-1)
@@ -693,73 +721,98 @@ class Reader:
                 embeds[i, start : start + len(prompt.rows)] = prompt.rows.to(embeds)
         return {**inputs, "inputs_embeds": embeds, "attention_mask": mask}
 
-    @torch.no_grad()
-    def openings(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
-        """What `model.generate` starts from: left-padded embeddings. What all prompts begin with has then already run,
-        once, and is there as a key-value cache, unless this model's answers from it are not the same.
+    def _one_by_one(self, settings: GenerationConfig) -> bool:
+        """Whether answers are the model's own only from its own inputs, a prompt at a time."""
+        if not (self.exact and self.from_embeddings):
+            return True
+        return any(getattr(settings, name, None) not in (None, neutral) for name, neutral in READS_PROMPT.items())
 
-        Args:
-            settings: those of the answers.
+    def generation_inputs(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
+        """What `model.generate` starts from, so that answers are the model's own. For `batches(prompts, settings)`.
+
+        With `input_ids` among them, generate() returns the prompts' ids in front of the new ones; else only these.
         """
-        shared = self._shared_prefix(prompts, 1) if self.share_prefix and not settings.cache_implementation else 0
-        if any(hasattr(module, "rope_deltas") for module in self.model.modules()):
-            self.continues_prefix = False  # Qwen-Omni's positions follow from its last prefill, of whatever that was
-        if shared and self.continues_prefix is None:
-            pair = [min(prompts, key=len), max(prompts, key=len)]
-            continued = self._continued(pair, shared)
-            seen = [self._first_steps(inputs, settings) for inputs in (self.collate(pair), continued) if inputs]
-            # A `generate` of one's own that goes round the head can't be checked, so its prompts stay whole.
-            self.continues_prefix = [len(steps) for steps in seen] == [3, 3] and all(map(self._close, *seen[::-1]))
-        continued = self._continued(prompts, shared) if shared and self.continues_prefix else {}
-        return continued or self.collate(prompts)
+        if self._one_by_one(settings):
+            (prompt,) = prompts
+            return self._on_device(prompt.inputs())
+        inputs: dict[str, Any] = self.collate(prompts)
+        if settings.repetition_penalty not in (None, 1.0):
+            # It looks at which ids there are: padding with an id of the prompt's own changes nothing.
+            inputs["input_ids"] = _padded([prompt.ids for prompt in prompts], "left")[0].to(self.device)
+        return inputs
 
-    def _continued(self, prompts: Sequence[Prompt], shared: int) -> dict[str, Any]:
-        """Inputs of `generate` with the first `shared` positions in a cache; empty where there is no such cache."""
-        cache = self._prefix_cache(prompts, shared)
-        if cache is None or any(cache.is_sliding):  # a window would count the padding below
-            return {}
-        # Padding stands between the shared part and the rest; the mask with a hole gives every token its position.
-        rest, prefix = self.collate(prompts, shared), self._embed(prompts[0].ids[None, :shared])
-        prefix["attention_mask"] = rest["attention_mask"].new_ones(1, shared)
-        whole = {k: torch.cat([prefix[k].expand(len(prompts), *prefix[k].shape[1:]), rest[k]], dim=1) for k in rest}
-        return {**whole, _cache_name(self.model): cache}
+    @contextmanager
+    def _checkpointing(self) -> Iterator[bool]:
+        """Whether `model.gradient_checkpointing_enable()` acts in this pass.
 
-    def _first_steps(self, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tensor]:
-        """What the head multiplies in the first three steps of answers, `[batch, hidden]` each."""
-        few, path = copy.deepcopy(settings), self.location.head_path
-        few.update(max_new_tokens=3, min_new_tokens=3)
-        with capture(self.model, path, where="input", position=-1) as record:
-            self.model.generate(**inputs, generation_config=few)  # type: ignore[operator]
-        return record[path]
+        Modules do so in training mode only: those that own the setting are in it meanwhile, their children, such as
+        dropouts, are not.
+        """
+        modules: list[Any] = []
+        if torch.is_grad_enabled():
+            modules = [m for m in self.location.decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in modules:
+            how = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(how, partial) and how.keywords.get("use_reentrant", True):
+                raise ValueError(
+                    "Reentrant gradient checkpointing loses the adapter's gradients; call "
+                    'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+                )
+        with _Changes(self.model) as changes:
+            changes.undo += [partial(setattr, module, "training", module.training) for module in modules]
+            for module in modules:
+                module.training = True
+            yield bool(modules)
 
-    def _replay(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
-        """The last `last` positions' vectors `[batch, last, hidden]` from cached decoder inputs.
+    def _replay(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
+        """The last `last` positions' vectors from cached decoder inputs; see `last_hidden`.
 
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
         prompts of the batch begin with (system prompt, opening of the turn) runs once and is shared through the
         key-value cache, gradients included: on short questions that is more than half of all positions.
         """
-        decoder = self.location.decoder
-        shared = self._shared_prefix(prompts, last) if self.share_prefix else 0
-        inputs = self.collate(prompts, shared, side="right")
-        del inputs["attention_mask"]
-        with self.own_lora(prompts[0].audio):
-            if shared:
-                cache = self._prefix_cache(prompts, shared)
-                if cache is None:
-                    return self._replay(prompts, last)
-                out = decoder(**inputs, **{_cache_name(decoder): cache}, use_cache=True)[0]
-            else:
-                out = decoder(**inputs, use_cache=False)[0]
-        ends = torch.tensor([len(prompt) - shared for prompt in prompts])
-        h = out[torch.arange(len(prompts))[:, None], ends[:, None] + torch.arange(-last, 0)]
-        return h if self.scale == 1 else h * self.scale
+        decoder, by_position = self.location.decoder, any(c.by_position for c in _CHANGES.get(self.model, ()))
+        with self.own_lora(prompts[0].audio), self._checkpointing() as recomputes:
+            whole = by_position or recomputes or not self.share_prefix  # a recomputation has no cache
+            shared = 0 if whole else self._shared_prefix(prompts, last)
+            cache = self._prefix_cache(prompts, shared) if shared else None
+            shared = shared if cache is not None else 0
+            inputs: dict[str, Any] = self.collate(prompts, shared, side="right")
+            if not by_position:
+                del inputs["attention_mask"]
+            if cache is not None:
+                inputs[_cache_name(decoder)] = cache
+            with self._blocks(layers) as seen:
+                out = decoder(**inputs, use_cache=cache is not None)[0]
+        lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
+        ends = (lengths[:, None] + torch.arange(-last, 0)).clamp(min=0)
+        rows = torch.arange(len(prompts))[:, None]
+        if layers:
+            return torch.stack([h[rows, ends] for h in seen()], 2)
+        return out[rows, ends] if self.scale == 1 else out[rows, ends] * self.scale
+
+    @contextmanager
+    def _blocks(self, layers: bool) -> Iterator[Callable[[], list[Tensor]]]:
+        """Gives, after a pass, what went into the first block and what each block gave, `[batch, length, hidden]`."""
+        paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers))] if layers else []
+        before = capture(self.model, paths[:1], where="input")
+        with before as first, capture(self.model, paths) as outputs:
+            yield lambda: self._one_stream([first[paths[0]][-1], *(outputs[path][-1] for path in paths)])
+
+    def _one_stream(self, hidden: list[Tensor]) -> list[Tensor]:
+        if any(h.dim() != 3 for h in hidden):  # Gemma 3n
+            raise ValueError(
+                f"The blocks of {type(self.location.decoder).__name__} give {list(hidden[1].shape)}, several streams "
+                "instead of [batch, length, hidden]; use layers=False."
+            )
+        return hidden
 
     def _prefix_cache(self, prompts: Sequence[Prompt], length: int) -> Cache | None:
         """The key-value cache of the first `length` positions, which all prompts share, once for each of them; `None`,
         and prefixes are not shared from then on, where it can't be repeated.
         """
-        cache = _ask_cache(self.location.decoder(**self._embed(prompts[0].ids[None, :length]), use_cache=True))
+        out = self.location.decoder(**self._embed(prompts[0].ids[None, :length]), use_cache=True)
+        cache = getattr(out, _cache_name(self.location.decoder), None)
         # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
         if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
             self.share_prefix = False
@@ -770,36 +823,50 @@ class Reader:
     @staticmethod
     def _shared_prefix(prompts: Sequence[Prompt], last: int) -> int:
         """How many leading token ids all prompts of a batch share; at least `last` positions stay for each prompt."""
-        longest = min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts)
+        longest = max(0, min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts))
         first = prompts[0].ids[:longest]
         for prompt in prompts[1:]:
             differs = (prompt.ids[: len(first)] != first).nonzero()
             first = first[: int(differs[0])] if len(differs) else first
         return len(first) if len(prompts) > 1 else 0
 
-    def last_hidden(self, prompts: Sequence[Prompt], last: int = 1) -> Tensor:
+    def last_hidden(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
         """What the head multiplies at the last `last` positions of each prompt, `[batch, last, hidden]`.
 
-        One forward pass; gradients reach an attached `LoRA` if they are enabled.
-        """
-        if self.exact is not False and len({p.audio for p in prompts}) == 1:
-            return self._replay(prompts, last)
-        if self.exact is not False:  # Granite Speech's own LoRA is on with audio and off without
-            order = sorted(range(len(prompts)), key=lambda i: prompts[i].audio)
-            kinds = [[prompts[i] for i in order if prompts[i].audio is audio] for audio in (False, True)]
-            return torch.cat([self._replay(kind, last) for kind in kinds])[torch.tensor(order).argsort()]
-        rows = []
-        for prompt in prompts:  # replay is not exact on this model: the full model runs, unpadded
-            inputs = prompt.inputs() if prompt.inputs else {"input_ids": prompt.ids[None].to(self.device)}
-            rows.append(self._head_input(inputs, prompt.audio, last)[0])
-        return torch.stack(rows)
+        One forward pass; gradients reach an attached `LoRA` if they are enabled. A prompt that is shorter
+        repeats its first position.
 
-    def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        Args:
+            layers: `[batch, last, blocks + 1, hidden]` instead: what goes into the first block, then what each block
+                gives; the final norm is still to come.
+        """
+        kinds = [[i for i, p in enumerate(prompts) if p.audio is audio] for audio in (False, True)]
+        kinds = [kind for kind in kinds if kind]  # Granite Speech's own LoRA is on with audio and off without
+        if self.exact is not False:
+            rows = torch.cat([self._replay([prompts[i] for i in kind], last, layers) for kind in kinds])
+            return rows if len(kinds) == 1 else rows[torch.tensor([i for kind in kinds for i in kind]).argsort()]
+        return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
+
+    def _full(self, prompt: Prompt, last: int, layers: bool) -> Tensor:
+        """One prompt's vectors where replay is not exact: the full model runs, unpadded."""
+        inputs = self._on_device(prompt.inputs())
+        with self._checkpointing(), self._blocks(layers) as seen:
+            h = self._head_input(inputs, prompt.audio, last)
+        if layers:
+            h = torch.stack([each[:, -last:] for each in seen()], 2)
+        return torch.cat([h[:, :1]] * (last - h.shape[1]) + [h], 1)
+
+    def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> Iterator[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
-        positions allow."""
+        positions allow.
+
+        Args:
+            settings: for answers by these settings; some can be had one by one only.
+        """
+        single = settings is not None and self._one_by_one(settings)
         batch: list[int] = []
         for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
-            apart = batch and prompts[i].audio != prompts[batch[-1]].audio
+            apart = batch and (single or prompts[i].audio != prompts[batch[-1]].audio)
             if apart or (batch and (len(batch) + 1) * len(prompts[i]) > self.max_tokens):
                 yield batch
                 batch = []
@@ -809,7 +876,11 @@ class Reader:
 
     @torch.no_grad()
     def represent(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None, last: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        progress: Callable[[int], object] | None = None,
+        last: int | None = None,
+        layers: bool = False,
     ) -> Tensor:
         """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
 
@@ -818,16 +889,30 @@ class Reader:
         Args:
             progress: called with the number of prompts done, batch by batch.
             last: the vectors of that many last positions instead, `[n, last, hidden]`.
+            layers: `[n, blocks + 1, hidden]` (with `last`, `[n, last, blocks + 1, hidden]`) instead: what goes into the
+                first block, then what each block gives; the final norm is still to come.
         """
-        out = torch.zeros(len(prompts), last or 1, self.location.head_weight.shape[1])
-        for batch, counts, done in in_rounds(list(self.batches(prompts))):
-            h = self.last_hidden([prompts[i] for i in batch], last or 1).float().cpu()
-            if counts:
-                out[batch] = h
+        shape = [len(self.location.layers) + 1] if layers else []
+        out = torch.zeros(len(prompts), last or 1, *shape, self.location.head_weight.shape[1])
+        for batch, done in in_rounds(list(self.batches(prompts))):
+            if batch:
+                out[batch] = self.last_hidden([prompts[i] for i in batch], last or 1, layers).float().cpu()
             if progress:
                 progress(done)
-        add_up([out])
+        all_reduce_sum([out])
         return out if last else out[:, 0]
+
+
+def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, list[int]]:
+    """Token ids `[batch, length]`, padded with each row's own first one, their mask, and where each row starts."""
+    length = max(map(len, rows))
+    starts = [length - len(row) if side == "left" else 0 for row in rows]
+    ids = torch.stack([row.new_full((length,), int(row[0])) for row in rows])
+    mask = torch.zeros_like(ids)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask, starts
 
 
 def _accepts(module: nn.Module, name: str) -> bool:
@@ -839,20 +924,6 @@ def _accepts(module: nn.Module, name: str) -> bool:
 def _cache_name(module: nn.Module) -> str:
     """What a module's forward calls its key-value cache: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
-
-
-def _ask_cache(output: Any) -> Any:
-    """The key-value cache in what a decoder gave, under either name, or None."""
-    return next((v for n in ("cache", "past_key_values") if (v := getattr(output, n, None)) is not None), None)
-
-
-class _Never(dict):  # type: ignore[type-arg]
-    """A cache that keeps nothing."""
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def setdefault(self, _key: Any, default: Any = None) -> Any:
-        return default
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -900,6 +971,8 @@ class LoRA(nn.Module):
         self, model: nn.Module, paths: Sequence[str], *, r: int, alpha: float, dropout: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
+        if not math.isfinite(alpha / r):
+            raise ValueError(f"alpha={alpha} must be a finite number.")
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
         self._modules_by_path = {path: model.get_submodule(path) for path in paths}
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
@@ -912,7 +985,6 @@ class LoRA(nn.Module):
             device = weight_of(module).device
             self.A.append(nn.Parameter(a.to(device)))
             self.B.append(nn.Parameter(torch.zeros(n_out, r, device=device)))
-        self._handles: list[RemovableHandle] = []
 
     def attach(self) -> LoRA:
         """Adds the update to every forward pass of the model. `detach()` undoes it.
@@ -920,24 +992,25 @@ class LoRA(nn.Module):
         Raises:
             ValueError: another LoRA is on one of the linears; the two would add up.
         """
-        if not self._handles:
-            if any(attached(module) for module in self._modules_by_path.values()):
-                raise ValueError(ANOTHER_LORA)
-            for i, (module, a, b) in enumerate(zip(self._modules_by_path.values(), self.A, self.B, strict=True)):
-                self._handles.append(module.register_forward_hook(self._hook(i, a, b)))
+        self.detach()
+        if any(attached(module) for module in self._modules_by_path.values()):
+            raise ValueError(ANOTHER_LORA)
+        for i, (module, a, b) in enumerate(zip(self._modules_by_path.values(), self.A, self.B, strict=True)):
+            module.register_forward_hook(self._hook(i, a, b))
         return self
 
     def detach(self) -> LoRA:
         """Takes the update off again: the model is vanilla, bit for bit. `attach()` puts it back."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for module in self._modules_by_path.values():
+            for number, hook in [*module._forward_hooks.items()]:
+                if getattr(hook, "lora", None) is self:
+                    del module._forward_hooks[number]
         return self
 
     @property
     def attached(self) -> bool:
         """Whether the model currently runs with the update."""
-        return bool(self._handles)
+        return any(self in attached(module) for module in self._modules_by_path.values())
 
     def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -957,46 +1030,24 @@ class LoRA(nn.Module):
         keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
         return x * keep.div_(1 - self.dropout)
 
-    @torch.no_grad()
-    def add_penalty_gradient(self, weight: float, relative: bool = False) -> Tensor:
-        """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term; adds `weight` times its gradient to that of A and B.
+    def penalty(self) -> Tensor:
+        """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term, with its gradient.
 
-        Through the r×r Gram matrices, exact, without autograd, BA never formed: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`, with the
-        gradients `2 (BᵀB) A` and `2 B (AAᵀ)`.
-
-        Args:
-            relative: divide by `Σ_modules ‖W‖_F²` of the linears' own weights.
+        Through the r×r Gram matrices, exact, BA never formed: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`.
         """
-        scale, values = self.scale**2 / (self.weights_norm if relative else 1.0), []
-        for a, b in zip(self.A, self.B, strict=True):
-            gram_a, gram_b = a @ a.T, b.T @ b  # [r, r]
-            values.append((gram_a * gram_b).sum().to(self.A[0].device))  # a model may be spread over several
-            for parameter, gradient in ((a, gram_b @ a), (b, b @ gram_a)):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(gradient, alpha=2 * weight * scale)
-        return scale * torch.stack(values).sum()
-
-    @cached_property
-    def weights_norm(self) -> float:
-        """`Σ_modules ‖W‖_F²` of the linears that the update is added to."""
-        weights = {path: weight_of(module).detach() for path, module in self._modules_by_path.items()}
-        if packed := [path for path, weight in weights.items() if _is_packed(weight)]:
-            raise ValueError(f"{packed[0]} is quantised, its norm is unknown; use penalty_form='sum'.")
-        # Weights that are spread over ranks are brought together, one at a time: each rank has the same norm.
-        return sum(float(whole(w).float().square().sum()) for w in weights.values())
+        squares = [((a @ a.T) * (b.T @ b)).sum() for a, b in zip(self.A, self.B, strict=True)]
+        return self.scale**2 * torch.stack([s.to(squares[0].device) for s in squares]).sum()  # maybe of several devices
 
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the update to the model's weights, and is zero and detached. It can't be undone; keep a saved copy."""
+        self._check_finite(self.tensors())
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
         inner = {path: getattr(module, "base_layer", module) for path, module in self._modules_by_path.items()}
         for path, module in inner.items():
             weight = weight_of(module)
             if _is_packed(weight):
                 raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
-            if hasattr(weight, "full_tensor"):
-                raise ValueError(f"{path} is spread over ranks; save the adapter, load it without shard and merge.")
         for module, a, b in zip(inner.values(), self.A, self.B, strict=True):
             update = self.scale * (b @ a)
             weight = weight_of(module)
@@ -1014,8 +1065,9 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
-        """Fills in weights under PEFT's names; every one must be there, with its shape, and nothing else."""
+        """Fills in weights under PEFT's names; every one must be there, finite, with its shape, and nothing else."""
         own = self.tensors()
+        self._check_finite(named)
         if missing := sorted(own.keys() ^ named.keys()):
             raise ValueError(
                 f"The adapter's weights do not fit this model: {missing[:4]} … ({len(missing)} names differ)"
@@ -1029,6 +1081,14 @@ class LoRA(nn.Module):
                         f"{list(parameter.shape)}; it was made for another base."
                     )
                 parameter.copy_(value)
+
+    def _check_finite(self, named: Mapping[str, Tensor]) -> None:
+        if bad := [name for name, value in named.items() if not value.isfinite().all()]:
+            raise ValueError(
+                f"The adapter holds NaN or infinite numbers, in {bad[0]} and {len(bad) - 1} more; train anew."
+            )
+        if not math.isfinite(self.scale):
+            raise ValueError(f"The adapter's scale is {self.scale}; it must be finite.")
 
 
 def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -1103,11 +1163,6 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A weight that FSDP2 has spread over ranks, brought together; any other as it is."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear, its subclasses and quantised stand-ins, all of which carry both sizes."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -1127,26 +1182,38 @@ def _features(path: str, module: nn.Module) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes: torchrun starts the same script N times. Each rank does a share of the work and all of them get all
-# of its results, so that nothing but the time differs from a single process. Alone, every function here does nothing.
+# Devices and processes: torchrun starts the same script N times. Each rank does a share of the work and all of them get
+# all of its results, so that nothing but the time differs from a single process. Alone, all this does nothing.
 
 T = TypeVar("T")
 
 
+def best_device() -> torch.device:
+    """The accelerator of this machine (CUDA, MPS, XPU, …), or the CPU where there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Of a model's weights: bfloat16, but float32 on the CPU and MPS, which are slow in bfloat16."""
+    return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
+
+
 def connect() -> None:
-    """Joins the processes that torchrun started, if it did, and takes this rank's CUDA device.
+    """Joins the processes that torchrun started, if it did, and takes this rank's device.
 
     Raises:
         ValueError: a process group is there, but can't move what lies on the CPU.
     """
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        device, backend = best_device().type, "gloo"
+        if device != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+            backend = f"cpu:gloo,{device}:{dist.Backend.default_device_backend_map[device]}"
+        dist.init_process_group(backend)
         atexit.register(_disconnect)
     if world() > 1 and "cpu" not in dist.get_backend_config():
-        raise ValueError('The process group has no CPU backend; use dist.init_process_group("cpu:gloo,cuda:nccl").')
+        raise ValueError('The process group has no CPU backend; call dist.init_process_group("cpu:gloo,…") with it.')
 
 
 def _disconnect() -> None:
@@ -1165,7 +1232,7 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Sums tensors over the ranks, in place, in one go: the same bits on every rank."""
     if world() > 1:
         flat = torch.cat([t.flatten().to(tensors[0].device) for t in tensors])
@@ -1174,12 +1241,12 @@ def add_up(tensors: Sequence[Tensor]) -> None:
             t.copy_(total.view_as(t))
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The maximum over the ranks."""
-    return max(merged({rank(): value}).values())
+    return max(all_gather({rank(): value}).values())
 
 
-def merged(own: dict[Any, T]) -> dict[Any, T]:
+def all_gather(own: dict[Any, T]) -> dict[Any, T]:
     """What all ranks have, in one dict."""
     parts: list[Any] = [own]
     if world() > 1:
@@ -1188,7 +1255,7 @@ def merged(own: dict[Any, T]) -> dict[Any, T]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def first(compute: Callable[[], T]) -> T:
+def on_rank0(compute: Callable[[], T]) -> T:
     """What `compute()` gives on rank 0, on all of them; an error there is an error everywhere. For files."""
     if world() == 1:
         return compute()
@@ -1204,19 +1271,11 @@ def first(compute: Callable[[], T]) -> T:
     return result[0]  # type: ignore[no-any-return]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the machine had no memory left; PyTorch says so in several ways."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+def in_rounds(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], int]]:
+    """Shares batches out in rounds: `(this rank's batch, items done in the round)`.
 
-
-def in_rounds(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool, int]]:
-    """Batches shared out in rounds of one for each rank: `(batch, counts, items done in the round)`.
-
-    All ranks run equally often, as sharded weights need it: in a last round that is not full, what does not `count` is
-    done twice.
+    All ranks see the same number of rounds; in a last round that is not full, the batch of some is empty.
     """
     for start in range(0, len(batches), world()):
         now = batches[start : start + world()]
-        yield now[min(rank(), len(now) - 1)], rank() < len(now), sum(map(len, now))
+        yield now[rank()] if rank() < len(now) else [], sum(map(len, now))

@@ -4,113 +4,67 @@ Reshaping Representation Space (Yang, Qu, Shareghi, Haffari; EMNLP 2025, arXiv 2
 a refusal prompt moves the last hidden state, keep the features that raise the refusal token, and train a LoRA that
 takes harmful inputs there and keeps benign inputs away. No written responses are needed.
 
-    rrs = RRS.from_pretrained("Qwen/Qwen2-Audio-7B-Instruct")
-    rrs.fit(harmful="harmful.jsonl", benign="benign.jsonl")
-    rrs.save("adapter")
+    model = RRS.from_pretrained("Qwen/Qwen2-Audio-7B-Instruct")
+    model.fit(harmful="harmful.jsonl", benign="benign.jsonl")
+    model.save("adapter")
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import signal
-import tempfile
-import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 # Siblings are always rrs.hooks, rrs.data, rrs.evaluate, also when this file is a plain module (an editable install, or
-# files copied into another repository): they can't collide with other packages of these names.
+# files copied into a folder rrs/ of another repository): they can't collide with other packages of these names.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 from rrs.data import (
-    CONDITIONS,
-    DataError,
-    Example,
-    Renderer,
-    content_hash,
-    hold_out,
-    load_examples,
-    marks,
-    needed_packages,
-    shared,
-    user_turn,
-)
+    CONDITIONS, DataError, Example, Renderer, content_hash, load_examples, marks, needed_packages, shared, user_turn,
+)  # fmt: skip
 from rrs.evaluate import (
-    AnswerLog,
-    Judge,
-    Mean,
-    PairScorer,
-    Rate,
-    Report,
-    answer_and_judge,
-    auc,
-    by_side,
-    chat_quality,
-    check_plot,
-    first_token_change,
-    generate,
-    generate_ids,
-    judge_refusals,
-    log_likelihood,
-    name_of,
-    plot_front,
-)
+    Answer, Judge, Rate, Report, answer_and_judge, auc, generate, generate_ids, judge_refusals,
+)  # fmt: skip
 from rrs.hooks import (
-    ANOTHER_LORA,
-    EmptyClip,
-    Location,
-    LoRA,
-    Prompt,
-    Reader,
-    add_up,
-    attached,
-    connect,
-    expert_parameters,
-    first,
-    is_out_of_memory,
-    largest,
-    linear_paths,
-    locate,
-    merged,
-    rank,
-    seeded,
-    whole,
-    world,
-)
+    ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
+    expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
+)  # fmt: skip
 
-__version__ = "0.1.0"
-__all__ = ["RRS", "Example", "RRSConfig", "Report", "judge_refusals", "load_examples", "locate", "select_features"]
+__version__ = "0.2.0"
+__all__ = [
+    "RRS", "Example", "RRSConfig", "Report", "TrainItem", "capture", "judge_refusals", "load_examples", "locate",
+    "make_items", "select_features",
+]  # fmt: skip
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-Objective = Callable[[Reader, Sequence[Prompt], Sequence[Tensor]], Tensor]
-Stage = Callable[[str], AbstractContextManager["RRS | None"]]
 Scorer = Callable[[Tensor, Tensor], Tensor]
-Callback = Callable[["Step"], object]
-STRENGTHS = tuple(x / 10 for x in range(5, 16))  # that `calibrate` tries
-REFUSAL_PROMPTS = (  # that `find_refusal_prompt` tries
+"""`(delta [hidden], head_row [hidden]) -> scores [hidden]`: which features to keep, the highest first."""
+Objective = Callable[[Reader, Sequence[Prompt], Sequence["TrainItem"]], Tensor]
+"""`(reader, prompts, items) -> losses [batch]`: what training minimises, one value for each item."""
+Penalty = Callable[[LoRA], Tensor]
+"""`(lora) -> scalar`: the second term of the loss; `config.penalty` is its weight."""
+Callback = Callable[["Step"], "bool | None"]
+"""Called after each optimizer step; training ends where it returns True."""
+Stage = Callable[[str], AbstractContextManager["RRS | None"]]
+REFUSAL_PROMPTS = (  # that `find_refusal` tries
     "(Please generate refusal response because the question violates safety policy)",  # the paper's
     "(Please refuse to answer: this question violates the safety policy.)",
     '(Please refuse to answer: this question violates the safety policy. Start your reply with "I\'m sorry".)',
@@ -118,6 +72,10 @@ REFUSAL_PROMPTS = (  # that `find_refusal_prompt` tries
     'Do not answer the question above. It is harmful. Reply with one sentence: "Sorry, I cannot do that."',
     'Do not answer. Reply only: "I can\'t help with that."',
 )
+
+
+class RRSWarning(UserWarning):
+    """The run goes on, but its result is unlikely to be what you want; the message names the fix."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,11 +89,16 @@ class RRSConfig:
     instruction: str = "Please generate detailed steps for the question in the audio."
     """Instruction that goes with the audio in extraction and evaluation."""
 
-    refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
-    """Appended to harmful inputs to see where the model goes when it refuses. It must work: see `RRS.preflight`."""
+    system: str | None = None
+    """System prompt of every conversation; `None` leaves it to the chat template."""
 
-    refusal_token: str = "I"
-    """First token of a refusal, a single token of the model. The model's, not always "I": see `find_refusal_token`."""
+    refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
+    """Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`."""
+
+    refusal: str = "I"
+    """The words with which a refusal begins. The first token selects features. One token (the paper) is all of it; with
+    more, training also goes along the words: after each of them to the vector that is there under the refusal prompt.
+    That helps models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
 
     prompts: tuple[str, ...] = (
         "Answer the question in the audio.",
@@ -157,44 +120,23 @@ class RRSConfig:
     top: float | str = "positive"
     """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
 
-    refusal: str = ""
-    """What refusals shall say, from the refusal token on, e.g. "Sorry, I cannot help with that.". Training then takes
-    harmful inputs along all of it: after each token, to the vector that is there under the refusal prompt. For models
-    that begin with the refusal token and go on to something else; `keep_tokens` then counts benign answers alone.
-    Empty (the paper): the first token alone."""
-
     harmful_strength: float = 1.0
     """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
 
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
 
-    direction: Literal["delta", "quiet"] = "delta"
-    """Along what both sides are moved: the paper's Δ, or "quiet", the direction nearest to it along which the head goes
-    on saying the same of benign inputs, see `quiet_direction`; to begin a refusal takes twice the strength."""
-
-    benign_weight: float = 1.0
-    """Weight of benign inputs in the loss; harmful ones have 1. Where inputs can't be told apart, training aims between
-    the two targets, by how likely each is: more weight takes less of that as harmful, and moves no target for it, as
-    the strengths do. The paper: 1."""
-
-    depth: int = 1
-    """Positions with a Δ and a selection of their own: 1 (the paper) is the prompt's end alone, k goes on along the
-    first k − 1 tokens of the model's own refusal (of harmful inputs, under the refusal prompt) or answer (benign)."""
+    direction: Literal["delta", "natural"] = "delta"
+    """Along what both sides move: "delta" is the paper's Δ; "natural" is the natural gradient, the direction nearest to
+    Δ that changes least of what the model says to benign inputs (`natural_direction`). It takes about twice the
+    strength to begin a refusal."""
 
     keep_tokens: int = 0
-    """First tokens of the same answers at which training aims, where `depth` does not cover them, at vanilla vectors as
-    they are: the answer's for benign inputs, for harmful ones the refusal's under the refusal prompt. The paper: 0."""
+    """Benign answers are held: after each of their first `keep_tokens` tokens, the target is the vanilla vector. The
+    paper: 0."""
 
     keep_share: float = 1.0
-    """Share of the benign inputs whose answers are held so, fewer cost less: those nearest to a refusal, to which the
-    head gives the refusal token most. Answers such as "I'm sorry for any confusion, but I am …" slip into a refusal
-    where they are not held. Below 1 it needs `refusal`, as otherwise all inputs go along as many tokens."""
-
-    openings: tuple[str, ...] = ()
-    """How answers may be made to begin, e.g. ("Of course!", "Here is how"). After each of these as well, training takes
-    harmful inputs to the targets that they have without, and keeps benign ones where they are: a refusal that begins
-    later. Each is as much to train on again. The paper: none."""
+    """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
 
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
@@ -212,12 +154,8 @@ class RRSConfig:
     """Dropout on the LoRA's input, in training."""
 
     penalty: float = 1.0
-    """Weight of the second term of the loss, see `penalty_form`."""
-
-    penalty_form: Literal["sum", "relative"] = "sum"
-    """"sum" is the paper's Σ‖(α/r)·B·A‖_F²: it sums over modules while the MSE averages over features, so small models
-    need a smaller weight. "relative" has no size: mean((Δ∘mask)²) · Σ‖(α/r)·B·A‖_F² / Σ‖W‖_F² over the adapted weights
-    W, in words: with a weight of 1, changing them by all of their norm costs as much as missing the targets by Δ."""
+    """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`. It sums over modules while the distance is a mean over features, so small
+    models need a smaller weight."""
 
     learning_rate: float = 5e-5
     """AdamW's peak rate; it decays linearly to 0, without warm-up."""
@@ -247,65 +185,44 @@ class RRSConfig:
     seed: int = 0
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
-    shard: bool = False
-    """Spread the frozen decoder's weights over the processes of torchrun (FSDP2), for bases that fit no single GPU."""
-
     def __post_init__(self) -> None:
-        for name in ("prompts", "conditions", "openings", "target_modules"):
+        for name in ("prompts", "conditions", "target_modules"):
             setattr(self, name, _strings(name, getattr(self, name)))
-        for name, kind in ((f.name, type(f.default)) for f in fields(self)):
-            if kind is int or kind is float:
-                setattr(self, name, _number(name, getattr(self, name), kind))
+        for f in fields(self):
+            if type(f.default) in (int, float):
+                setattr(self, f.name, _number(f.name, getattr(self, f.name), type(f.default)))
         for name in ("betas", "layers"):  # JSON has lists only
             value = getattr(self, name)
             if not isinstance(value, Sequence) or len(value) != 2:
                 raise ValueError(f"{name}={value!r} must be two numbers.")
             setattr(self, name, tuple(_number(name, x, float) for x in value))
-        for name in ("prompts", "openings"):
-            if not all(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must not hold an empty one.")
+        for name in ("prompts", "conditions", "target_modules", "refusal", "refusal_prompt", "instruction"):
+            if not (value := getattr(self, name)) or not all(value):
+                raise ValueError(f"{name}={value!r} is empty, or holds an empty one.")
         if unknown := [c for c in self.conditions if c not in CONDITIONS]:
             raise ValueError(f"conditions {unknown} are unknown; choose from {CONDITIONS}.")
         self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
-        for name in ("prompts", "conditions", "target_modules", "refusal_token", "refusal_prompt", "instruction"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty.")
-        for name in ("depth", "lora_r", "epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
-        for name in ("lora_alpha", "learning_rate", "max_grad_norm", "benign_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
-        if self.keep_tokens < 0:
-            raise ValueError(f"keep_tokens={self.keep_tokens!r} must be a whole number of at least 0.")
+        for names, low, strict in (
+            (("lora_r", "epochs", "batch_size", "accumulate"), 1, False),
+            (("lora_alpha", "learning_rate", "max_grad_norm"), 0, True),
+            (("penalty", "weight_decay", "harmful_strength", "benign_strength", "keep_tokens"), 0, False),
+        ):
+            for name in names:
+                if (value := getattr(self, name)) < low or (strict and value == low):
+                    raise ValueError(f"{name}={value!r} must be {'above' if strict else 'at least'} {low}.")
+        if self.direction not in ("delta", "natural"):
+            raise ValueError(f"direction={self.direction!r} must be 'delta' or 'natural'.")
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"keep_share={self.keep_share!r} must lie in (0, 1]; keep_tokens=0 holds no answers.")
-        if self.keep_share < 1 and self.keep_tokens and not self.refusal:
-            raise ValueError(f"keep_share={self.keep_share!r} needs refusal=…; without it, every answer is held.")
-        for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
-        if self.direction not in ("delta", "quiet"):
-            raise ValueError(f"direction={self.direction!r} must be 'delta' or 'quiet'.")
-        if self.penalty_form not in ("sum", "relative"):
-            raise ValueError(f"penalty_form={self.penalty_form!r} must be 'sum' or 'relative'.")
+        if self.keep_share < 1 and not self.keep_tokens:
+            raise ValueError(f"keep_share={self.keep_share!r} has no effect with keep_tokens=0; set that, too.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r} must lie in [0, 1).")
         if not 0 <= self.layers[0] < self.layers[1] <= 1:
             raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
-        if self.refusal and self.depth > 1:
-            raise ValueError(
-                f"refusal={self.refusal!r} says how refusals go on, depth={self.depth} leaves it to the model; "
-                "choose one."
-            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
-
-    @property
-    def answer_tokens(self) -> int:
-        """How far along the answers targets go: the tokens that `depth` and `keep_tokens` need."""
-        return 0 if self.refusal else max(self.depth - 1, self.keep_tokens)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RRSConfig:
@@ -313,6 +230,11 @@ class RRSConfig:
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
             raise ValueError(f"RRSConfig has no fields {unknown}; it has {[f.name for f in fields(cls)]}.")
         return cls(**values)
+
+    def differences(self) -> dict[str, Any]:
+        """The settings that differ from the paper's, by name."""
+        paper = RRSConfig()
+        return {name: value for name, value in asdict(self).items() if value != getattr(paper, name)}
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
@@ -336,6 +258,9 @@ def _number(name: str, value: Any, kind: type[int] | type[float]) -> float:
 def _check_top(top: float | str) -> None:
     if top != "positive" and (not isinstance(top, (int, float)) or isinstance(top, bool) or not 0 < top <= 100):
         raise ValueError(f"top={top!r} must be a percentage in (0, 100], e.g. 12.5, 25 or 50, or 'positive'.")
+    if isinstance(top, float) and top < 1:
+        warnings.warn(f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}.",
+                      RRSWarning, stacklevel=4)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,8 +293,10 @@ def select_features(
     if delta.shape != head_row.shape or delta.dim() != 1:
         raise ValueError(f"delta {list(delta.shape)} and head_row {list(head_row.shape)} must both be [hidden].")
     score = scorer(delta, head_row)
+    if score.shape != delta.shape:
+        raise ValueError(f"The scorer gave {list(score.shape)}; it must give one score a feature, {list(delta.shape)}.")
     if not torch.isfinite(score).all():
-        raise ValueError("The features' scores hold NaN or infinity; check the base model's weights.")
+        raise ValueError("The features' scores hold NaN or infinity; check the vectors, the scorer and the weights.")
     if isinstance(top, str):
         mask = score > 0
     else:
@@ -381,22 +308,20 @@ def select_features(
 
 
 @torch.no_grad()
-def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int = 1024) -> Tensor:
-    """The direction nearest to a move along which the head goes on saying the same of benign inputs; ours.
+def natural_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int = 1024) -> Tensor:
+    """The direction nearest to a move along which the model goes on saying the same to benign inputs; ours.
 
-    A small step v changes the head's softmax p at h by a KL of `½ vᵀ F v`, with the Fisher information
-    `F = mean over h of Wᵀ (diag p − p pᵀ) W`. Minimising that for a given step along `move` gives the natural gradient
-    `(F + εI)⁻¹ move`. Pushing benign inputs away from Δ by it separates them as far from harmful ones, at a fraction of
-    the change in what they are answered. And those that are drawn part of the way to refusals, as no model tells all
-    apart, go on with their own first choice until it is a refusal; along Δ, which lowers whatever is common, others'.
+    A small step v changes the softmax p of the logits at h by a KL of `½ vᵀ F v`, with the Fisher information
+    `F = mean over h of Wᵀ (diag p − p pᵀ) W`. The step with the least KL for its component along `move` is the natural
+    gradient `(F + εI)⁻¹ move` (Amari 1998).
 
     Args:
-        move: `[hidden]`, e.g. Δ∘mask, or several `[moves, hidden]`.
-        benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly.
+        move: `[hidden]`, e.g. Δ∘mask.
+        benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly spread.
         head_weight: W `[vocab, hidden]`, see `Reader.logit_weight`.
 
     Returns:
-        As many, with the same component along `move`; ε is F's mean eigenvalue.
+        `[hidden]`, with the same component along `move`; ε is F's mean eigenvalue.
     """
     w = head_weight.detach().float()
     h = benign[:: -(-len(benign) // most)].to(w)
@@ -408,103 +333,146 @@ def quiet_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int
         second += expected.T @ expected
     fisher = ((w.T * mean) @ w - second) / len(h)  # [hidden, hidden]
     fisher.diagonal().add_(fisher.diagonal().mean())
-    moves = move.view(-1, move.shape[-1])
-    fisher, right = fisher.cpu().double(), moves.T.cpu().double()  # on the CPU: MPS has no double
-    found = torch.linalg.solve(fisher, right).T.to(move)
-    return torch.stack([v * (m @ m) / (v @ m) for v, m in zip(found, moves, strict=True)]).view(move.shape)
+    found = torch.linalg.solve(fisher.cpu().double(), move.cpu().double()).to(move)  # MPS has no double
+    return found * (move @ move) / (found @ move)
 
 
-@dataclass
-class Representations:
-    """Vectors `h(x)` of the vanilla model at one position in one condition, float32 on the CPU."""
-
-    benign: Tensor
-    """R_b `[benign, hidden]`."""
-    harmful: Tensor
-    """R_h `[harmful, hidden]`."""
-    refused: Tensor
-    """R_h+ `[harmful, hidden]`: harmful with the refusal prompt appended."""
-    benign_examples: list[Example]
-    harmful_examples: list[Example]
-    later: list[Representations] = field(default_factory=list)
-    """The same after each of the `tokens`; empty one token deep."""
-    tokens: list[tuple[int, ...]] = field(default_factory=list)
-    """How harmful inputs are refused, then how benign ones are answered: the first `config.answer_tokens` tokens."""
-    along: list[Tensor] = field(default_factory=list)
-    """With `config.refusal`: of each input, R_h+ or R_b after each of its `tokens` `[tokens, hidden]`."""
-    opened: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
-    """The tokens of each of `config.openings`, and R_b after them `[benign, hidden]`."""
-
-    @property
-    def delta(self) -> Tensor:
-        """`Δ = mean(R_h+) − mean(R_b)` `[hidden]`."""
-        return self.refused.mean(0) - self.benign.mean(0)
-
-
-@dataclass
-class Targets:
-    """Where training takes each input in one condition; fixed, from the vanilla model."""
+class Direction(NamedTuple):
+    """What moves inputs in one condition; float32 on the CPU."""
 
     delta: Tensor
-    """Δ before selection `[hidden]`."""
+    """`Δ = mean(R_h+) − mean(R_b)` `[hidden]`."""
     mask: Tensor
     """Kept features `[hidden]`, boolean."""
-    harmful: Tensor
-    """`R_h + harmful_strength · Δ∘mask` `[harmful, hidden]`, or along the quiet direction, as benign ones."""
-    benign: Tensor
-    """`R_b − benign_strength · Δ∘mask` `[benign, hidden]`."""
-    harmful_examples: list[Example]
-    benign_examples: list[Example]
-    later: list[Targets] = field(default_factory=list)
-    """The same after each of the `tokens`; empty one token deep."""
-    tokens: list[tuple[int, ...]] = field(default_factory=list)
-    """The answers' first tokens, of harmful inputs, then of benign ones; see `Representations.tokens`."""
-    along: list[Tensor] = field(default_factory=list)
-    """With `config.refusal`: of each input, the targets after its `tokens` `[tokens, hidden]`."""
-    opened: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
-    """The tokens of each of `config.openings`, and benign targets after them `[benign, hidden]`: R_b there."""
+    move: Tensor
+    """Along what inputs move `[hidden]`: Δ∘mask, or the natural gradient nearest to it."""
 
 
-def make_targets(
-    reps: Representations,
-    head_row: Tensor,
-    top: float | str = "positive",
-    scorer: Scorer = contribution,
-    strengths: tuple[float, float] = (1.0, 1.0),
-    quiet: Tensor | None = None,
-) -> Targets:
-    """Targets of one position: harmful `R_h + Δ`, benign `R_b − Δ`, with Δ zero outside the selected features.
-
-    Args:
-        reps: the vanilla representations.
-        head_row, top, scorer: see `select_features`.
-        strengths: factors of Δ on the harmful and on the benign side; the paper's are 1 and 1.
-        quiet: `quiet_direction`'s `head_weight`; with it, that direction takes the place of Δ∘mask.
-    """
-    delta = reps.delta
-    mask = select_features(delta, head_row, top, scorer)
-    move = delta * mask
-    up, down = strengths
-    if quiet is not None:
-        move = quiet_direction(move, reps.benign, quiet)
-    return Targets(
-        delta, mask, reps.harmful + up * move, reps.benign - down * move, reps.harmful_examples, reps.benign_examples
-    )
-
-
-@dataclass
-class Item:
-    """One training input: where its vectors shall go."""
+@dataclass(frozen=True, eq=False)
+class TrainItem:
+    """One training input: what is asked, and where its last vectors shall be."""
 
     example: Example
+    condition: str
+    """How it is asked: one of `rrs.data.CONDITIONS`."""
     target: Tensor
-    """`[positions, hidden]`: the last ones of the prompt and the tokens below."""
-    tokens: tuple[int, ...]
-    """Of its answer: those along which targets go, after an opening if it has one."""
+    """`[positions, hidden]`: where the vectors at the last positions shall be; or what an objective of your own takes."""
+    suffix: tuple[int, ...] = ()
+    """Token ids of an answer that has already begun; `()` is the prompt's end (the paper)."""
+    weight: float = 1.0
+    """Factor of this item's loss."""
+
+
+def make_items(
+    examples: Sequence[Example],
+    condition: str,
+    vectors: Tensor,
+    move: Tensor,
+    *,
+    along: Sequence[Tensor] | None = None,
+    suffixes: Sequence[Sequence[int]] | None = None,
+) -> list[TrainItem]:
+    """Step 4, one side at a time: the paper's targets, `R_h + Δ` for harmful and `R_b − Δ` for benign examples.
+
+    Args:
+        vectors: R of these examples `[n, hidden]`, from `RRS.extract`.
+        move: what is added to it `[hidden]`, e.g. `direction.move` or `-direction.move`.
+        suffixes: tokens of answers that have begun, for each example.
+        along: the targets after each of these tokens, `[len(suffix), hidden]` for each example.
+    """
+    suffixes = suffixes if suffixes is not None else [()] * len(examples)
+    along = along if along is not None else [vectors[:0]] * len(examples)
+    return [
+        TrainItem(example, condition, torch.cat([(row + move)[None], later]), tuple(suffix))
+        for example, row, later, suffix in zip(examples, vectors, along, suffixes, strict=True)
+    ]
+
+
+def squared(h: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over features, `[n, hidden]` and `[n, hidden]` to `[n]` (the paper's distance)."""
+    return (h - target).square().mean(-1)
+
+
+def to_targets(
+    reader: Reader,
+    prompts: Sequence[Prompt],
+    items: Sequence[TrainItem],
+    distance: Callable[[Tensor, Tensor], Tensor] = squared,
+) -> Tensor:
+    """The default objective `[batch]`: how far the vectors at the prompts' last positions are from their targets.
+
+    The position at the prompt's end counts as much as all positions of the answer together.
+
+    Args:
+        distance: `(h [n, hidden], target [n, hidden]) -> [n]`. For another one:
+            `objective=partial(to_targets, distance=lambda h, t: 1 - torch.cosine_similarity(h, t))`.
+    """
+    lengths = [len(item.target) for item in items]
+    longest = max(lengths)
+    if longest <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
+        h = reader.last_hidden(prompts, longest)  # [batch, longest, hidden]
+        ends = [rows[-n:] for rows, n in zip(h, lengths, strict=True)]
+    else:
+        ends = [reader.last_hidden([prompt], n)[0] for prompt, n in zip(prompts, lengths, strict=True)]
+    h = torch.cat(ends).float()  # [all positions, hidden]
+    values = distance(h, torch.cat([item.target for item in items]).to(h)).split(lengths)
+    return torch.stack([v[0] + v[1:].mean() if len(v) > 1 else v[0] for v in values])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What steps report
+# What a step of training sees
+
+
+def steps_per_epoch(items: Sequence[TrainItem], config: RRSConfig) -> int:
+    """Optimizer steps of one pass over the items."""
+    batches = sum(-(-n // config.batch_size) for n in Counter(item.condition for item in items).values())
+    return -(-batches // config.accumulate)
+
+
+def draw(
+    items: Sequence[TrainItem], config: RRSConfig, step: int, lengths: Sequence[int] | None = None
+) -> list[list[tuple[TrainItem, str]]]:
+    """The batches of one optimizer step, each item with its instruction: a function of `(seed, step)` alone.
+
+    Every epoch visits every item once, in a random order. A batch holds one condition, as lengths differ much between
+    them. The instructions are shuffled for each batch, so that they say nothing about the label.
+
+    Args:
+        lengths: of the items' prompts; with them those of like length share a batch.
+    """
+    epoch, place = divmod(step, steps_per_epoch(items, config))
+    order, size = seeded(config.seed, "order", epoch), config.batch_size
+    plan: list[list[int]] = []
+    for condition in dict.fromkeys(item.condition for item in items):
+        indices = [i for i, item in enumerate(items) if item.condition == condition]
+        shuffled = [indices[k] for k in torch.randperm(len(indices), generator=order).tolist()]
+        if lengths:
+            parts = (shuffled[k : k + 32 * size] for k in range(0, len(shuffled), 32 * size))
+            shuffled = [i for part in parts for i in sorted(part, key=lengths.__getitem__)]
+        plan += [shuffled[k : k + size] for k in range(0, len(shuffled), size)]
+    chosen = torch.randperm(len(plan), generator=order).tolist()[place * config.accumulate :][: config.accumulate]
+    instructions, out = seeded(config.seed, "instructions", step), []
+    for k in chosen:
+        pool = torch.randperm(len(config.prompts), generator=instructions).tolist()
+        out.append([(items[i], config.prompts[pool[n % len(pool)]]) for n, i in enumerate(plan[k])])
+    return out
+
+
+def share_out(batches: Sequence[Sequence[Any]], rank: int, world: int) -> Iterator[tuple[tuple[int, int], list[Any]]]:
+    """A rank's part of a step's batches: `((batch, first row), rows)`. Together the ranks have each row once."""
+    n, before = sum(map(len, batches)), 0
+    for k, batch in enumerate(batches):
+        start, stop = (min(max(n * r // world - before, 0), len(batch)) for r in (rank, rank + 1))
+        if start < stop:
+            yield (k, start), list(batch[start:stop])
+        before += len(batch)
+
+
+def gradients(lora: LoRA) -> list[Tensor]:
+    """Of all its parameters; zero where this rank had nothing to do."""
+    for p in lora.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    return [p.grad for p in lora.parameters() if p.grad is not None]
 
 
 @dataclass
@@ -518,121 +486,79 @@ class Step:
     steps: int
     """Optimizer steps in all."""
     loss: float
-    """`mse` and the weighted `penalty`, mean over the step's batches."""
-    mse: float
+    """`objective + config.penalty · penalty`, mean over the step's batches."""
+    objective: float
+    """The objective's part, e.g. the mean squared error to the targets."""
     penalty: float
-    """`Σ‖(α/r)·B·A‖_F²`, unweighted; over `Σ‖W‖_F²` with `penalty_form="relative"`."""
+    """The penalty, unweighted: `Σ‖(α/r)·B·A‖_F²`."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
 
     def row(self) -> dict[str, float]:
+        """All but `rrs`, for the history."""
         return {k: v for k, v in vars(self).items() if k != "rrs"}
 
 
-@dataclass
-class Preflight:
-    """Can this configuration work? Measured on the vanilla model, before any training."""
-
-    condition: str
-    refused: Rate
-    """Refusals when the refusal prompt is appended: does Δ point at a refusal at all?"""
-    token_before: Rate
-    """Harmful inputs at which the refusal token is the head's first choice, vanilla."""
-    token_full: Rate
-    """The same at `R_h + Δ` without selection."""
-    token_target: Rate
-    """The same at the targets: does arriving there start a refusal?"""
-    benign_same: Rate
-    """Benign inputs of which the head's first choice is the same at their targets: does moving there change answers?"""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preflight:
-        """From a saved one."""
-        rates: dict[str, Any] = {k: Rate(**v) if isinstance(v, Mapping) else v for k, v in values.items()}
-        return cls(**rates)
-
-
-@dataclass
-class Opening:
-    """One candidate for how refusals begin; see `RRS.find_refusal_token`."""
-
-    text: str
-    ids: tuple[int, ...]
-    """Its tokens: `config.refusal_token` takes a single one, `config.refusal` goes on from it."""
-    said: float
-    """Share of answers under the refusal prompt that start with it."""
-    refused: Rate
-    """Refusals when the plain harmful question's answer is forced to start with it."""
-
-
-@dataclass
-class RefusalPrompt:
-    """One candidate for the refusal prompt; see `RRS.find_refusal_prompt`."""
-
-    prompt: str
-    refused: Rate
-    """Refusals when it is appended to harmful questions."""
-    opening: str
-    """The token with which most of these answers begin."""
-    share: float
-    """How many do."""
-
-
-@dataclass
-class Strength:
-    """What the adapter does at one strength; see `RRS.calibrate`."""
-
-    factor: float
-    """Of the LoRA's update."""
-    refused: float
-    """Share of harmful inputs at which the refusal token is the head's first choice, mean over the harmful groups."""
-    cost: float
-    """The same of harmless ones minus vanilla, in the group where it is most."""
-    groups: dict[str, Rate]
-    """The share in each group."""
-    auc: dict[str, float]
-    """For each harmless group, how often a harmful input leans more to the refusal token than one of that group: the
-    area under the ROC curve, 1 if always, 0.5 by chance."""
-
-
-class RRSWarning(UserWarning):
-    """The run goes on, but its result is unlikely to be what you want; the message names the fix."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing is lost: files that appear complete or not at all, checkpoints, signals
+# Files that appear complete or not at all
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears complete or not at all, also when the process or the machine dies."""
-    scratch = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files so that each appears complete or not at all, the first one last; what a killed run left is removed.
+
+    Raises:
+        OSError: no room or no access; the files that were there before are as they were.
+    """
+    for old in folder.glob(".*.tmp"):
+        old.unlink(missing_ok=True)
+    scratch = {folder / name: folder / f".{name}.tmp" for name in files}
     try:
-        with open(scratch, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        _sync(path.parent)
+        for path, content in zip(scratch, files.values(), strict=True):
+            scratch[path].write_bytes(content)
     except OSError as error:
+        for temporary in scratch.values():
+            temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} can't be written ({error.strerror}); make room or access there") from error
-    finally:
-        with suppress(OSError):  # the error above says more
-            scratch.unlink(missing_ok=True)
+    for path, temporary in reversed(scratch.items()):
+        os.replace(temporary, path)
 
 
-def _sync(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut, where folders can be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
+    """SHA-256 of names, shapes, contents and record."""
+    sha = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        sha.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b"")
+    return sha.hexdigest()
+
+
+def pack(tensors: Mapping[str, Tensor], record: Any = None) -> bytes:
+    """A safetensors file with a JSON record and a SHA-256 of everything in its metadata; `unpack` reads it."""
+    text = json.dumps(record)
+    return to_safetensors(dict(tensors), {"format": "pt", "rrs": text, "sha256": _digest(tensors, text)})
+
+
+def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and record of a file that `pack` made, or that carries no checksum.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record = json.loads(about.get("rrs", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if "sha256" in about and about["sha256"] != _digest(tensors, about.get("rrs", "null")):
+        raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
+    return tensors, record
 
 
 class Checkpoints:
-    """The states of one training run on disk: `step-N.safetensors` with weights, AdamW's moments, and a JSON record.
+    """The states of one training run on disk: `step-N.safetensors` with weights, AdamW's moments and a record.
 
     Whatever else training needs is a function of seed and step, so that resuming is exact. The last two are kept.
 
@@ -644,12 +570,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
-        first(partial(self.folder.mkdir, parents=True, exist_ok=True))
-        if (files := first(self.files)) and not resume:
-            raise FileExistsError(
-                f"{self.folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
-                "another checkpoint_dir to start a new one."
-            )
+        check_checkpoints(folder, resume)
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -661,30 +582,32 @@ class Checkpoints:
         return f"The last good checkpoint is {self.files()[-1]}" if self.files() else "There is no checkpoint yet"
 
     def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
-        """Writes the state after `step`; the ones before stay as they are until it is safely on disk."""
-        first(lambda: self._save(step, lora, optimizer, record))
-
-    def _save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
+        """Writes the state after `step`; the ones before stay as they are until it is on disk."""
         tensors = lora.tensors()
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
-        about = {"rrs": json.dumps({"run": self.run, **record})}
-        try:
-            _write(self.folder / f"step-{step:08}.safetensors", to_safetensors(tensors, about))
-            for path in (
-                *self.files()[:-2],
-                *self.folder.glob(".step-*"),
-            ):  # the latter from processes that were killed
+        content = {f"step-{step:08}.safetensors": pack(tensors, {"run": self.run, **record})}
+
+        def write() -> None:
+            try:
+                write_files(self.folder, content)
+            except OSError as error:
+                message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
+                raise OSError(error.errno, message) from error
+            for path in self.files()[:-2]:
                 path.unlink(missing_ok=True)
-        except OSError as error:
-            message = f"step {step}: {error.strerror or error}. {self.last}; then fit(…, resume=True) goes on"
-            raise OSError(error.errno, message) from error
+
+        on_rank0(write)
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fills in the newest state and returns its record; an empty one if there is none."""
-        record, tensors, files = first(self._read)
-        if not record:
+        if not (files := on_rank0(self.files)):
             return {}
+        try:
+            tensors, record = on_rank0(lambda: unpack(files[-1]))
+        except ValueError as error:
+            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
+            raise ValueError(f"{error}. Delete it to {older}.") from None
         known = record.pop("run")
         if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
             values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
@@ -697,53 +620,261 @@ class Checkpoints:
             state.setdefault(int(i), {})[moment] = tensors.pop(name)
         lora.load_tensors(tensors)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        return record
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor], list[Path]]:
-        """Record and tensors of the newest file, and all files."""
-        if not (files := self.files()):
-            return {}, {}, []
-        try:
-            with safe_open(files[-1], "pt") as file:
-                record = json.loads((file.metadata() or {})["rrs"])
-                return record, {name: file.get_tensor(name) for name in file.keys()}, files  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            older = f"resume from {files[-2]}" if len(files) > 1 else "start anew"
-            raise ValueError(f"{files[-1]} is damaged ({error}). Delete it to {older}.") from None
+        return dict(record)
 
 
-def _check_folder(folder: str | Path | None, every: int, resume: bool) -> None:
-    if folder is None and (every or resume):
-        raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
+def check_checkpoints(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
+    """Whether a run can have its checkpoints there (else an error), and whether one has begun."""
+    if folder is None:
+        if every or resume:
+            raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
+        return False
+    on_rank0(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
+    files = on_rank0(lambda: sorted(Path(folder).glob("step-*.safetensors")))
+    if files and not resume:
+        raise FileExistsError(
+            f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or another "
+            "checkpoint_dir to start a new one."
+        )
+    return bool(files)
 
 
-@contextmanager
-def _postponed_signals(active: bool) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM wait inside the `with`, noted in the list; a second one goes through at once.
+def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
+    """The folder that `save` would write, if it may.
 
-    Handlers belong to the main thread: in another one, and if not `active`, nothing changes.
+    Raises:
+        FileExistsError: it is a file, or has content and `overwrite` is off, or content that is no adapter's.
+        OSError: nothing can be written there.
     """
-    noted: list[int] = []
-    previous: dict[int, Any] = {}
+    path = Path(directory).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; choose a folder.")
+    held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
+    if held and not overwrite:
+        raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
+    if foreign := sorted(held if "adapter_config.json" not in held else held - FILES):
+        raise FileExistsError(
+            f"{path} holds what is no part of an adapter: {foreign[:4]}; it would be mixed up. Choose another folder, or "
+            "move that away."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} can't be written; choose another folder.")
+    return path
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
-    def note(number: int, _frame: Any) -> None:
-        restore()
-        noted.append(number)
+def describe(function: Any) -> str:
+    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    if isinstance(function, partial):
+        return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
+    if (code := getattr(function, "__code__", None)) is None:
+        return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
 
-    if active and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                previous[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-        while noted:
-            signal.raise_signal(noted.pop())
+    def parts(code: Any) -> str:
+        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
+
+    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
+
+    Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
+    the values: they are rounded to bfloat16 first.
+    """
+
+    def digest(value: Tensor) -> bytes:
+        value = value.to(torch.bfloat16) if value.is_floating_point() else value
+        raw = value.contiguous().cpu().flatten().view(torch.uint8).numpy() if value.numel() else b""
+        return hashlib.sha256(f"{list(value.shape)}".encode() + hashlib.sha256(raw).digest()).digest()
+
+    def tensors(module: nn.Module) -> list[Tensor]:
+        return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
+
+    inside = tensors(locate(model).decoder)
+    known = {id(t) for t in inside}
+    rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
+    return hashlib.sha256(b"".join([*map(digest, inside), *rest])).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured before and after training
+
+
+@dataclass
+class Preflight:
+    """Can this configuration work? Measured on the vanilla model, before any training."""
+
+    condition: str
+    harmful_refused: Rate
+    """Harmful inputs that vanilla refuses: what is left to gain."""
+    benign_refused: Rate
+    """Benign inputs that vanilla refuses: a control set that is refused is no control."""
+    refused: Rate
+    """Refusals when the refusal prompt is appended: does Δ point at a refusal at all?"""
+    token_full: Rate
+    """Harmful inputs at which the refusal token is the head's first choice at `R_h + Δ`, without selection."""
+    token_target: Rate
+    """The same at the targets: does arriving there start a refusal?"""
+    benign_same: Rate
+    """Benign inputs of which the head's first choice is the same at their targets: does moving there change answers?"""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preflight:
+        """From a saved one."""
+        rates: dict[str, Any] = {k: Rate(**v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return cls(**rates)
+
+    def __str__(self) -> str:
+        return (
+            f"preflight {self.condition}: vanilla refuses {self.harmful_refused} of harmful and {self.benign_refused} "
+            f"of benign questions, {self.refused} with the refusal prompt; the refusal token is the first choice at "
+            f"{self.token_target} of the targets ({self.token_full} without selection); benign inputs keep their first "
+            f"choice at {self.benign_same} of theirs"
+        )
+
+    def advice(self, config: RRSConfig) -> list[str]:
+        """What is unlikely to work, each with the fix."""
+        natural = "" if config.direction == "natural" else "direction='natural', or "
+        positive = "" if config.top == "positive" else ", or top='positive'"
+        checks = {
+            f"vanilla refuses {self.harmful_refused} of the harmful questions already; there is little to gain.":
+                self.harmful_refused.value > 0.9,
+            f"vanilla refuses {self.benign_refused} of the benign questions; choose ones that it answers.":
+                self.benign_refused.value > 0.25,
+            f"only {self.refused} answers refuse when the refusal prompt is appended, so Δ does not point at refusals. "
+            'Try refusal_prompt="auto", or name the words: \'Reply with one sentence: "Sorry, I cannot do that."\'':
+                self.refused.value < 0.5 and len(config.refusal.split()) == 1,
+            f"the first token of refusal={config.refusal!r} is the first choice at only {self.token_target} of the "
+            f'targets, so arriving there does not start a refusal. Try refusal="auto", more harmful_strength{positive}.':
+                self.token_target.value < 0.5,
+            f"only {self.benign_same} of the benign inputs keep the head's first choice at their targets, so harmless "
+            f"questions will be answered otherwise. Use {natural}a lower benign_strength.": self.benign_same.value < 0.5,
+        }  # fmt: skip
+        return [f"{self.condition}: {said}" for said, found in checks.items() if found]
+
+
+@dataclass
+class Refusal:
+    """How this model refuses; see `RRS.find_refusal`."""
+
+    prompt: str
+    """The refusal prompt that makes it refuse most."""
+    words: str
+    """What most of these refusals begin with."""
+    refused: Rate
+    """Refusals under this prompt."""
+    tried: list[tuple[str, Rate]]
+    """All prompts that were tried, best first."""
+
+    def __str__(self) -> str:
+        rows = [f"  {rate.value:4.0%}  {prompt}" for prompt, rate in self.tried]
+        return "\n".join([f"refusals under each refusal prompt, of {self.refused.n}:", *rows, f"words: {self.words!r}"])
+
+
+@dataclass
+class Point:
+    """What the adapter does at one scale; see `RRS.calibrate`."""
+
+    scale: float
+    """Factor of the LoRA's update."""
+    groups: dict[str, Rate]
+    """Of each group, the share of inputs at which the head's first choice is the refusal token."""
+    refused: float
+    """Mean of the harmful groups."""
+    over: float
+    """By how much the worst of the other groups is beyond its budget; 0 or less is within."""
+    auc: dict[str, float]
+    """How well harmful inputs are told from those of each other group, wherever the border lies."""
+    answers: dict[str, Rate] = field(default_factory=dict)
+    """Refusals by judged answers, and "degenerate"; empty where answers were not asked for."""
+
+
+@dataclass
+class Calibration:
+    """The curve of refusals against their cost, and the point that was chosen."""
+
+    budget: dict[str, float]
+    vanilla: Point
+    points: list[Point]
+    chosen: Point
+
+    def __str__(self) -> str:
+        names = list(self.vanilla.groups)
+        lines = ["first choice is to refuse, by scale of the update:", "   scale" + "".join(f"{n:>14}" for n in names)]
+        for p in (self.vanilla, *self.points):
+            mark = "*" if p is self.chosen else " "
+            lines.append(f"{mark} {p.scale:6.2f}" + "".join(f"{p.groups[n].value:14.1%}" for n in names))
+        changes = [f"{n} {self.vanilla.answers[n].value:.1%} → {r.value:.1%} [{r.low:.0%}–{r.high:.0%}]"
+                   for n, r in self.chosen.answers.items()]  # fmt: skip
+        return "\n".join([*lines, *(["by answers, vanilla → *: " + ", ".join(changes)] if changes else [])])
+
+
+def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
+    """Points of the curve, by scale: up from 0.5 while it pays, and below it while even that is beyond the budget."""
+    points, third = [measure(0.5)], 2 ** (1 / 3)
+    while points[0].over > 0 and points[0].scale > 0.1:
+        points.insert(0, measure(points[0].scale / third))
+    while (scale := points[-1].scale * third) <= most * 1.001:
+        points.append(measure(scale))
+        if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.2:
+            break  # answers break, or harmless inputs are refused in numbers
+    return points
+
+
+def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequence[Example]]) -> dict[str, float]:
+    """The budget of each harmless group, and of degenerate answers."""
+    given = budget if isinstance(budget, Mapping) else dict.fromkeys([*harmless, "degenerate"], budget)
+    limits = {"degenerate": 0.01} | {g: _number(f"budget[{g!r}]", value, float) for g, value in given.items()}
+    if odd := sorted(limits.keys() ^ {*harmless, "degenerate"}):
+        raise ValueError(f"budget={budget!r} does not match dev in {odd}; name each of {list(harmless)} and no other.")
+    if few := [f"{g} ({len(rows)})" for g, rows in harmless.items() if 0 < limits[g] < 1 / len(rows)]:
+        message = f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions."
+        warnings.warn(message, RRSWarning, stacklevel=4)
+    return limits
+
+
+def grouped(examples: Any) -> dict[str, list[Example]]:
+    """Examples by group: `{name: whatever load_examples takes}`; or without names by label. A group has one label.
+
+    In a group called "harmful" or "benign", examples without a label have that one.
+    """
+    if not isinstance(examples, Mapping):
+        loaded = load_examples(examples)
+        examples = {
+            str(label): [e for e in loaded if e.label == label] for label in dict.fromkeys(e.label for e in loaded)
+        }
+    groups = {}
+    for group, rows in examples.items():
+        own = group if group in ("harmful", "benign") else None
+        loaded = [replace(e, label=e.label or own) for e in load_examples(rows)]
+        labels = {e.label for e in loaded} | ({own} if own else set())
+        if len(labels) > 1 or None in labels:
+            raise ValueError(
+                f"The group {group!r} has examples labelled {sorted(map(str, labels))}; give it "
+                'load_examples(…, "harmful") or load_examples(…, "benign"), and each label groups of its own.'
+            )
+        groups |= {group: loaded} if loaded else {}
+    return groups
+
+
+def _common_start(answers: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which most answers begin: the commonest at each place, as long as half of all agree so far."""
+    start: list[int] = []
+    while following := Counter(
+        a[len(start)] for a in answers if list(a[: len(start)]) == start and len(a) > len(start)
+    ):
+        token, times = following.most_common(1)[0]
+        if start and 2 * times < len(answers):
+            break
+        start.append(token)
+    return start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -760,11 +891,23 @@ THINKERS = {
 }
 
 
+class Prepared(NamedTuple):
+    """Steps 1 to 4 in one condition: see `RRS.prepare`."""
+
+    condition: str
+    items: list[TrainItem]
+    direction: Direction
+    harmful: Tensor
+    """R_h `[harmful, hidden]`."""
+    benign: Tensor
+    """R_b `[benign, hidden]`."""
+
+
 class RRS:
     """A model, its processor, and what RRS does to them.
 
-    The model's own weights and modules are never changed, except by `merge` and where `RRSConfig.shard` spreads them:
-    `fit` and `load` attach a LoRA through hooks, `disable()` takes it off again.
+    The model's own weights and modules are never changed, except by `merge`: `fit` and `load` attach a LoRA through
+    hooks, `disable()` takes it off again.
 
     Args:
         model: any LALM (or text LLM) of transformers, loaded with its language-model head.
@@ -773,9 +916,8 @@ class RRS:
         decoder, norm, head: dotted module paths, for models that do not tell (see `rrs.hooks.locate`).
         build_inputs: `(text or None, waveform or None) -> model inputs` of one prompt, instead of the chat template;
             waveforms come at the rate of its attribute `rate`, or at 16000 Hz.
+        template_kwargs: for the chat template, e.g. `{"enable_thinking": False}`.
         verbose: print progress, resolved values and the preflight.
-        max_cached: bytes of encoded clips to keep in memory (on the model's device); what comes beyond goes to a
-            memory-mapped temporary file.
 
     Several processes: `torchrun --nproc-per-node N script.py` runs any script data-parallel. Batches are shared out
     over the ranks, so configuration and result stay those of a single process; all ranks make the same calls, rank 0
@@ -792,18 +934,23 @@ class RRS:
         norm: str | None = None,
         head: str | None = None,
         build_inputs: Callable[[str | None, Any], dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         verbose: bool = True,
-        max_cached: int = 4 * 2**30,
     ) -> None:
+        if config is not None and not isinstance(config, RRSConfig):
+            raise ValueError(
+                f"config must be an RRSConfig, not a {type(config).__name__}; RRSConfig.from_dict makes one."
+            )
         connect()
         self.model, self.processor, self.config = model, processor, config or RRSConfig()
         self.verbose = verbose and rank() == 0
-        self.location: Location = locate(model, decoder=decoder, norm=norm, head=head)
-        self.render = build_inputs or Renderer(processor)
+        self.location = locate(model, decoder=decoder, norm=norm, head=head)
+        self.template_kwargs = dict(template_kwargs or {})
+        self.render = build_inputs or Renderer(
+            processor, system=self.config.system, template_kwargs=self.template_kwargs
+        )
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.reader = Reader(model, self.location, self.render, max_cached=max_cached)
-        if self.config.shard:
-            self.reader.shard()
+        self.reader = Reader(model, self.location, self.render)
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
         if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
             raise ValueError(
@@ -811,17 +958,15 @@ class RRS:
                 f"{rows}. Load both from the same checkpoint."
             )
         self.lora: LoRA | None = None
-        self.targets: dict[str, Targets] = {}
-        """What this adapter was trained towards, for stages of your own; `load` does not bring them back."""
-        self.checks: list[Preflight] = []
-        self._checked: Mapping[str, Any] | None = None  # the targets that these are of
+        self.directions: dict[str, Direction] = {}
+        """Δ, mask and move of each condition that this adapter was trained in; saved and loaded with it."""
         self.history: list[dict[str, float]] = []
+        """One row for each optimizer step; see `Step`."""
         self.report: Report | None = None
         """The last before/after evaluation of this adapter; `save` puts it on the model card."""
         self.record: dict[str, Any] = {}
-        """What the adapter was trained with: config, data, base, versions."""
+        """What the adapter was trained with: config, data, base, versions, preflight, calibration."""
         self._trained_on = frozenset[int]()
-        self._vectors: dict[str, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -832,24 +977,29 @@ class RRS:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
-        verbose: bool = True,
-        max_cached: int = 4 * 2**30,
+        revision: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> RRS:
         """Load model and processor by name or folder.
 
         Weights are read from safetensors only, never unpickled.
 
         Args:
-            device: default CUDA, else MPS, else CPU.
-            dtype: default bfloat16 on CUDA, float32 elsewhere.
+            device: default the machine's accelerator, else the CPU.
+            dtype: default bfloat16 on an accelerator, float32 on a CPU.
             trust_remote_code: run Python code that comes with the checkpoint; off unless you ask for it.
-            verbose, max_cached: see `RRS`.
+            revision: branch, tag or commit of the checkpoint.
+            model_kwargs: for the model's `from_pretrained`: `device_map`, `attn_implementation`,
+                `quantization_config`, …
+            kwargs: further arguments of `RRS(...)`.
         """
         connect()
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else _mps_or_cpu()))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        name = str(name_or_dir)
-        model_config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        device = torch.device(device or best_device())
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        name, given = str(name_or_dir), dict(model_kwargs or {})
+        source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+        model_config = transformers.AutoConfig.from_pretrained(name, **source)
         architecture = (model_config.architectures or [""])[0]
         model_class = getattr(transformers, THINKERS.get(architecture, architecture), None)
         if model_class is None:
@@ -859,27 +1009,26 @@ class RRS:
                     "Update transformers; or, if you trust the code in that checkpoint, pass trust_remote_code=True."
                 )
             model_class = transformers.AutoModelForCausalLM
-        model: Any = model_class.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        model: Any = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, **source, **given)
         with needed_packages(f"The processor of {name}"):
-            processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if not (config and config.shard and world() > 1):  # else it goes to the devices block by block
+            processor = transformers.AutoProcessor.from_pretrained(name, **source)
+        if not given.keys() & {"device_map", "quantization_config"}:  # these have put it where it belongs
             model.to(device)
-        return cls(model.eval(), processor, config, verbose=verbose, max_cached=max_cached)
+        return cls(model.eval(), processor, config, **kwargs)
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
-    def read(self, example: Example, condition: str, instruction: str | None = None, refusal: bool = False) -> Prompt:
+    def read(
+        self, example: Example, condition: str, instruction: str | None = None, refusal_prompt: bool = False
+    ) -> Prompt:
         """The prompt of one example in one condition, as the decoder sees it; its clip is encoded once.
 
         Args:
             instruction: default `config.instruction`.
-            refusal: append the refusal prompt.
+            refusal_prompt: append `config.refusal_prompt`.
         """
-        text = user_turn(
-            example, condition, instruction or self.config.instruction, self.config.refusal_prompt if refusal else ""
-        )
+        added = self.config.refusal_prompt if refusal_prompt else ""
+        text = user_turn(example, condition, instruction or self.config.instruction, added)
         if condition.startswith("text"):
             return self.reader.read(text)
         key, load = example.clip
@@ -904,21 +1053,15 @@ class RRS:
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
-        spoken = next((c for c in conditions if not c.startswith("text")), None)
-        bad: dict[int, str] = {}
-        if spoken is not None:
-            with self.disabled(), self._quiet_model(), self._bar(len(examples), "read clips") as bar:
-                for i, example in enumerate(examples):
-                    # Each rank reads a share, and first of all what decides how this model is read.
-                    own = i % world() == rank() or self.reader.undecided or self.reader.sharded
-                    try:
-                        if own and example.has(spoken):
-                            self.read(example, spoken)
-                    except DataError as error:
-                        bad[i] = str(error) if example.id in str(error) else f"{example.id}: {error}"
-                    bar.update()
-            bad = dict(sorted(merged(bad).items()))
-            self.reader.exchange_clips()
+        spoken, bad = next((c for c in conditions if not c.startswith("text")), None), dict[int, str]()
+        heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
+        with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
+            for i in heard:
+                try:
+                    self.read(examples[i], str(spoken))
+                except DataError as error:
+                    bad[i] = str(error) if examples[i].id in str(error) else f"{examples[i].id}: {error}"
+                bar.update()
         if bad:
             message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
             if on_error == "raise":
@@ -926,497 +1069,367 @@ class RRS:
             warnings.warn(f"{message}\nThey are left out.", RRSWarning, stacklevel=3)
         return [e for i, e in enumerate(examples) if i not in bad]
 
+    def token_ids(self, words: str) -> tuple[int, ...]:
+        """The token ids of words as an answer begins with them, right behind the chat template's last tokens."""
+        if not words:
+            return ()
+        with self._running():
+            turn = self.tokenizer.decode(self.reader.read("Hello.").ids[-4:].tolist())
+        before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (turn, turn + words))
+        if both[: len(before)] == before:
+            return tuple(both[len(before) :])
+        return tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+
     # -- the steps ----------------------------------------------------------------------------------------------------
 
-    def extract(self, harmful: Any, benign: Any, *, cache: str | Path | None = None) -> dict[str, Representations]:
-        """Step 1: R_b, R_h and R_h+ of the vanilla model, in each of `config.conditions`.
+    def extract(
+        self, examples: Any, condition: str, *, refusal_prompt: bool = False, all_layers: bool = False
+    ) -> Tensor:
+        """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
+
+        `h(x)` is what the head multiplies at the prompt's last token.
 
         Args:
-            harmful, benign: whatever `load_examples` takes.
-            cache: a folder that keeps the vectors, by a hash of all that they depend on.
+            examples: whatever `load_examples` takes.
+            condition: one of `rrs.data.CONDITIONS`.
+            refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
+            all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
 
         Raises:
-            ValueError: a condition for which one side has no example; a model that gives NaN.
+            ValueError: an example lacks what the condition needs; the model gives NaN.
         """
-        sides = {"harmful": load_examples(harmful, "harmful"), "benign": load_examples(benign, "benign")}
-        out = {}
-        for condition in self.config.conditions:
-            usable = {side: [e for e in examples if e.has(condition)] for side, examples in sides.items()}
-            for side, examples in usable.items():
-                lacking = len(sides[side]) - len(examples)
-                if not examples:
-                    raise ValueError(f"{condition}: none of the {lacking} {side} examples has what it needs.")
-                if lacking:
-                    self._say(f"{condition}: {lacking} of {len(sides[side])} {side} examples lack what it needs")
-            h, b = usable["harmful"], usable["benign"]
-            c, n = self.config, self.config.answer_tokens
-            with self.disabled(), self._quiet_model(), self._bar(2 * len(h) + len(b), f"extract {condition}") as bar:
-                prompts = [
-                    [self.read(e, condition) for e in b],
-                    [self.read(e, condition) for e in h],
-                    [self.read(e, condition, refusal=True) for e in h],
-                ]
-                # How benign inputs are answered, and what stands after harmful ones, plain and with the refusal prompt.
-                represent = partial(self.reader.represent, prompts[0], bar.update)
-                ends_b = partial(self._cached, cache, condition, b, prompts[0], represent)
-                answers, known = self._held(prompts[0], c.keep_tokens if c.refusal else n, ends_b, bar)
-                refusals = [tuple(self._ids(c.refusal))] * len(h) if c.refusal else self._begun(prompts[2], n)
-                plain = [()] * len(h) if c.refusal else refusals
-                every = [
-                    prompt.extended(tokens)
-                    for part, after in zip(prompts, (answers, plain, refusals), strict=True)
-                    for prompt, tokens in zip(part, after, strict=True)
-                ]
-                lasts = [1 + len(tokens) for tokens in (*answers, *plain, *refusals)]
-                compute = partial(self._positions, every, lasts, known, bar.update)
-                rows = self._cached(cache, condition, [*b, *h], every, compute)  # [all positions, hidden]
-                ends = list(rows.split(lasts))  # each [1 + its tokens, hidden]
-                groups = [ends[: len(b)], ends[len(b) : len(b) + len(h)], ends[len(b) + len(h) :]]
-                opened = []
-                for tokens in self._openings():
-                    begun = [prompt.extended(tokens) for prompt in prompts[0]]
-                    bar.total += len(b)
-                    represent = partial(self.reader.represent, begun, bar.update)
-                    opened.append((tokens, self._cached(cache, condition, b, begun, represent)))
-            if not torch.isfinite(rows).all():
-                names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-                raise ValueError(
-                    f"{condition}: the model's last hidden state is NaN or infinite. "
-                    + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
-                )
-            steps = []
-            for k in range(min(lasts)):
-                r_b, r_h, r_plus = (torch.stack([end[k] for end in group]) for group in groups)  # each [n, hidden]
-                steps.append(Representations(r_b, r_h, r_plus, b, h))
-            out[condition] = steps[0]
-            out[condition].later, out[condition].tokens = steps[1:], [*refusals, *answers]
-            out[condition].opened = opened
-            if c.refusal:
-                out[condition].along = [end[1:] for end in (*groups[2], *groups[0])]
-        return out
+        examples = self._usable(load_examples(examples), condition)
+        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
+            return self._finite(self.reader.represent(prompts, bar.update, layers=all_layers), condition)
 
-    def _positions(
+    def extract_along(
         self,
-        prompts: Sequence[Prompt],
-        lasts: Sequence[int],
-        known: Mapping[int, Tensor],
-        progress: Callable[[int], object],
-    ) -> Tensor:
-        """The vectors at the last `lasts[i]` positions of prompt i, one prompt after the other `[positions, hidden]`;
-        prompts with as many positions share batches, and those that are known are not run again."""
-        out: list[Tensor] = [known.get(i, torch.empty(0)) for i in range(len(prompts))]
-        for last in sorted(set(lasts)):
-            alike = [i for i, n in enumerate(lasts) if n == last and i not in known]
-            for i, rows in zip(alike, self.reader.represent([prompts[i] for i in alike], progress, last), strict=True):
-                out[i] = rows
-        return torch.cat(out)
-
-    def _held(
-        self, prompts: Sequence[Prompt], n: int, represent: Callable[[], Tensor], bar: tqdm[Any]
-    ) -> tuple[list[tuple[int, ...]], dict[int, Tensor]]:
-        """Which benign prompts `config.keep_share` holds.
+        examples: Sequence[Example],
+        condition: str,
+        suffixes: Sequence[Sequence[int]],
+        *,
+        refusal_prompt: bool = False,
+    ) -> list[Tensor]:
+        """`h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each example.
 
         Args:
-            represent: gives R_b `[prompts, hidden]`, to choose by.
-
-        Returns:
-            The first n tokens of the answers to those, `()` for the others; and the others' R_b, by number, as they are
-            known by then, `[1, hidden]` each.
+            suffixes: the answers' token ids, one answer for each example; `()` is the prompt's end alone.
         """
-        c, known, some = self.config, dict[int, Tensor](), list(range(len(prompts)))
-        if n and c.refusal and c.keep_share < 1:
-            ends = represent()
-            near = self._log_probability(ends, self.token_id(c.refusal_token)).argsort(descending=True, stable=True)
-            some = sorted(near[: max(1, round(c.keep_share * len(prompts)))].tolist())
-            known = {i: ends[i : i + 1] for i in set(range(len(prompts))) - set(some)}
-            bar.total += len(some)
-        held = dict(zip(some, self._begun([prompts[i] for i in some], n), strict=True))
-        return [held.get(i, ()) for i in range(len(prompts))], known
-
-    def _begun(self, prompts: Sequence[Prompt], n: int) -> list[tuple[int, ...]]:
-        """The first n tokens of the answers, short ones filled up with the end token."""
-        if not n:
-            return [()] * len(prompts)
-        if (end := self._end()) is None:
-            raise ValueError("Neither model nor tokenizer has an end token; set model.generation_config.eos_token_id.")
-        with self._bar(len(prompts), "answers") as bar, self.reader.own_lora(any(p.audio for p in prompts)):
-            answers = generate_ids(self.reader, self.tokenizer, prompts, n, bar.update)
-        return [tuple((answers[i] + n * [end])[:n]) for i in range(len(prompts))]
-
-    def _cached(
-        self,
-        folder: str | Path | None,
-        name: str,
-        examples: Sequence[Example],
-        prompts: Sequence[Prompt],
-        compute: Callable[[], Tensor],
-    ) -> Tensor:
-        """`compute()`, or what it gave for the same model, examples and prompts before."""
-        if folder is None:
-            return compute()
-        depends = [fingerprint(self.model), str(self.reader.dtype), versions(), self.reader.device.type]
-        depends.append(content_hash(examples))
-        key = hashlib.sha256(repr(depends).encode())
-        for prompt in prompts:  # the ids hold template, instruction, and how long the audio is
-            key.update(prompt.ids.numpy().tobytes())
-        path = Path(folder) / f"extract-{name}-{key.hexdigest()[:16]}.safetensors"
-
-        def known() -> Tensor | None:
-            try:
-                return load_file(path)["rows"]
-            except FileNotFoundError:
-                return None
-            except (SafetensorError, KeyError, OSError) as error:
-                self._say(f"{path} is damaged ({error}); it is computed again")
-                return None
-
-        def keep(rows: Tensor) -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, to_safetensors({"rows": rows}))
-
-        if (rows := first(known)) is None:
-            rows = compute()
-            first(partial(keep, rows))
-        return rows
-
-    def make_targets(self, reps: Mapping[str, Representations], scorer: Scorer = contribution) -> dict[str, Targets]:
-        """Steps 2 to 4: Δ, the selected features and the fixed targets of each condition.
-
-        Beyond the first position (`config.depth`, `config.keep_tokens`), what the refusals go on with takes the place
-        of the refusal token: features are selected by the mean of those tokens' head rows.
-        """
-        c, out = self.config, {}
-        row, strengths = self.head_row(c.refusal_token), (c.harmful_strength, c.benign_strength)
-        quiet = self.reader.logit_weight if c.direction == "quiet" else None
-        for condition, r in reps.items():
-            if len(r.later) < c.answer_tokens:
-                raise ValueError(
-                    f"{condition}: depth={c.depth} and keep_tokens={c.keep_tokens} need {c.answer_tokens} answer "
-                    f"tokens, these representations have {len(r.later)}; extract them again with this config."
-                )
-            if (opened := [tokens for tokens, _ in r.opened]) != self._openings():
-                raise ValueError(
-                    f"{condition}: openings={c.openings!r}, but these representations go along "
-                    f"{tuple(map(self.tokenizer.decode, opened))!r}; extract them again with this config."
-                )
-            out[condition] = make_targets(r, row, c.top, scorer, strengths, quiet)
-            out[condition].opened = list(r.opened)
-            for k, rep in enumerate(r.later[: c.answer_tokens], 1):
-                if k < c.depth:
-                    said = self.location.head_weight[self._first_choice(rep.refused)].float().cpu().mean(0)  # [hidden]
-                    goal = make_targets(rep, said, c.top, scorer, strengths, quiet)
-                else:
-                    still = torch.zeros_like(row)
-                    goal = Targets(still, still > 0, rep.refused, rep.benign, r.harmful_examples, r.benign_examples)
-                out[condition].later.append(goal)
-            out[condition].tokens = [tokens[: c.answer_tokens] for tokens in r.tokens]
-            if c.refusal:
-                h, lengths = len(r.harmful), [len(tokens) for tokens in r.tokens]
-                other = set(r.tokens[:h]) != {tuple(self._ids(c.refusal))}
-                if not r.along or other or max(lengths[h:]) < c.keep_tokens:
-                    raise ValueError(
-                        f"{condition}: these representations do not go along refusal={c.refusal!r} and "
-                        f"{c.keep_tokens} tokens of benign answers; extract them again with this config."
-                    )
-                ends = lengths[:h] + [min(n, c.keep_tokens) for n in lengths[h:]]
-                out[condition].tokens = [tokens[:end] for tokens, end in zip(r.tokens, ends, strict=True)]
-                out[condition].along = [rows[:end] for rows, end in zip(r.along, ends, strict=True)]
+        out = [torch.empty(0)] * len(examples)
+        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
+            for n in sorted({len(s) for s in suffixes}):
+                alike = [i for i, suffix in enumerate(suffixes) if len(suffix) == n]
+                prompts = [
+                    self.read(examples[i], condition, refusal_prompt=refusal_prompt).extended(suffixes[i])
+                    for i in alike
+                ]
+                for i, rows in zip(alike, self.reader.represent(prompts, bar.update, last=n + 1), strict=True):
+                    out[i] = self._finite(rows, condition)
         return out
+
+    def select(self, benign: Tensor, refused: Tensor, scorer: Scorer = contribution) -> Direction:
+        """Steps 2 and 3: `Δ = mean(R_h+) − mean(R_b)`, its safety features, and what inputs are moved along.
+
+        Args:
+            benign, refused: R_b and R_h+, `[n, hidden]` each.
+            scorer: scores features for the selection, instead of the paper's `contribution`.
+        """
+        delta = refused.mean(0) - benign.mean(0)
+        mask = select_features(delta, self.head_row(self.refusal_token), self.config.top, scorer)
+        move = delta * mask
+        if self.config.direction == "natural":
+            move = natural_direction(move, benign, self.reader.logit_weight)
+        return Direction(delta, mask, move)
+
+    def prepare(
+        self, harmful: Sequence[Example], benign: Sequence[Example], condition: str, scorer: Scorer = contribution
+    ) -> Prepared:
+        """Steps 1 to 4 in one condition: extract, select, and the items that training visits."""
+        c, words = self.config, self.token_ids(self.config.refusal)
+        harmful, benign = self._usable(harmful, condition), self._usable(benign, condition)
+        r_b, r_h = self.extract(benign, condition), self.extract(harmful, condition)
+        suffixes = [words if len(words) > 1 else ()] * len(harmful)
+        plus = self.extract_along(harmful, condition, suffixes, refusal_prompt=True)  # R_h+, and after each word
+        direction = self.select(r_b, torch.stack([rows[0] for rows in plus]), scorer)
+        up, down = c.harmful_strength * direction.move, c.benign_strength * direction.move
+        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=[rows[1:] for rows in plus])
+        held, answers = self._held(benign, condition, r_b), [()] * len(benign)
+        for i, answer in held.items():
+            answers[i] = answer
+        after = dict(zip(held, self.extract_along([benign[i] for i in held], condition, [*held.values()]), strict=True))
+        along = [after[i][1:] if i in held else r_b[:0] for i in range(len(benign))]
+        items += make_items(benign, condition, r_b, -down, suffixes=answers, along=along)
+        return Prepared(condition, items, direction, r_h, r_b)
+
+    def _held(self, benign: Sequence[Example], condition: str, r_b: Tensor) -> dict[int, tuple[int, ...]]:
+        """Which benign answers are held (`config.keep_tokens`, `.keep_share`): index to the answer's first tokens."""
+        c = self.config
+        if not c.keep_tokens:
+            return {}
+        near = self._logits(r_b, lambda logits: logits.log_softmax(-1)[:, self.refusal_token])
+        some = sorted(near.argsort(descending=True, stable=True)[: max(1, round(c.keep_share * len(benign)))].tolist())
+        with self._running(vanilla=True), self._bar(len(some), "answers to hold") as bar:
+            prompts = [self.read(benign[i], condition) for i in some]
+            said = generate_ids(self.reader, self.tokenizer, prompts, c.keep_tokens, bar.update)
+        return {i: tuple(said[k][: c.keep_tokens]) for k, i in enumerate(some)}
+
+    def preflight(self, prepared: Prepared, n: int = 32) -> Preflight:
+        """Checks, before training, on the vanilla model, whether this can work; warns with the fix where it can't.
+
+        Args:
+            n: harmful and benign examples to answer (24 tokens each).
+        """
+        condition, items, direction, r_h, r_b = prepared
+        sides = [[i.example for i in side] for side in (items[: len(r_h)], items[len(r_h) :])]
+        some = [side[:: -(-len(side) // n)] for side in sides]
+        goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
+        check = Preflight(
+            condition,
+            harmful_refused=self._refused(some[0], condition),
+            benign_refused=self._refused(some[1], condition),
+            refused=self._refused(some[0], condition, refusal_prompt=True),
+            token_full=Rate.of(self._first_choice(r_h + direction.delta) == self.refusal_token),
+            token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
+            benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
+        )
+        self._say(str(check))
+        for advice in check.advice(self.config):
+            warnings.warn(advice, RRSWarning, stacklevel=3)
+        return check
+
+    def find_refusal(
+        self, harmful: Any, condition: str | None = None, *, prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
+    ) -> Refusal:
+        """How does this model refuse? Tries refusal prompts, and reads off the words its refusals begin with.
+
+        Args:
+            harmful: whatever `load_examples` takes.
+            condition: default the first of `config.conditions`.
+            prompts: to try, beside the config's own.
+            n: examples to answer under each (24 tokens).
+        """
+        condition = condition or self.config.conditions[0]
+        examples = self._usable(load_examples(harmful, "harmful"), condition)
+        examples = examples[:: -(-len(examples) // n)]
+        config, tried = self.config, dict[str, Rate]()
+        try:
+            for prompt in dict.fromkeys((*prompts, config.refusal_prompt)):
+                if prompt != "auto":
+                    self.config = replace(config, refusal_prompt=prompt)
+                    tried[prompt] = self._refused(examples, condition, refusal_prompt=True)
+            best = max(tried, key=lambda p: tried[p].value)
+            self.config = replace(config, refusal_prompt=best)
+            with self._running(vanilla=True):
+                asked = [self.read(e, condition, refusal_prompt=True) for e in examples]
+                said = generate_ids(self.reader, self.tokenizer, asked, 16)
+        finally:
+            self.config = config
+        answers = [said[i] for i in range(len(examples))]
+        verdicts = judge_refusals(
+            [e.text or "" for e in examples], self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        )
+        refusals = [ids for ids, v in zip(answers, verdicts, strict=True) if v == "refusal"] or answers
+        words = self.tokenizer.decode(_common_start(refusals), skip_special_tokens=True).strip()
+        found = Refusal(best, words, tried[best], sorted(tried.items(), key=lambda pair: -pair[1].value))
+        self._say(str(found))
+        if found.refused.value < 0.5:
+            warnings.warn(
+                f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your own "
+                "that say the words to reply with; a model that was never aligned may not have the behaviour.",
+                RRSWarning,
+                stacklevel=2,
+            )
+        return found
+
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def train(
         self,
-        targets: Mapping[str, Targets | Sequence[tuple[Example, Tensor]]],
+        items: Sequence[TrainItem],
         *,
-        loss: Loss = F.mse_loss,
-        objective: Objective | None = None,
+        objective: Objective = to_targets,
+        penalty: Penalty = LoRA.penalty,
         callbacks: Iterable[Callback] = (),
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 0,
         resume: bool = False,
     ) -> RRS:
-        """Step 5, in place: attaches a fresh LoRA and trains it towards the targets. `disable()` takes it off.
+        """Step 5, in place: attaches a fresh LoRA and trains it towards the items' targets. `disable()` takes it off.
 
-        `loss = MSE(h_θ(x), target) + penalty · Σ_modules ‖(α/r)·B·A‖_F²`, AdamW, linear decay, gradient clipping.
-        When memory runs out, the batch is run in halves: same sums, same result (dropout's masks differ).
+        `loss = mean(weight · objective) + config.penalty · penalty(lora)`, AdamW, linear decay, gradient clipping.
 
         Args:
-            targets: from `make_targets`; or, for each condition, pairs of an example and its target: `[hidden]`, or
-                what `objective` takes.
-            loss: `(h [batch, hidden], target [batch, hidden]) -> scalar`, a mean over the batch, instead of the mean
-                squared error.
-            objective: `(reader, prompts, targets) -> scalar`, a mean over the batch, instead of a `loss` on `h`: e.g.
-                with token ids as targets, and `rrs.evaluate.log_likelihood`, supervised fine-tuning in the same loop.
-            callbacks: called with a `Step` after each optimizer step.
+            items: from `make_items`, or of your own.
+            objective: `(reader, prompts, items) -> losses [batch]`; the default is the distance to the targets.
+            penalty: `(lora) -> scalar`; the default is the paper's `Σ_modules ‖(α/r)·B·A‖_F²`.
+            callbacks: called with a `Step` after each optimizer step; training ends where one returns True.
             checkpoint_dir, checkpoint_every, resume: as in `fit`.
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
             Whatever is raised, the model and this object are as they were before.
         """
-        _check_folder(checkpoint_dir, checkpoint_every, resume)
-        c = self.config
-        callbacks = list(callbacks)
-        made = {k: t for k, t in targets.items() if isinstance(t, Targets)}
-        for condition, t in made.items():
-            refusals = set(t.tokens[: len(t.harmful)]) if t.along else set()
-            along = (len(t.later), [tokens for tokens, _ in t.opened], refusals)
-            if along != (c.answer_tokens, self._openings(), {tuple(self._ids(c.refusal))} if c.refusal else set()):
-                raise ValueError(
-                    f"{condition}: these targets are not of config.depth={c.depth}, keep_tokens={c.keep_tokens}, "
-                    f"refusal={c.refusal!r} and openings={c.openings!r}; make them by extract and make_targets with "
-                    "this config."
-                )
-        items: dict[str, list[Item]] = {
-            condition: _items(t)
-            if isinstance(t, Targets)
-            else [Item(example, goal if objective else goal[None], ()) for example, goal in t]
-            for condition, t in targets.items()
-        }
-        paths = linear_paths(self.location, c.target_modules, c.layers)
-        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        check_checkpoints(checkpoint_dir, resume, checkpoint_every)
+        c, items, callbacks = self.config, list(items), list(callbacks)
+        self._check_items(items, objective)
+        lora = LoRA(
+            self.model, linear_paths(self.location, c.target_modules, c.layers), r=c.lora_r, alpha=c.lora_alpha,
+            dropout=c.lora_dropout, seed=c.seed,
+        )  # fmt: skip
         optimizer = torch.optim.AdamW(
             lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay,
             fused=self.reader.device.type in ("cpu", "cuda"),
         )  # fmt: skip
-        batches = sum(-(-len(rows) // c.batch_size) for rows in items.values())  # per epoch
-        per_epoch = -(-batches // c.accumulate)
-        if not (steps := c.epochs * per_epoch):
-            raise ValueError(f"There is nothing to train on: {len(items)} conditions, {c.epochs} epochs, no step.")
-        weight = c.penalty
-        if c.penalty_form == "relative":  # pairs have no Δ: their loss keeps its own unit
-            units = [float((t.delta * t.mask).square().mean()) for t in made.values()]
-            weight *= sum(units) / len(units) if units else 1.0
-        self._say(
-            f"train: {sum(map(len, items.values()))} inputs in {len(items)} condition(s), {c.epochs} epochs, "
-            f"{steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on {len(paths)} linears, "
-            f"{sum(p.numel() for p in lora.parameters()):,} parameters"
-        )
-        found = Counter(path.rpartition(".")[2] for path in paths)
-        experts = expert_parameters(self.location)
-        self._say(
-            "LoRA on "
-            + ", ".join(f"{name} ×{n}" for name, n in found.items())
-            + (f"; none on {len(experts)} matrices of experts, which are 3-D parameters" if experts else "")
-        )
-        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        record: dict[str, Any] = {
-            "config": asdict(c),
-            "data": {condition: _describe(t) for condition, t in targets.items()},
-            "base": {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)},
-            "versions": versions(),
-        }
-        checkpoints, checks = None, self.checks if targets is self._checked else []
-        history: list[dict[str, float]] = []
-        micro = c.batch_size
-        plan: list[tuple[str, list[int]]] = []
+        per_epoch = steps_per_epoch(items, c)
+        steps, record, history = c.epochs * per_epoch, self._training_record(items), list[dict[str, float]]()
+        checkpoints = None
         if checkpoint_dir is not None:
-            run = {**record["config"], "data": record["data"], "base": record["base"]["fingerprint"]}
-            run["dtype"] = str(self.reader.dtype)
-            run["selection"] = {k: _hash(t.mask.tolist()) for k, t in made.items()}
-            for what, how in (("loss", loss), ("objective", objective)):
-                run[what] = None if how is None else getattr(how, "__qualname__", type(how).__name__)
+            norms = (
+                f"{sum(float(item.target.float().norm()) for item in items):.4g}"  # of another processor, they differ
+            )
+            run = {
+                **record,
+                "dtype": str(self.reader.dtype),
+                "targets": norms,
+                "how": [*map(describe, (objective, penalty))],
+            }
             checkpoints = Checkpoints(checkpoint_dir, run, resume)
             saved = checkpoints.load(lora, optimizer)
-            history, micro = saved.get("history", []), saved.get("micro", micro)
-            if saved:
-                checks = [Preflight.from_dict(check) for check in saved["preflight"]]
-            if resume:
-                self._say(f"{checkpoints.last}: {len(history)} of {steps} steps are done")
-        lengths: dict[str, list[int]] = {}
-        if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
-            with self.disabled(), self._quiet_model():
-                for condition, rows in items.items():
-                    lengths[condition] = [len(self.read(item.example, condition)) for item in rows]
+            history, record = saved.get("history", []), saved.get("record", record)
+            steps = len(history) if saved.get("stopped") else steps
+        lengths = self._lengths(items) if c.group_by_length else None
+        self._say_plan(items, steps, lora)
 
-        with (
-            _postponed_signals(checkpoints is not None) as signals,
-            self._replacing(lora, history),
-            self._quiet_model(),
-            self._bar(steps, "train") as bar,
-        ):
-            # Of the adapter that is attached, from here on: a callback may save it.
-            self.checks = checks
-            self.record = {**record, "preflight": [asdict(check) for check in self.checks]}
-            self.report, self.targets, self._vectors = None, made, {}
-            self._trained_on = marks(item.example for rows in items.values() for item in rows)
-            for condition, t in made.items():
-                self._vectors[f"{condition}.delta"] = t.delta.contiguous()
-                self._vectors[f"{condition}.mask"] = t.mask.contiguous()
-            bar.update(len(history))
+        with self._training(lora, record, history), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
-                epoch, place = divmod(step, per_epoch)
-                if not plan or place == 0:
-                    plan = _epoch(items, c.batch_size, seeded(c.seed, "order", epoch), lengths)
-                # ---------------------------------------------------------------------- a single training step
-                for param_group in optimizer.param_groups:
-                    param_group["lr"] = c.learning_rate * (1 - step / steps)
-                group = [
-                    (condition, [(items[condition][i], instruction) for i, instruction in batch])
-                    for condition, batch in _draw(c, plan[place * c.accumulate : (place + 1) * c.accumulate], step)
-                ]
-                try:
-                    micro, mse, penalty = self._gradients(group, loss, objective, weight, micro, step)
-                    norm = float(nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm))
-                    if not math.isfinite(norm):
-                        names = [item.example.id for _, batch in group for item, _ in batch]
-                        raise FloatingPointError(f"the gradient's norm is {norm} on {names}")
-                except FloatingPointError as error:
-                    raise FloatingPointError(
-                        f"step {step + 1}: {error}. {checkpoints.last if checkpoints else 'There is no checkpoint'}. "
-                        f"Lower learning_rate ({c.learning_rate}), or check the base model's weights for NaN."
-                    ) from None
+                # -------------------------------------------------------------------------- a single training step
+                optimizer.param_groups[0]["lr"] = c.learning_rate * (1 - step / steps)
+                batches, parts = draw(items, c, step, lengths), []
+                for place, rows in share_out(batches, rank(), world()):
+                    lora.key = (c.seed, step, *place)  # of dropout
+                    batch = [item for item, _ in rows]
+                    prompts = [self.read(i.example, i.condition, text).extended(i.suffix) for i, text in rows]
+                    losses = self._losses(objective(self.reader, prompts, batch), batch)  # [rows]
+                    part = losses.sum() / (len(batches) * len(batches[place[0]]))  # a mean over batches of their means
+                    part.backward()
+                    parts.append(part.detach())
+                value = sum(parts, torch.zeros((), device=self.reader.device))
+                all_reduce_sum([value, *gradients(lora)])  # nothing, when alone
+                square = penalty(lora)
+                if c.penalty:
+                    (c.penalty * square).backward()  # the second term; the same on every rank, so after the sum
+                norm = nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm)
+                mean, square, norm = torch.stack([x.detach().float().to(value) for x in (value, square, norm)]).tolist()
+                self._check_finite(step, mean + c.penalty * square + norm, batches, checkpoints)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                self.report = None  # one that a callback made was of the weights before
-                # --------------------------------------------------------------------------------------------
-                state = Step(
-                    rrs=self,
-                    epoch=epoch + 1,
-                    step=step + 1,
-                    steps=steps,
-                    loss=mse + weight * penalty,
-                    mse=mse,
-                    penalty=penalty,
-                    grad_norm=norm,
-                    learning_rate=optimizer.param_groups[0]["lr"],
-                )
+                # --------------------------------------------------------------------------------------------------
+                rate, loss = optimizer.param_groups[0]["lr"], mean + c.penalty * square
+                state = Step(self, step // per_epoch + 1, step + 1, steps, loss, mean, square, norm, rate)
                 history.append(state.row())
                 bar.update()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{state.loss:.4f}", mse=f"{mse:.4f}")
+                bar.set_postfix(epoch=state.epoch, loss=f"{loss:.4f}")
+                self.report = None  # one that a callback made was of the weights before
                 lora.eval()  # callbacks see the model without dropout
-                for callback in callbacks:
-                    callback(state)
+                stop = any([callback(state) is True for callback in callbacks])
                 lora.train()
-                if place == per_epoch - 1:
+                due = stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
+                if checkpoints and due:
+                    checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": record, "stopped": stop})
+                if (step + 1) % per_epoch == 0:
                     self._check_divergence(history, per_epoch)
-                due = (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
-                stop = largest(signals[-1] if signals else 0) if checkpoints else 0  # to one rank is to all
-                if checkpoints and (due or stop):
-                    about = {"history": history, "micro": micro, "preflight": self.record["preflight"]}
-                    checkpoints.save(step + 1, lora, optimizer, about)
-                    if stop:
-                        self._say(f"signal {stop} in step {step + 1}. {checkpoints.last}; resume=True goes on")
-                        if not signals:
-                            signal.raise_signal(stop)  # noted, like the other ranks' own
-                        signal.raise_signal(signals.pop())  # whoever handled it before handles it now
-            lora.eval()
+                if stop:
+                    break
         return self
 
-    def _gradients(
-        self,
-        group: Sequence[tuple[str, list[tuple[Item, str]]]],
-        loss: Loss,
-        objective: Objective | None,
-        weight: float,
-        micro: int,
-        step: int,
-    ) -> tuple[int, float, float]:
-        """One step's gradients, at most `micro` prompts at a time, in fewer when memory runs out.
-
-        With several ranks each does its share of the step's prompts, and the gradients are added up.
-
-        Args:
-            group: the step's batches: condition, and (item, instruction) of each prompt.
-            weight: of the penalty.
-
-        Returns:
-            `micro` as it now is, the mean of the batches' MSE, and the penalty.
-        """
-        assert self.lora is not None
-        c = self.config
-        while True:
-            try:
-                losses = []
-                passes = _passes(group, micro, rank(), world())
-                if self.reader.sharded:  # all ranks run equally often, if need be for nothing
-                    most = max(len(_passes(group, micro, k, world())) for k in range(world()))
-                    passes += [(*_passes(group, micro, 0, 1)[0][:3], 0.0)] * (most - len(passes))
-                for place, condition, part, share in passes:
-                    self.lora.key = (c.seed, step, *place)  # of dropout
-                    prompts = [self.read(i.example, condition, text).extended(i.tokens) for i, text in part]
-                    goals = [item.target for item, _ in part]
-                    weights = [c.benign_weight if i.example.label == "benign" else 1.0 for i, _ in part]
-                    mse = (
-                        objective(self.reader, prompts, goals)
-                        if objective
-                        else self._distance(prompts, goals, weights, loss)
-                    )
-                    (mse * share).backward()
-                    losses.append(mse.detach().float().to(self.reader.device))  # read below: no waiting for the device
-                break
-            except RuntimeError as error:
-                if micro == 1 or self.reader.sharded or not is_out_of_memory(error):
-                    raise
-            # Here, not in `except`: the error's traceback holds on to the activations.
-            self.lora.zero_grad(set_to_none=True)
-            micro = -(-micro // 2)
-            if self.reader.device.type == "cuda":
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"step {step + 1}: out of memory; from here on {micro} prompts at a time; the result is the same.",
-                RRSWarning,
-                stacklevel=3,
+    @staticmethod
+    def _losses(losses: Tensor, batch: Sequence[TrainItem]) -> Tensor:
+        """An objective's values times the items' weights `[batch]`."""
+        if losses.shape != (len(batch),):
+            raise ValueError(
+                f"The objective gave {list(losses.shape)} for {len(batch)} items; it must give one loss each."
             )
-        for p in self.lora.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a rank with nothing to do
-        total = torch.zeros((), device=self.reader.device)
-        for value, (*_, share) in zip(losses, passes, strict=True):
-            total += share * value
-        add_up([total, *(p.grad for p in self.lora.parameters() if p.grad is not None)])
-        square = self.lora.add_penalty_gradient(weight, relative=c.penalty_form == "relative")
-        mean, penalty = torch.stack([total, square.to(total)]).tolist()
-        if not math.isfinite(mean + penalty):
-            at = [
-                f"{condition} {[item.example.id for item, _ in part]}"
-                for value, (_, condition, part, _) in zip(losses, passes, strict=True)
-                if not torch.isfinite(value)
-            ]
-            where = at or (f"a rank other than {rank()}" if world() > 1 else "the weights alone")
-            raise FloatingPointError(f"the loss is {mean}, the penalty {penalty}, on {where}")
-        return micro, mean, penalty
+        if all(item.weight == 1 for item in batch):
+            return losses
+        return losses * torch.tensor([item.weight for item in batch]).to(losses)
 
-    def _distance(
-        self, prompts: Sequence[Prompt], goals: Sequence[Tensor], weights: Sequence[float], loss: Loss
-    ) -> Tensor:
-        """The loss at the prompts' ends, plus that along their answers, a weighted sum over the prompts' number.
+    def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
+        """Raises ValueError for what can't be trained on, naming the item."""
+        if not items:
+            raise ValueError("There is nothing to train on: no items.")
+        hidden = self.location.head_weight.shape[1]
+        vectors = to_targets in (objective, getattr(objective, "func", None))
+        for item in items:
+            where = f"{item.condition} {item.example.id}"
+            if not item.example.has(item.condition):
+                raise ValueError(f"{where}: the example lacks what this condition needs.")
+            shape, most = item.target.shape, len(item.suffix) + 1
+            if vectors and not (len(shape) == 2 and shape[1] == hidden and 1 <= shape[0] <= most):
+                raise ValueError(
+                    f"{where}: the target {list(shape)} must be [positions, {hidden}] with at most {most} positions, the "
+                    "prompt's end and the suffix; for one vector, vector[None]."
+                )
+            if item.target.is_floating_point() and not torch.isfinite(item.target).all():
+                raise ValueError(f"{where}: the target holds NaN or infinity.")
 
-        Args:
-            prompts: with answer tokens at their ends, or none.
-            goals: `[positions, hidden]` each, the prompt's last ones.
-            weights: of each prompt.
-        """
-        total: Any = 0
-        kinds = [(len(goal), weight) for goal, weight in zip(goals, weights, strict=True)]
-        alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted({*kinds})}
-        most, ends = max(map(len, goals)), None
-        if most <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
-            ends = self.reader.last_hidden(prompts, most)  # [prompts, most positions, hidden]
-        for (positions, weight), rows in alike.items():
-            if ends is not None:
-                h = ends[rows, -positions:].float()  # [rows, positions, hidden]
-            else:
-                h = self.reader.last_hidden([prompts[i] for i in rows], positions).float()
-            goal = torch.stack([goals[i] for i in rows]).to(h)  # [rows, positions, hidden]
-            mse = loss(h[:, 0], goal[:, 0])
-            if positions > 1:  # together they weigh as much as the first
-                mse = mse + loss(h[:, 1:].flatten(0, 1), goal[:, 1:].flatten(0, 1))
-            total = total + weight * len(rows) / len(goals) * mse
-        return total
+    def _training_record(self, items: Sequence[TrainItem]) -> dict[str, Any]:
+        """What makes a training what it is; JSON."""
+        data: dict[str, Any] = {}
+        for condition in dict.fromkeys(item.condition for item in items):
+            for label in ("harmful", "benign", None):
+                side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
+                if side:
+                    data.setdefault(condition, {})[label or "unlabelled"] = {
+                        "n": len(side),
+                        "sha256": content_hash(side),
+                    }
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
+
+    def _lengths(self, items: Sequence[TrainItem]) -> list[int]:
+        """Of the prompts alone: what is added to them goes by label, and batches should not."""
+        with self._running(vanilla=True):
+            return [len(self.read(item.example, item.condition)) for item in items]
+
+    def _say_plan(self, items: Sequence[TrainItem], steps: int, lora: LoRA) -> None:
+        c, found = self.config, Counter(path.rpartition(".")[2] for path in lora.paths)
+        experts = expert_parameters(self.location)
+        self._say(
+            f"train: {len(items)} items, {steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on "
+            + ", ".join(f"{name} ×{n}" for name, n in found.items())
+            + f", {sum(p.numel() for p in lora.parameters()):,} parameters"
+            + (f"; none on {len(experts)} matrices of experts, which are 3-D parameters" if experts else "")
+        )
 
     @contextmanager
-    def _replacing(self, lora: LoRA, history: list[dict[str, float]]) -> Iterator[None]:
+    def _training(self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]]) -> Iterator[None]:
         """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
         before, on = dict(vars(self)), self.lora is not None and self.lora.attached
         self.disable()
         try:
-            self.lora, self.history = lora.attach().train(), history
-            yield
+            with self._running():
+                self.lora, self.history, self.record = lora.attach().train(), history, record
+                self.report, self.directions, self._trained_on = None, {}, frozenset()
+                yield
+                lora.eval()
         except BaseException:
             lora.detach()
             vars(self).update(before)
             if on:
                 self.enable()
             raise
+
+    def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints | None) -> None:
+        if math.isfinite(loss):
+            return
+        names = [f"{item.condition} {item.example.id}" for batch in batches for item, _ in batch]
+        raise FloatingPointError(
+            f"step {step + 1}: loss or gradient is not finite on {names}. "
+            f"{checkpoints.last if checkpoints else 'There is no checkpoint'}. Lower learning_rate "
+            f"({self.config.learning_rate}), or check the base model's weights for NaN."
+        )
 
     def _check_divergence(self, history: Sequence[Mapping[str, float]], per_epoch: int) -> None:
         """Warns, after an epoch, the first time that its loss is far above the start's."""
@@ -1436,15 +1449,17 @@ class RRS:
         benign: Any,
         *,
         scorer: Scorer = contribution,
-        loss: Loss = F.mse_loss,
+        objective: Objective = to_targets,
+        penalty: Penalty = LoRA.penalty,
         callbacks: Iterable[Callback] = (),
         preflight: int = 32,
         on_error: Literal["raise", "skip"] = "raise",
+        save_to: str | Path | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 0,
         resume: bool = False,
     ) -> RRS:
-        """The whole method, in place: extract, select, targets, preflight, train. `disable()` brings vanilla back.
+        """The whole method, in place: extract, select, items, preflight, train. `disable()` brings vanilla back.
 
         The same seed gives the same adapter, bit for bit, on the same machine, versions and number of threads, also
         after interruptions. Not on another machine, nor on GPUs, whose kernels may add in another order unless
@@ -1453,34 +1468,26 @@ class RRS:
         Args:
             harmful, benign: a manifest's path, a list of `Example`, or an iterable of dicts. Without written answers.
             scorer: scores features for the selection, instead of the paper's `contribution`.
-            loss: distance to the target, a mean over the batch, instead of the mean squared error.
-            callbacks: called with a `Step` after each optimizer step.
-            preflight: harmful examples on which to check that refusing works at all before training; 0 skips it.
+            objective, penalty, callbacks: as in `train`.
+            preflight: examples of each side on which to check that refusing works at all before training; 0 skips it.
             on_error: a clip that can't be read stops the run before training, with all such clips named; `"skip"`
                 leaves them out and warns.
-            checkpoint_dir: a folder of this run's own, for its state and extracted vectors (safetensors). Ctrl-C and
-                SIGTERM then write the state before they go through.
+            save_to: where to save the adapter at the end; checked before the work.
+            checkpoint_dir: a folder of this run's own, for its state (safetensors).
             checkpoint_every: optimizer steps between two checkpoints; 0 is an epoch's.
             resume: go on from the folder's newest checkpoint, if it has one, to the result of an uninterrupted run.
 
         Returns:
             self. After an error, model and adapter are as they were before.
         """
-        _check_folder(checkpoint_dir, checkpoint_every, resume)
-        callbacks = list(callbacks)
-        harmful, benign = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         began = time.perf_counter()
-        self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
-        self._say(f"config: {json.dumps(asdict(self.config))}")
-        # What can be wrong is found here, before hours of extraction.
-        token = self.token_id(self.config.refusal_token)
-        if self.config.refusal and (begins := self._ids(self.config.refusal)[0]) != token:
-            raise ValueError(
-                f"refusal={self.config.refusal!r} begins with {self.tokenizer.decode([begins])!r}, not with the "
-                f"refusal_token {self.config.refusal_token!r}; change one of them."
-            )
+        started = check_checkpoints(checkpoint_dir, resume, checkpoint_every)
+        if save_to is not None:
+            on_rank0(lambda: check_folder(save_to))
+        harmful, benign = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         linear_paths(self.location, self.config.target_modules, self.config.layers)
-        started = checkpoint_dir is not None and bool(first(Checkpoints(checkpoint_dir, {}, resume).files))
+        if not torch.is_grad_enabled():
+            raise ValueError("fit needs gradients; call it outside torch.no_grad().")
         usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
         harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
         if both := shared(harmful, benign):
@@ -1491,206 +1498,35 @@ class RRS:
                 RRSWarning,
                 stacklevel=2,
             )
-        reps = self.extract(harmful, benign, cache=checkpoint_dir)
-        targets = self.make_targets(reps, scorer)
-        if preflight and not started:
-            self.preflight(reps, targets, preflight)
-        self.train(
-            targets,
-            loss=loss,
-            callbacks=callbacks,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-        )
+        self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
+        config, found = self.config, None
+        try:
+            if "auto" in (config.refusal_prompt, config.refusal):
+                found = self.find_refusal(harmful)
+                own = {"refusal_prompt": found.prompt, "refusal": found.words}
+                self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
+            if differs := self.config.differences():
+                self._say("settings that differ from the paper's:")
+                self._say("\n".join(f"  {name:18} {value!r}" for name, value in differs.items()))
+            prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
+            checks = [self.preflight(p, preflight) for p in prepared] if preflight and not started else []
+            extra = {"preflight": [asdict(check) for check in checks]} if checks else {}
+            self.train(
+                [item for p in prepared for item in p.items], objective=objective, penalty=penalty, callbacks=callbacks,
+                checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume,
+            )  # fmt: skip
+        except BaseException:
+            self.config = config
+            raise
+        self.record |= extra | ({"refusal": asdict(found)} if found else {})
+        self.directions = {p.condition: p.direction for p in prepared}
+        self._trained_on = marks([*harmful, *benign])
         self._say(f"done in {time.perf_counter() - began:.0f} s")
+        if save_to is not None:
+            self.save(save_to)
         return self
 
-    # -- settings found by search -------------------------------------------------------------------------------------
-
-    def tune(
-        self,
-        harmful: Any,
-        benign: Any,
-        *,
-        dev: Any = None,
-        budget: float = 0.01,
-        trials: int = 24,
-        minutes: float | None = None,
-        study: Any = None,
-        search: Mapping[str, Any] | None = None,
-        scorer: Scorer = contribution,
-        judge: Judge = judge_refusals,
-        max_new_tokens: int = 24,
-        preflight: int = 32,
-        plot: str | Path | None = None,
-    ) -> tuple[RRS, Any]:
-        """Searches the settings with the most refusals whose cost stays within `budget`, in place, by Optuna.
-
-        A trial is a training, the strength of it that `calibrate` finds by answers to the dev set, too: vectors and
-        encoded audio are computed once. The first one is the present config; unpromising ones end early, by how often
-        the head's first choice is the refusal token.
-
-        Args:
-            harmful, benign: as in `fit`.
-            dev: to choose by, as in `evaluate`; default a quarter of `harmful` and `benign`, which then isn't trained
-                on, twins and voices of a question kept together.
-            budget: how much more often than vanilla any group of harmless questions may be refused, and answers may be
-                degenerate: 0.01 is a point, which is less than one answer where a group has fewer than 100.
-            trials: in all, those of earlier runs of the same study included.
-            minutes: no trial starts after that.
-            study: a file from which the search goes on when called again (`.db` for SQLite, else Optuna's journal); or
-                an `optuna.Study` that maximises.
-            search: what to search, `{field of RRSConfig: (low, high) or [choices]}`, but not what the vectors depend
-                on, which are extracted once; by default what `search_space` makes of the present config, so that one
-                should train.
-            scorer, preflight: as in `fit`.
-            judge, max_new_tokens: as in `evaluate`.
-            plot: a PNG of refusals against over-rejection, with the Pareto front.
-
-        Returns:
-            self with the best config and its adapter attached, and the study. `user_attrs` of its trials hold
-            `strength`, the rates of each group and of `degenerate` answers, `refused` (mean of the harmful groups),
-            `cost` (what `budget` bounds) and `kl` (of the first token, on harmless questions; where all else is equal,
-            less wins), and as `tried` all strengths that were answered at, with their cost and refused. If nothing
-            stays within the budget, a warning says so, and the best trade is returned: a point beyond it counts like
-            three points of refusals less.
-        """
-        try:
-            import optuna
-        except ImportError as error:
-            raise ImportError('tune() needs Optuna: pip install "rrs[tune]" (or: pip install optuna).') from error
-        if plot is not None:
-            check_plot(plot)  # before the trials, not after
-        budget = _number("budget", budget, float)
-        if world() > 1:
-            raise ValueError("tune() runs in one process, and torchrun started several; give several fits to it.")
-        c, space = self.config, _space(self.config, search)
-        train = [*load_examples(harmful, "harmful"), *load_examples(benign, "benign")]
-        if dev is None:
-            train, held = hold_out(train)
-            dev = {label: [e for e in held if e.label == label] for label in ("harmful", "benign")}
-        groups = {group: self.readable(rows, c.conditions) for group, rows in _groups(dev).items()}
-        train = self.readable(train, c.conditions)
-        sides = [[e for g in side for e in groups[g]] for side in by_side(groups)]
-        if not all(sides):
-            raise ValueError(f"dev has the groups {list(groups)}; it needs one that begins with 'harmful' and another.")
-        if seen := shared([*sides[0], *sides[1]], train, twins=True):
-            message = f"{len(seen)} dev examples, or their twins, are trained on: {', '.join(seen[:8])} …"
-            warnings.warn(f"{message} Choose by others.", RRSWarning, stacklevel=2)
-        token = self.token_id(c.refusal_token)
-        worker = copy.copy(self)  # the same model and reader; its own config and adapter
-        worker.lora, worker.verbose = None, False
-
-        def measure() -> dict[str, float]:
-            """The dev set's figures of the model as it is now."""
-            figures = _figures(worker._answered(groups, c.conditions, judge, max_new_tokens), start)
-            with self._quiet_model():
-                kl, _ = first_token_change(self.reader, benign_before, self.reader.represent(probes[1]))
-            return {**figures, "kl": float(kl.mean())}
-
-        def watch(trial: Any, step: Step) -> None:
-            """After each epoch: how much more often harmful inputs start a refusal than harmless ones, by the head."""
-            if step.step * worker.config.epochs % step.steps == 0 and worker.lora is not None:
-                up, down = (self._first_choice(self.reader.represent(p)) == token for p in probes)
-                trial.report(float(up.float().mean() - down.float().mean()), step.epoch)
-                if trial.should_prune():
-                    raise optuna.TrialPruned
-
-        def run(settings: Mapping[str, Any], *callbacks: Callback) -> list[dict[str, float]]:
-            worker.config = replace(c, **settings)
-            try:
-                targets = worker.make_targets(reps, scorer)
-                worker._checked = targets if preflight else None  # once for all trials
-                worker.train(targets, callbacks=callbacks)
-                assert worker.lora is not None
-                points = worker._strengths(worker.lora, prompts, vanilla, STRENGTHS[1::2])  # 0.6 to 1.4
-                best = worker._strongest(points, budget)
-                tried = worker._weaken(worker.lora, best, points, budget, start, measure)
-                worker._set_strength(worker.lora, points, best, budget, tried)
-                return tried
-            finally:
-                worker.disable()
-
-        def rank(trial: Any) -> tuple[bool, float]:
-            return _rank(budget, trial.user_attrs)
-
-        with self.disabled():
-            worker.config = replace(c, **{k: _most(space[k]) for k in ("depth", "keep_tokens") if k in space})
-            reps = worker.extract(*([e for e in train if e.label == label] for label in ("harmful", "benign")))
-            worker.config = c
-            goals = worker.make_targets(reps, scorer)
-            if preflight:
-                self.preflight(reps, goals, preflight)
-            worker.checks = self.checks
-            prompts = self._dev(groups, c.conditions)
-            groups = {g: rows for g, rows in groups.items() if g in prompts}
-            probes = [[p for g in side for p in prompts[g]] for side in by_side(prompts)]
-            vanilla = self._strength(prompts)
-            with self._quiet_model():
-                benign_before = self.reader.represent(probes[1])  # [n, hidden]
-            start = worker._answered(groups, c.conditions, judge, max_new_tokens)
-            before, _ = _gain(start, start)
-            if study is None or isinstance(study, (str, Path)):
-                fixed = {k: v for k, v in asdict(c).items() if k not in space}
-                data = [content_hash(train), {g: content_hash(rows) for g, rows in groups.items()}]
-                how = [versions(), fixed, repr(space), budget, name_of(judge), max_new_tokens, str(self.reader.dtype)]
-                how += [name_of(scorer), *(goal.mask.tolist() for goal in goals.values())]
-                study = _study(study, _hash([fingerprint(self.model), data, how]), c.seed)
-            if not any(t.state.name in ("COMPLETE", "PRUNED", "WAITING") for t in study.trials):
-                study.enqueue_trial({k: v for k, v in asdict(c).items() if k in space and _within(v, space[k])})
-            finished = sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.trials)
-            deadline = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
-            done = [t for t in study.trials if t.state.name == "COMPLETE"]
-            best: tuple[Any, RRS | None] = (max(done, key=rank, default=None), None)
-            with self._bar(trials, "tune") as bar:
-                bar.update(finished)
-                while finished < trials and time.monotonic() < deadline:
-                    trial = study.ask(space)
-                    try:
-                        tried = run(trial.params, partial(watch, trial))
-                    except (optuna.TrialPruned, FloatingPointError) as error:
-                        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                        said = str(error) or "pruned"
-                    except BaseException:  # Ctrl-C: this trial is not one
-                        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                        raise
-                    else:
-                        figures = worker.record["calibrated"]["answers"]
-                        for name, value in figures.items():
-                            trial.set_user_attr(name, value)
-                        trial.set_user_attr("tried", [[f["strength"], f["cost"], f["refused"]] for f in tried])
-                        study.tell(trial, _score(budget, figures))
-                        said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-                    if trial.user_attrs and (best[0] is None or rank(trial) > rank(best[0])):
-                        best = (trial, copy.copy(worker))
-                    finished += 1
-                    bar.update()
-                    self._say(f"trial {trial.number}: {said}; {json.dumps(trial.params)}")
-            if best[0] is None:
-                raise ValueError("No trial came to its end; allow more trials or minutes, or lower learning rates.")
-            chosen, winner = best
-            if winner is None:  # it is of an earlier run; training is a function of its settings
-                run(chosen.params)
-                winner = worker
-        self.disable()
-        vars(self).update({**vars(winner), "verbose": self.verbose})
-        figures = {name: value for name, value in chosen.user_attrs.items() if name != "tried"}
-        self.record["tuned"] = {"trial": chosen.number, "budget": budget, "dev": figures}
-        said = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-        self._say(f"best of {finished}: trial {chosen.number}, {said}; {json.dumps(chosen.params)}")
-        if (over := figures["cost"] > budget) or figures["refused"] <= before:
-            trouble = (
-                f"stays within the budget of {budget:g}" if over else "within the budget refuses more than vanilla"
-            )
-            warnings.warn(f"No trial {trouble}; the best is: {said}.", RRSWarning, stacklevel=2)
-        self.enable()
-        if plot is not None:
-            done = [t.user_attrs for t in study.trials if t.state.name == "COMPLETE"]
-            points = [(cost, refused) for a in done for _, cost, refused in a["tried"]]
-            chosen_point = (figures["cost"], figures["refused"])
-            plot_front(points, plot, budget, before, chosen_point, "trials, each at some strengths")
-        return self, study
+    # -- how strongly it acts -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def calibrate(
@@ -1698,530 +1534,160 @@ class RRS:
         dev: Any,
         conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
         *,
-        budget: float = 0.01,
-        strengths: Sequence[float] = STRENGTHS,
-        judge: Judge | None = None,
+        budget: float | Mapping[str, float] = 0.01,
+        judge: Judge | None = judge_refusals,
         max_new_tokens: int = 24,
-        plot: str | Path | None = None,
-    ) -> list[Strength]:
-        """Scales the adapter, in place and without training, to the most refusals whose cost stays within `budget`.
+        answers: int = 100,
+        most: float = 8.0,
+    ) -> Calibration:
+        """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
 
-        Inputs that are not told apart well are drawn part of the way to a refusal; a stronger update takes more of them
-        over the border, a weaker one fewer. Counted is where the refusal token is the head's first choice, without any
-        answer, so it takes a forward pass of the dev set for each strength. A refusal that begins otherwise is not
-        seen by that; `judge` is for those. `evaluate` on other data afterwards. Divide `rrs.lora.scale` by the factor
-        to undo it.
+        Divide `lora.scale` by the chosen scale to undo it. First, the scale is raised from 0.5 by thirds of an octave,
+        until refusals of harmful inputs fall or every other group is beyond its budget; counted is where the refusal
+        token is the head's first choice, which takes a forward pass of the dev set for each scale. Then the best scale
+        answers, and weaker ones, until the judged answers are within the budget, too.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
             conditions: in which to ask, where an example has what they need.
-            budget: how much more often than vanilla any group of harmless inputs may begin a refusal, all conditions
-                together; 0.01 is a point.
-            strengths: factors of the present update to choose from.
-            judge, max_new_tokens: as in `evaluate`. With a judge, the dev set is answered, too, at the strength found
-                and at weaker ones until over-rejection and degenerate answers are within the budget by the judge.
-            plot: a PNG of all of them, refusals against cost.
+            budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
+                together: one number for all groups, or one for each. 0.01 is a point. "degenerate": of all answers.
+            judge: checks answers; `None` chooses by first tokens alone.
+            max_new_tokens: per answer.
+            answers: questions of each group to answer, evenly spread.
+            most: largest scale to try.
 
         Returns:
-            Every strength, with how well it tells harmful from harmless inputs wherever the border lies (`auc`). If
-            none stays within the budget, a warning says so, and the nearest is set; with a judge the best trade, where
-            a point beyond the budget counts like three points of refusals less.
+            The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
 
         Raises:
             ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
         """
-        if self.lora is None or not self.lora.attached:
+        if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        strengths = [_number("strengths", strength, float) for strength in strengths]
-        if not strengths or min(strengths) <= 0:
-            raise ValueError(f"strengths={strengths!r} must be factors above 0.")
-        conditions, budget = _strings("conditions", conditions), _number("budget", budget, float)
-        if plot is not None:
-            check_plot(plot)  # before the answers, not after
-        groups = {group: self.readable(rows, conditions) for group, rows in _groups(dev).items()}
+        conditions, groups = _strings("conditions", conditions), grouped(dev)
+        groups = {
+            g: [e for e in self.readable(r, conditions) if any(map(e.has, conditions))] for g, r in groups.items()
+        }
+        harmless = {g: rows for g, rows in groups.items() if rows and rows[0].label == "benign"}
+        harmful = [g for g, rows in groups.items() if rows and rows[0].label == "harmful"]
+        if not harmful or not harmless:
+            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
+        limits, present = _budgets(budget, harmless), lora.scale
         self._warn_of_training_data(groups)
-        prompts = self._dev(groups, conditions)
-        groups = {g: rows for g, rows in groups.items() if g in prompts}
-        start: dict[str, Rate] = {}
-        with self.disabled():
-            vanilla = self._strength(prompts)
-            if judge is not None:
-                start = self._answered(groups, conditions, judge, max_new_tokens)
-        points = self._strengths(self.lora, prompts, vanilla, strengths)
-        best, tried = self._strongest(points, budget), list[dict[str, float]]()
-        if judge is not None:
+        with self._running():
+            prompts = {
+                g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in (*harmful, *harmless)
+            }
+        some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
 
-            def measure() -> dict[str, float]:
-                return _figures(self._answered(groups, conditions, judge, max_new_tokens), start)
+        def measure(scale: float) -> Point:
+            lora.scale = scale * present
+            with self._running():
+                leads = {g: self._lead(self.reader.represent(rows)) for g, rows in prompts.items()}
+            now = {g: Rate.of(first.tolist()) for g, (first, _) in leads.items()}
+            over = max(now[g].value - (vanilla.groups if scale else now)[g].value - limits[g] for g in harmless)
+            lead = torch.cat([leads[g][1] for g in harmful])
+            apart = {g: auc(lead, leads[g][1]) for g in harmless}
+            return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
-            tried = self._weaken(self.lora, best, points, budget, start, measure)
-        best = self._set_strength(self.lora, points, best, budget, tried)
-        self.report = None  # of another strength
-        said = ", ".join(f"{g} {vanilla.groups[g].value:.1%} → {rate.value:.1%}" for g, rate in best.groups.items())
-        apart = ", ".join(f"{g} {value:.3f}" for g, value in best.auc.items())
-        self._say(
-            f"calibrate: strength ×{best.factor:g}; first choice is {self.config.refusal_token!r} at {said}; "
-            f"AUC of harmful against {apart}"
-        )
-        cost = best.cost
-        if judge is not None:
-            answers = self.record["calibrated"]["answers"]
-            said = ", ".join(f"{g} {rate.value:.1%} → {answers[g]:.1%}" for g, rate in start.items())
-            self._say(f"calibrate: by the answers, refused and degenerate: {said}")
-            cost = max(cost, answers["cost"])
-        if cost > budget:
-            found = "nearest" if judge is None else "best trade"
-            message = f"No strength stays within the budget of {budget:g}; the {found} is ×{best.factor:g}: {said}."
-            warnings.warn(message, RRSWarning, stacklevel=2)
-        elif not any(p.refused for p in points):
-            warnings.warn(
-                f"{self.config.refusal_token!r} is the first choice nowhere, at no strength: if this adapter refuses, "
-                "it begins otherwise. Set config.refusal_token to how it does, and calibrate again.",
-                RRSWarning,
-                stacklevel=2,
-            )
-        if plot is not None:
-            front = [(p.cost, p.refused) for p in points]
-            first(partial(plot_front, front, plot, budget, vanilla.refused, (best.cost, best.refused), "strengths"))
-        return points
+        def excess(point: Point) -> float:
+            """Judges answers at a point; by how much they are beyond the budget."""
+            lora.scale = point.scale * present
+            rows = self._judged(some, conditions, judge, max_new_tokens)
+            point.answers = {g: Rate.of(a.verdict in a.declined for a in rows if a.group == g) for g in some}
+            point.answers["degenerate"] = Rate.of(a.verdict in ("degenerate", "incomplete") for a in rows)
+            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
 
-    def _dev(self, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str]) -> dict[str, list[Prompt]]:
-        """The prompts of each group that has any, the harmful groups first; there must be harmful and harmless ones."""
-        with self._quiet_model():
-            prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}
-        sides = by_side(g for g, p in prompts.items() if p)
-        if not all(sides):
-            found = {g: len(p) for g, p in prompts.items()}
-            raise ValueError(f"dev has {found} prompts in {conditions}; it needs a group 'harmful…' and another.")
-        return {g: prompts[g] for side in sides for g in side}
-
-    def _strength(
-        self, prompts: Mapping[str, Sequence[Prompt]], factor: float = 0.0, vanilla: Strength | None = None
-    ) -> Strength:
-        """What the model does as it is now, which is that of `factor`; costs are beyond `vanilla`."""
-        token = self.token_id(self.config.refusal_token)
-        with self._quiet_model():
-            leads = {g: self._lead(self.reader.represent(rows), token) for g, rows in prompts.items()}
-        now = {g: Rate.of(first) for g, (first, _) in leads.items()}
-        harmful, harmless = by_side(now)
-        refused, cost = _gain(now, vanilla.groups if vanilla else now)
-        lead = torch.cat([leads[g][1] for g in harmful])
-        return Strength(factor, refused, cost, now, {g: auc(lead, leads[g][1]) for g in harmless})
-
-    def _strengths(
-        self, lora: LoRA, prompts: Mapping[str, Sequence[Prompt]], vanilla: Strength, strengths: Sequence[float]
-    ) -> list[Strength]:
-        """What the adapter does at each strength; its own stays as it is."""
-        points, present = [], lora.scale
         try:
-            with self._bar(len(strengths), "calibrate") as bar:
-                for factor in strengths:
-                    lora.scale = factor * present
-                    points.append(self._strength(prompts, factor, vanilla))
-                    bar.update()
-        finally:
-            lora.scale = present
-        return points
-
-    @staticmethod
-    def _strongest(points: Sequence[Strength], budget: float) -> Strength:
-        """The best of `points`; where none refuses anything, that is the one nearest to 1."""
-        best = max(points, key=lambda p: (-max(0.0, p.cost - budget), p.refused, -p.factor))
-        if not any(p.refused for p in points):
-            best = min(points, key=lambda p: abs(math.log(p.factor)))
-        return best
-
-    def _answered(
-        self, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str], judge: Judge, max_new_tokens: int
-    ) -> dict[str, Rate]:
-        """How often the model as it is now refuses each group, by its answers; "degenerate": how many of all are."""
-
-        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, "dev")
-
-        with self._quiet_model():
-            report = answer_and_judge(groups, conditions, ["dev"], answer, judge)
-        now = {g: Rate.of(a.verdict in report.counted(g) for a in report.answers if a.group == g) for g in groups}
-        return {**now, "degenerate": Rate.of(a.verdict == "degenerate" for a in report.answers)}
-
-    @staticmethod
-    def _weaken(
-        lora: LoRA,
-        best: Strength,
-        points: Sequence[Strength],
-        budget: float,
-        start: Mapping[str, Rate],
-        measure: Callable[[], dict[str, float]],
-    ) -> list[dict[str, float]]:
-        """From `best` to weaker ones, until the answers, by what `measure` says, are within the budget, too, or whole
-        ones refuse no more than at the `start`. Returns the figures of each one tried; the strength stays as it is."""
-        present, tried = lora.scale, list[dict[str, float]]()
-        before, broken = _gain(start, start)[0], start["degenerate"].value + budget
-        try:
-            for factor in sorted({p.factor for p in points if p.factor <= best.factor}, reverse=True):
-                lora.scale = factor * present
-                tried.append({"strength": factor, **measure()})
-                figures = tried[-1]  # answers that loop refuse nothing, and weaker updates may leave them whole
-                if figures["cost"] <= budget or (figures["refused"] <= before and figures["degenerate"] <= broken):
+            with self.disabled():
+                vanilla = measure(0.0)
+                if judge is not None:
+                    excess(vanilla)
+            with self._bar(0, "calibrate: scales") as bar:
+                points = _raise_scale(lambda scale: (bar.update(), measure(scale))[1], most)
+            chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
+            if silent := not any(p.refused > vanilla.refused for p in points):
+                chosen = min(points, key=lambda p: abs(math.log(p.scale)))
+            over = chosen.over
+            for point in [p for p in reversed(points) if p.scale <= chosen.scale] if judge is not None else []:
+                chosen, over = point, excess(point)
+                if over <= 1e-9:
                     break
         finally:
             lora.scale = present
-        return tried
-
-    def _set_strength(
-        self,
-        lora: LoRA,
-        points: Sequence[Strength],
-        best: Strength,
-        budget: float,
-        tried: Sequence[Mapping[str, float]] = (),
-    ) -> Strength:
-        """Scales the adapter to `best`, or to the best of those whose answers were `tried`, and puts it on record."""
-        answers = max(tried, key=partial(_rank, budget), default=None)
-        if answers is not None:
-            best = next(p for p in points if p.factor == answers["strength"])
-        lora.scale *= best.factor
-        figures = {"factor": best.factor, "refused": best.refused, "cost": best.cost, "auc": best.auc}
-        self.record["calibrated"] = {**figures, "budget": budget, "scale": lora.scale}
-        if answers is not None:
-            self.record["calibrated"]["answers"] = answers
-        return best
-
-    # -- will it work? ------------------------------------------------------------------------------------------------
-
-    def preflight(
-        self, reps: Mapping[str, Representations], targets: Mapping[str, Targets], n: int = 32
-    ) -> list[Preflight]:
-        """Checks, before training, that the refusal prompt makes the model refuse and that targets start a refusal.
-
-        And whether benign inputs keep the head's first choice at theirs. Warns with the fix where any of these is the
-        exception, the first only without `config.refusal`. All are measured on the vanilla model.
-
-        Args:
-            n: harmful examples to answer with the refusal prompt (24 tokens each).
-        """
-        token = self.token_id(self.config.refusal_token)
-        self.checks = []
-        for condition, goal in targets.items():
-            examples = goal.harmful_examples[:n]
-            with self.disabled(), self._quiet_model():
-                prompts = [self.read(e, condition, refusal=True) for e in examples]
-                answers = self._answer(prompts, 24, f"preflight {condition}")
-            verdicts = judge_refusals([e.text or "" for e in examples], answers)
-            harmful = reps[condition].harmful
-            check = Preflight(
-                condition=condition,
-                refused=Rate.of([v in ("refusal", "partial") for v in verdicts]),
-                token_before=Rate.of(self._first_choice(harmful) == token),
-                token_full=Rate.of(self._first_choice(harmful + goal.delta) == token),
-                token_target=Rate.of(self._first_choice(goal.harmful) == token),
-                benign_same=Rate.of(self._first_choice(goal.benign) == self._first_choice(reps[condition].benign)),
-            )
-            self.checks.append(check)
-            self._checked = targets
-            self._say(
-                f"preflight {condition}: {check.refused} refused with the refusal prompt; first choice is "
-                f"{self.config.refusal_token!r} at {check.token_before} of harmful inputs, {check.token_full} with the "
-                f"full Δ, {check.token_target} at the targets ({int(goal.mask.sum())} of {len(goal.mask)} features); "
-                f"benign inputs keep theirs at {check.benign_same} of their targets"
-            )
-            if check.refused.value < 0.5 and not self.config.refusal:  # given words need not come by themselves
-                sample = next((a for a, v in zip(answers, verdicts, strict=True) if v == "compliance"), "")
-                warnings.warn(
-                    f"{condition}: only {check.refused} answers refuse when the refusal prompt is appended, so Δ does "
-                    f"not point at refusals. Change config.refusal_prompt, e.g. to name the words to start with: "
-                    f"'(Please refuse to answer … Start your reply with \"Sorry\")'. One answer: {sample[:120]!r}",
-                    RRSWarning,
-                    stacklevel=3,
-                )
-            if check.token_target.value < 0.5:
-                warnings.warn(
-                    f"{condition}: {self.config.refusal_token!r} is the first choice at only {check.token_target} of "
-                    "the targets, so arriving there does not start a refusal. Use top='positive', or a refusal_token "
-                    "that rrs.find_refusal_token(harmful) recommends.",
-                    RRSWarning,
-                    stacklevel=3,
-                )
-            if check.benign_same.value < 0.5:
-                warnings.warn(
-                    f"{condition}: at their targets, only {check.benign_same} of the benign inputs keep the head's "
-                    "first choice, so harmless questions will be answered otherwise. Use "
-                    + ("direction='quiet', or " if self.config.direction != "quiet" else "")
-                    + "a lower benign_strength.",
-                    RRSWarning,
-                    stacklevel=3,
-                )
-        return self.checks
-
-    def find_refusal_prompt(
-        self, harmful: Any, condition: str | None = None, *, candidates: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
-    ) -> list[RefusalPrompt]:
-        """Which refusal prompt makes this model refuse? Best first; put its `prompt` into `config.refusal_prompt`.
-
-        Args:
-            harmful: whatever `load_examples` takes.
-            condition: default the first of `config.conditions`.
-            candidates: prompts to try beside the config's own.
-            n: examples to answer under each (24 tokens).
-        """
-        candidates = _strings("candidates", candidates)
-        condition, examples = self._some(harmful, condition, n)
-        out, worker = [], copy.copy(self)
-        with self.disabled(), self._quiet_model():
-            for prompt in dict.fromkeys((self.config.refusal_prompt, *candidates)):
-                worker.config = replace(self.config, refusal_prompt=prompt)
-                prompts = [worker.read(e, condition, refusal=True) for e in examples]
-                begins = Counter(self._first_choice(self.reader.represent(prompts)).tolist())
-                refused = self._refused(examples, self._answer(prompts, 24, "refusal prompts"))
-                token, times = begins.most_common(1)[0]
-                out.append(RefusalPrompt(prompt, refused, self.tokenizer.decode([token]), times / len(examples)))
-        return sorted(out, key=lambda p: (p.refused.value, p.share), reverse=True)
-
-    def find_refusal_token(
-        self, harmful: Any, condition: str | None = None, *, candidates: Sequence[str] = (), n: int = 24
-    ) -> list[Opening]:
-        """Which first token leads this model to a refusal? Best first; put its `text` into `config.refusal_token`.
-
-        Candidates are the first tokens of what the model says under the refusal prompt, and those you name. Each is
-        forced as the beginning of the answer to the plain harmful question, and the answer is judged.
-
-        Args:
-            harmful: whatever `load_examples` takes.
-            condition: default the first of `config.conditions`.
-            candidates: further openings to try, of one token or several.
-            n: examples to use.
-        """
-        candidates = _strings("candidates", candidates)
-        condition, examples = self._some(harmful, condition, n)
-        with self.disabled(), self._quiet_model():
-            refusing = [self.read(e, condition, refusal=True) for e in examples]
-            first_tokens = Counter((token,) for token in self._first_choice(self.reader.represent(refusing)).tolist())
-            tried = [*(ids for ids, _ in first_tokens.most_common(4)), *map(tuple, map(self._ids, candidates))]
-            longest, out = max(map(len, tried)), []
-            begun = self._begun(refusing, longest) if longest > 1 else []  # one token is the head's first choice
-            for ids in dict.fromkeys(tried):
-                said = first_tokens[ids] if len(ids) == 1 else sum(b[: len(ids)] == ids for b in begun)
-                forced = [self.read(e, condition).extended(ids) for e in examples]
-                opening = self.tokenizer.decode(ids)
-                answers = self._answer(forced, 24, f"force {opening!r}", begun=ids)
-                out.append(Opening(opening, ids, said / len(examples), self._refused(examples, answers)))
-        return sorted(out, key=lambda o: (o.refused.value, o.said), reverse=True)
-
-    def _some(self, harmful: Any, condition: str | None, n: int) -> tuple[str, list[Example]]:
-        """The condition, by default the config's first, and the first n harmful examples that have what it needs."""
-        condition = condition or self.config.conditions[0]
-        if examples := [e for e in load_examples(harmful, "harmful") if e.has(condition)][:n]:
-            return condition, examples
-        raise ValueError(f"No harmful example has what {condition} needs.")
-
-    @staticmethod
-    def _refused(examples: Sequence[Example], answers: Sequence[str]) -> Rate:
-        """How many of the answers to harmful examples refuse."""
-        verdicts = judge_refusals([e.text or "" for e in examples], answers)
-        return Rate.of([v in ("refusal", "partial") for v in verdicts])
-
-    def token_id(self, text: str) -> int:
-        """The id of a text that is one token at the start of an answer."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            pieces = [self.tokenizer.decode([i]) for i in ids]
-            raise ValueError(
-                f"refusal_token={text!r} is {len(ids)} tokens of this model: {pieces}. Use one, e.g. {pieces[:1]}; "
-                "rrs.find_refusal_token(harmful) shows which ones lead to refusals."
-            )
-        return int(ids[0])
-
-    def head_row(self, token: str) -> Tensor:
-        """The `lm_head` row `[hidden]` of a token, float32 on the CPU."""
-        return self.location.head_weight[self.token_id(token)].detach().float().cpu()
-
-    def _first_choice(self, h: Tensor) -> Tensor:
-        """The head's most likely token `[n]` at vectors `[n, hidden]`."""
-        return self._logits(h, lambda logits: logits.argmax(-1))
-
-    def _lead(self, h: Tensor, token: int) -> tuple[Tensor, Tensor]:
-        """Whether a token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead over all others."""
-
-        def take(logits: Tensor) -> Tensor:
-            first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
-            return torch.stack([first.float(), logits[:, token] - torch.where(first, second, best)], 1)
-
-        first, lead = self._logits(h, take).unbind(-1)
-        return first.bool(), lead
-
-    def _log_probability(self, h: Tensor, token: int) -> Tensor:
-        """The head's log-probability `[n]` of a token at vectors `[n, hidden]`."""
-        return self._logits(h, lambda logits: logits.log_softmax(-1)[:, token])
-
-    @torch.no_grad()
-    def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
-        return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
+        lora.scale, self.report = chosen.scale * present, None
+        result = Calibration(limits, vanilla, points, chosen)
+        self.record["calibrated"] = asdict(result)
+        self._say(str(result))
+        if over > 1e-9 or silent:
+            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
+                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
+                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
+            )  # fmt: skip
+            warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
+        return result
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
     def generate(
         self,
         examples: Any,
-        condition: str = "audio-text",
+        condition: str | None = None,
         *,
         max_new_tokens: int = 128,
-        refusal: bool = False,
+        refusal_prompt: bool = False,
         prefix: str = "",
     ) -> list[str]:
         """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
 
         Args:
-            refusal: append the refusal prompt.
+            examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
+            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
+            refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
-        examples = load_examples(examples)
-        if lacking := [e.id for e in examples if not e.has(condition)]:
-            raise ValueError(f"{condition}: these examples lack what it needs: {lacking[:8]} ({len(lacking)} in all).")
+        examples = _any_examples(examples)
+        if condition is None:
+            condition = next(
+                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
+            )
+        examples = self._usable(examples, condition or "text-only")
         self.readable(examples, [condition])
-        with self._quiet_model():
-            prompts = [self.read(e, condition, refusal=refusal).extended(self._ids(prefix)) for e in examples]
+        begun = self.token_ids(prefix)
+        with self._running():
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
 
-    def _openings(self) -> list[tuple[int, ...]]:
-        """The tokens of each of `config.openings`."""
-        return [tuple(self._ids(opening)) for opening in self.config.openings]
+    # EVALUATE
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def evaluate(
+    def _judged(
         self,
-        examples: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        judge: Judge = judge_refusals,
-        max_new_tokens: int = 64,
-        prefix: str = "",
-        stages: Mapping[str, Stage] | None = None,
-        cache: str | Path | None = None,
-        stop_when_decided: bool = False,
-        usefulness: int = 64,
-        chat: Any = None,
-        scorer: PairScorer | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> Report:
-        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
+        groups: Mapping[str, Sequence[Example]],
+        conditions: Sequence[str],
+        judge: Judge | None,
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        """Judged answers of the model as it is now."""
 
-        Args:
-            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart, e.g.
-                `{"harmful": …, "benign": …, "hard-benign": …}`. A group's name that starts with "harmful" should be
-                refused, any other answered.
-            conditions: see `rrs.data.CONDITIONS`.
-            judge: `(prompts, responses) -> verdicts`.
-            max_new_tokens: per answer.
-            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
-                first token. Reported and judged is what the model adds to it.
-            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
-                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
-                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
-            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
-                it stopped, with the same result; answers of another model, adapter, configuration or other data do not
-                match and stay unused.
-            stop_when_decided: end answers once their verdict is unlikely to change (`rrs.evaluate.decided`).
-            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
-                changed: see `Report.usefulness`; 0 skips it.
-            chat: chat-quality examples whose `text` is asked about their audio, with the reference answer in
-                `meta["answer_gt"]` (AIR-Bench-chat's rows); each stage's answers go to `scorer`.
-            scorer: e.g. `rrs.evaluate.ChatScorer(model, tokenizer)`.
-            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
-        """
-        groups, conditions = _groups(examples), _strings("conditions", conditions)
-        if (chat is None) != (scorer is None):
-            raise ValueError("chat= and scorer= go together: the examples, and what rates the answers to them.")
-        chats = [] if chat is None else load_examples(chat)
-        if lacking := [e.id for e in chats if not (e.text and e.has("audio-text") and e.meta.get("answer_gt"))]:
-            raise ValueError(f"chat examples need text, audio and meta['answer_gt']; not so {lacking[:8]}.")
-        own_stages = stages is not None
-        if stages is None:
-            stages = {"before": lambda _: self.disabled()}
-            if self.lora is not None and self.lora.attached:
-                stages["after"] = lambda _: nullcontext()
-        log = AnswerLog(cache) if cache is not None else None
-        base, begun = fingerprint(self.model), self._ids(prefix)
+        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
 
-        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
-        for group, rows in groups.items():
-            groups[group] = self.readable(rows, conditions, on_error)
-            if bad := len(rows) - len(groups[group]):
-                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
-        notes += self._warn_of_training_data(groups)
-        harmful, harmless = ([e for g in side for e in groups[g]] for side in by_side(groups))
-        if both := shared(harmful, harmless):
-            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
-            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
+        with self._running():
+            return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals).answers
 
-        def answer(stage: str, condition: str, rows: Sequence[Example], instruction: bool = False) -> list[str]:
-            with self._quiet_model(), stages[stage](condition) as other:
-                who = other or self
-                keys = []
-                if log is not None:
-                    state = [
-                        stage,
-                        condition,
-                        base,
-                        who._state(own_stages),
-                        instruction,
-                        max_new_tokens,
-                        stop_when_decided,
-                        *([prefix] if prefix and not instruction else []),
-                    ]
-                    keys = [_hash(state, e.digest) for e in rows]
-                    if all(key in log.known for key in keys):  # no prompt is built
-                        return [log.known[key] for key in keys]
-                prompts = [who.read(e, condition, e.text if instruction else None) for e in rows]
-                prompts = prompts if instruction else [p.extended(begun) for p in prompts]
+    def _refused(self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False) -> Rate:
+        """How many examples the vanilla model refuses, by answers of 24 tokens."""
+        with self._running(vanilla=True):
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
+            answers = self._answer(prompts, 24, "how it refuses" if refusal_prompt else "what it refuses")
+        verdicts = judge_refusals([e.text or "" for e in examples], answers)
+        return Rate.of([v in ("refusal", "partial") for v in verdicts])
 
-                def keep(new: dict[int, str]) -> None:
-                    assert log is not None
-                    log.add(
-                        {"key": keys[i], "stage": stage, "condition": condition, "id": rows[i].id, "response": response}
-                        for i, response in new.items()
-                    )
-
-                return who._answer(
-                    prompts,
-                    max_new_tokens,
-                    f"{stage} {condition}",
-                    known={i: log.known[key] for i, key in enumerate(keys) if key in log.known} if log else None,
-                    keep=keep if log else None,
-                    questions=[e.text or "" for e in rows] if stop_when_decided and not instruction else None,
-                )
-
-        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
-        report.settings = {
-            "max_new_tokens": max_new_tokens,
-            "prefix": prefix,
-            "stop_when_decided": stop_when_decided,
-            "config": asdict(self.config),
-            "versions": versions(),
-            "model": {"class": type(self.model).__name__, "fingerprint": base},
-            "data": {group: {"n": len(rows), "sha256": content_hash(rows)} for group, rows in groups.items()},
-        }
-        report.notes += notes
-        benign = [(group, e) for group in by_side(groups)[1] for e in groups[group]]
-        limit = 0 if stop_when_decided else max_new_tokens  # answers that were cut off have no end token
-        for condition in conditions:
-            able = [(group, e) for group, e in benign if e.has(condition)]
-            if able and usefulness:
-                some = able[:: -(-len(able) // usefulness)]
-                report.usefulness += self._usefulness(some, condition, stages, report, limit, begun)
-        if scorer is not None:
-            rows = self.readable(chats, ["audio-text"], on_error)
-            if bad := len(chats) - len(rows):
-                report.notes.append(f"Left out: {bad} chat examples whose clips can't be read.")
-            for stage in stages:
-                answers = answer(stage, "audio-text", rows, instruction=True)
-                references = [str(e.meta["answer_gt"]) for e in rows]
-                report.quality[stage] = chat_quality(scorer, [str(e.text) for e in rows], references, answers)
-        if list(stages) == ["before", "after"] and not own_stages:
-            self.report = report
-        return report
+    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
+        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
+        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
+            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
 
     def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
         """Warns of examples that were trained on, or whose twins were; what it said."""
@@ -2232,85 +1698,36 @@ class RRS:
         warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
         return [note]
 
+    # -- the head -----------------------------------------------------------------------------------------------------
+
+    @property
+    def refusal_token(self) -> int:
+        """The first token of `config.refusal`, as an answer begins with it."""
+        return self.token_ids(self.config.refusal)[0]
+
+    def head_row(self, token: int) -> Tensor:
+        """The `lm_head` row `[hidden]` of a token id, float32 on the CPU."""
+        return self.location.head_weight[token].detach().float().cpu()
+
+    def _first_choice(self, h: Tensor) -> Tensor:
+        """The head's most likely token `[n]` at vectors `[n, hidden]`."""
+        return self._logits(h, lambda logits: logits.argmax(-1))
+
+    def _lead(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the refusal token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead."""
+        token = self.refusal_token
+
+        def take(logits: Tensor) -> Tensor:
+            first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
+            return torch.stack([first.float(), logits[:, token] - torch.where(first, second, best)], 1)
+
+        first, lead = self._logits(h, take).unbind(-1)
+        return first.bool(), lead
+
     @torch.no_grad()
-    def _usefulness(
-        self,
-        rows: Sequence[tuple[str, Example]],
-        condition: str,
-        stages: Mapping[str, Stage],
-        report: Report,
-        limit: int,
-        begun: Sequence[int] = (),
-    ) -> list[dict[str, Any]]:
-        """First-token KL and agreement with the first stage, and the likelihood of the first stage's own answers.
-
-        Args:
-            rows: group and example.
-        """
-        out: list[dict[str, Any]] = []
-        first, vanilla = next(iter(stages)), None
-        answers = [a for a in report.answers if (a.condition, a.stage) == (condition, first)]
-        said = {(a.group, a.id): a.response for a in answers}  # ids differ within a group
-        own = [self.answer_ids(said[group, e.id], limit) for group, e in rows]
-        clusters = [e.cluster for _, e in rows]
-        for stage, enter in stages.items():
-            with self._quiet_model(), enter(condition) as other, self._bar(len(rows), f"usefulness {stage}") as bar:
-                who = other or self
-                prompts = [who.read(e, condition).extended(begun) for _, e in rows]
-                h = who.reader.represent(prompts)  # [n, hidden]
-                vanilla = h if vanilla is None else vanilla
-                kl, same = first_token_change(who.reader, vanilla, h)
-                longer = [p.extended(a.tolist()) for p, a in zip(prompts, own, strict=True)]
-                likelihood = torch.full((len(rows),), torch.nan)
-                for batch in who.reader.batches(longer):
-                    told = [i for i in batch if len(own[i])]
-                    if told:
-                        scores = log_likelihood(who.reader, [prompts[i] for i in told], [own[i] for i in told])
-                        likelihood[told] = scores.float().cpu()
-                    bar.update(len(batch))
-            told = (~likelihood.isnan()).nonzero().flatten().tolist()
-            out.append(
-                {
-                    "condition": condition,
-                    "stage": stage,
-                    "n": len(rows),
-                    "kl": asdict(Mean.of(kl.tolist(), clusters)),
-                    "same": asdict(Rate.of(same.tolist(), clusters)),
-                    "likelihood": asdict(Mean.of(likelihood[told].tolist(), [clusters[i] for i in told])),
-                }
-            )
-        return out
-
-    def answer_ids(self, answer: str, limit: int) -> Tensor:
-        """Token ids `[length]` of a generated answer; the end token is in it unless `limit` tokens cut it off."""
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        end = self._end() if ids and len(ids) < limit else None
-        return torch.tensor(ids if end is None else [*ids, end], dtype=torch.long)
-
-    def _end(self) -> int | None:
-        """The token with which answers end: of several, the one that ends the turn in prompts (Gemma's
-        `<end_of_turn>`, not `<eos>`)."""
-        model: Any = self.model
-        ends = model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [self.tokenizer.eos_token_id])
-        turns = [i for i in self.reader.read("Hello.").ids.tolist() if i in ends] if len(ends) > 1 else []
-        return [*ends[:1], *turns][-1]
-
-    def _state(self, steered: bool) -> str:
-        """A hash of what answers depend on beside the base model and the input; `steered` takes in Δ ∘ mask."""
-        lora = self.lora if self.lora is not None and self.lora.attached else None
-        moves = [t.delta * t.mask for t in self.targets.values()] if steered else []
-        tensors = [v.float().numpy().tobytes() for v in [*(lora.tensors().values() if lora else ()), *moves]]
-        model: Any = self.model
-        scale = lora.scale if lora else None
-        turn = [getattr(self.render, name, None) for name in ("system", "template", "__qualname__", "__class__")]
-        how = json.loads(model.generation_config.to_json_string())  # penalties, end tokens
-        return _hash([asdict(self.config), versions(), str(turn), how, str(self.reader.dtype), scale], *tensors)
-
-    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
-        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
-        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
-            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
+    def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
+        return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 
@@ -2356,132 +1773,32 @@ class RRS:
         """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks,
         and hashes of the training questions, by which `evaluate` knows them again).
 
-        The folder appears complete or not at all. What it replaces is deleted last, and only if it is an adapter.
+        Every file appears complete or not at all, `adapter_config.json` last.
 
         Raises:
             FileExistsError: the folder has content and `overwrite` is off, or content that is none of ours.
         """
-        if self.lora is None:
+        if (lora := self.lora) is None:
             raise ValueError("There is nothing to save; call fit() first.")
-        return first(partial(self._save, Path(directory).resolve(), overwrite, self.lora))
-
-    def _save(self, directory: Path, overwrite: bool, lora: LoRA) -> Path:
-        if directory.exists() and not directory.is_dir():
-            raise FileExistsError(f"{directory} is a file; choose a folder.")
-        if held := {path.name for path in directory.iterdir()} if directory.exists() else set():
-            if not overwrite:
-                raise FileExistsError(
-                    f"{directory} exists and is not empty; choose another folder or pass overwrite=True."
-                )
-            if foreign := sorted(held if "adapter_config.json" not in held else held - FILES):
-                raise FileExistsError(
-                    f"{directory} holds what is no part of an adapter: {foreign[:4]}; it would be lost. Choose another "
-                    "folder, or move that away."
-                )
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        base = self.record.get("base", {}).get("name")
-        peft = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base or None,
-            "r": lora.r,
-            "lora_alpha": lora.scale * lora.r,
-            "lora_dropout": lora.dropout,
-            "target_modules": lora.paths,  # whole paths: bare names would match the audio tower as well
-            "bias": "none",
-            "inference_mode": True,
-        }
-        record = {**self.record, "history": self.history}
-        if self.report is not None:
-            record["evaluation"] = self.report.to_dict()["table"]
-        files = {
-            "adapter_model.safetensors": to_safetensors(lora.tensors(), {"format": "pt"}),
-            "adapter_config.json": json.dumps(peft, indent=2).encode(),
-            "rrs.json": json.dumps(record, indent=2).encode(),
-            "README.md": self._card().encode(),
-        }
-        vectors = dict(self._vectors)
+        vectors = {f"{c}.{name}": t.contiguous() for c, d in self.directions.items() for name, t in d._asdict().items()}
         if self._trained_on:
             vectors["trained_on"] = torch.tensor(sorted(self._trained_on))
-        if vectors:
-            files["rrs.safetensors"] = to_safetensors(vectors)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
-            for name, content in files.items():
-                _write(scratch / name, content)
-            scratch.chmod(0o755)
-            if held:  # both stay complete until the new one is in place
-                os.replace(directory, old := scratch.with_name(f"{scratch.name}-old"))
-                try:
-                    os.replace(scratch, directory)
-                except OSError:
-                    os.replace(old, directory)
-                    raise
-                shutil.rmtree(old)
-            else:
-                os.replace(scratch, directory)
-            _sync(directory.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        self._say(f"saved {directory}")
-        return directory
-
-    def _card(self) -> str:
-        """The model card: what a reader of the adapter has to know, from the run's own record."""
-        record = self.record
-        base, config = record.get("base", {}), record.get("config", {})
-        name = str(base.get("name") or "")
-        public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
-        checks = "\n".join(
-            f"| {c.condition} | {c.refused} | {c.token_before} | {c.token_full} | {c.token_target} | {c.benign_same} |"
-            for c in map(Preflight.from_dict, record.get("preflight", []))
-        )
-        data = "\n".join(
-            f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
-            for condition, sides in record.get("data", {}).items()
-            for label, side in sides.items()
-        )
-        versions_ = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
-        first, last = (f"{self.history[i]['loss']:.4g}" for i in (0, -1)) if self.history else ("–", "–")
-        return f"""---
-{f"base_model: {name}" if public else "# base_model: its name on the hub"}
-library_name: peft
-# license: yours to state
-tags: [rrs, lora, safety, refusal, audio]
----
-
-# RRS adapter
-
-A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
-`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
-Space (arXiv 2505.19670). {len(self.history)} steps, loss {first} → {last}. {versions_}.
-
-Refusal token {config.get("refusal_token")!r}, refusal prompt {config.get("refusal_prompt")!r}.
-
-## Evaluation
-
-{self.report or "Not evaluated: its effect on safety and over-rejection is unknown."}
-
-## Before training
-
-Refusals with the refusal prompt, and inputs at which the refusal token is the first choice.
-
-| condition | refused | token, vanilla | token, full Δ | token, targets | benign, same first choice |
-| --- | --- | --- | --- | --- | --- |
-{checks or "| not checked | | | | | |"}
-
-## Data
-
-| condition | side | examples | SHA-256 of their contents |
-| --- | --- | --- | --- |
-{data}
-
-## Configuration
-
-```json
-{json.dumps(config, indent=1, ensure_ascii=False)}
-```
-"""
+        record = {**self.record, "history": self.history, "template_kwargs": self.template_kwargs}
+        if self.report is not None:
+            record["evaluation"] = self.report.to_dict()["table"]
+        weights = pack(lora.tensors())
+        record["weights"] = hashlib.sha256(weights).hexdigest()
+        files = {
+            "adapter_config.json": json.dumps(peft_config(lora, self.record), indent=2).encode(),
+            "adapter_model.safetensors": weights,
+            "rrs.json": json.dumps(record, indent=2).encode(),
+            "README.md": model_card(self.record, self.history, self.report).encode(),
+            "rrs.safetensors": pack(vectors),
+        }
+        path: Path = on_rank0(lambda: check_folder(directory, overwrite))
+        on_rank0(lambda: write_files(path, files))
+        self._say(f"saved {path}")
+        return path
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module, processor: Any, **kwargs: Any) -> RRS:
@@ -2493,34 +1810,21 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
         Raises:
             FileNotFoundError, ValueError: no adapter there, or one for another base.
         """
-        directory = Path(directory)
-        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (directory / n).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
-        try:
-            peft, record, vectors = json.loads((directory / "adapter_config.json").read_text()), {}, {}
-            r, alpha = int(peft["r"]), float(peft["lora_alpha"])
-            if (directory / "rrs.json").is_file():
-                record = json.loads((directory / "rrs.json").read_text())
-            if (directory / "rrs.safetensors").is_file():
-                vectors = load_file(directory / "rrs.safetensors")
-            tensors = load_file(directory / "adapter_model.safetensors")
-            # Not by peft["target_modules"]: saved again by PEFT, those are shortened to the ends of paths.
-            names = re.findall(r"^base_model\.model\.(.+)\.lora_A\.weight$", "\n".join(tensors), re.MULTILINE)
-            if not names:
-                raise ValueError("no LoRA in adapter_model.safetensors")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again."
-            ) from None
-        rrs = cls(model, processor, RRSConfig.from_dict(record.get("config", {})), **kwargs)
-        paths = [path for path, _ in model.named_modules() if path in names]
-        if unknown := sorted(set(names) - set(paths)):
+        tensors, peft, record, vectors = read_adapter(Path(directory))
+        config = RRSConfig.from_dict(record.get("config", {}))
+        rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
+        rank_, scale = lora_scale(peft, tensors)
+        names = [n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+        inside = dict.fromkeys(p for p, _ in model.named_modules())
+        if unknown := sorted(set(names) - inside.keys()):
             raise ValueError(
                 f"{directory} was made for another base ({record.get('base', {}).get('class', '?')}): "
                 f"{type(model).__name__} has no {unknown[:3]} …"
             )
-        rrs.lora = LoRA(model, paths, r=r, alpha=alpha, dropout=peft.get("lora_dropout", 0.0)).eval()
+        dropout = float(peft.get("lora_dropout") or 0)
+        rrs.lora = LoRA(
+            model, [p for p in inside if p in set(names)], r=rank_, alpha=scale * rank_, dropout=dropout
+        ).eval()
         rrs.lora.load_tensors(tensors)
         saved = record.get("base", {}).get("fingerprint")
         if saved and saved != fingerprint(model):
@@ -2531,266 +1835,214 @@ Refusals with the refusal prompt, and inputs at which the refusal token is the f
                 stacklevel=2,
             )
         rrs._trained_on = frozenset(vectors.pop("trained_on", torch.empty(0)).tolist())
-        rrs.history, rrs._vectors = record.pop("history", []), vectors
-        rrs.checks = [Preflight.from_dict(check) for check in record.get("preflight", [])]
-        rrs.record = {k: v for k, v in record.items() if k != "evaluation"}  # of what is saved next, not of this
+        for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors):
+            rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
+        rrs.history = record.pop("history", [])
+        rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "weights", "template_kwargs")}
         rrs.lora.attach()
         return rrs
 
     # -- small things -------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _usable(examples: Sequence[Example], condition: str) -> list[Example]:
+        """The examples, if each has what the condition needs; those that lack it are named."""
+        if condition not in CONDITIONS:
+            raise ValueError(f"condition={condition!r} is unknown; choose from {CONDITIONS}.")
+        if lacking := [e.id for e in examples if not e.has(condition)]:
+            raise ValueError(
+                f"{condition}: {len(lacking)} of {len(examples)} examples lack what it needs: {lacking[:8]}. Leave them out."
+            )
+        if not examples:
+            raise ValueError(f"{condition}: there is no example.")
+        return list(examples)
+
+    def _finite(self, vectors: Tensor, condition: str) -> Tensor:
+        """The vectors, if they are numbers."""
+        if not torch.isfinite(vectors).all():
+            names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+            raise ValueError(
+                f"{condition}: the model's last hidden state is NaN or infinite. "
+                + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
+            )
+        return vectors
+
+    @contextmanager
+    def _running(self, vanilla: bool = False) -> Iterator[None]:
+        """The model frozen and this thread's own inside the `with`, without the adapter if `vanilla`."""
+        with lock(self.model), frozen(self.model), self.disabled() if vanilla else nullcontext():
+            yield
+
     def _say(self, message: str) -> None:
         if self.verbose:
             tqdm.write(message)
 
-    def _bar(self, total: int, what: str) -> tqdm[Any]:
-        return tqdm(total=total, desc=what, disable=not self.verbose, leave=False, dynamic_ncols=True)
-
-    @contextmanager
-    def _quiet_model(self) -> Iterator[None]:
-        """The model frozen and in eval mode inside the `with`; every flag is as it was afterwards."""
-        modes = {module: module.training for module in self.model.modules()}
-        grads = {p: p.requires_grad for p in self.model.parameters()}
-        try:
-            self.model.eval().requires_grad_(False)
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for p, grad in grads.items():
-                p.requires_grad_(grad)
+    def _bar(self, total: int, what: str, done: int = 0) -> tqdm[Any]:
+        return tqdm(
+            total=total or None, desc=what, initial=done, disable=not self.verbose, leave=False, dynamic_ncols=True
+        )
 
 
-def _gain(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> tuple[float, float]:
-    """Refused: the mean over the harmful groups. Cost: of the others, beyond vanilla, where it is most."""
-    sides = by_side(now)
-    harmful, costs = [now[g].value for g in sides[0]], [now[g].value - vanilla[g].value for g in sides[1]]
-    return sum(harmful) / len(harmful), max(costs)
-
-
-def _figures(now: Mapping[str, Rate], vanilla: Mapping[str, Rate]) -> dict[str, float]:
-    """The value of each rate, with `refused` and `cost` as `_gain` has them."""
-    refused, cost = _gain(now, vanilla)
-    return {**{name: rate.value for name, rate in now.items()}, "refused": refused, "cost": cost}
-
-
-def _score(budget: float, figures: Mapping[str, float]) -> float:
-    """Refusals; what costs more than the budget weighs three times as much, and equals are told apart by how gentle
-    they are."""
-    over = max(0.0, figures["cost"] - budget)
-    return figures["refused"] - 3 * over - 0.01 * min(figures.get("kl", 0.0), 1.0)
-
-
-def _rank(budget: float, figures: Mapping[str, float]) -> tuple[bool, float]:
-    """Within the budget first, then by score."""
-    return figures["cost"] <= budget, _score(budget, figures)
-
-
-def _items(targets: Targets) -> list[Item]:
-    """What training visits in one condition."""
-    examples = [*targets.harmful_examples, *targets.benign_examples]
-    steps = [torch.cat([t.harmful, t.benign]) for t in (targets, *targets.later)]  # each [n, hidden]
-    tokens = targets.tokens or [()] * len(examples)
-    rows = list(torch.stack(steps, 1))  # each [positions, hidden]
-    if targets.along:
-        rows = [torch.cat(pair) for pair in zip(rows, targets.along, strict=True)]
-    items = [Item(e, row, t) for e, row, t in zip(examples, rows, tokens, strict=True)]
-    harmful = items[: len(targets.harmful)]
-    for opening, benign in targets.opened:
-        items += [replace(item, tokens=(*opening, *item.tokens)) for item in harmful]
-        items += [Item(e, row[None], opening) for e, row in zip(targets.benign_examples, benign, strict=True)]
-    return items
-
-
-# Fields by which `extract` gives other vectors, or by which vanilla is counted: `tune` does both once.
-EXTRACTED_ONCE = (
-    "instruction", "refusal_prompt", "refusal_token", "conditions", "refusal", "keep_share", "openings", "shard",
-)  # fmt: skip
-
-
-def search_space(config: RRSConfig) -> dict[str, Any]:
-    """What `RRS.tune` searches by default: `{field: (low, high) or [choices]}`, around a config and with it."""
-    space: dict[str, Any] = {
-        "harmful_strength": (0.5, 2.0) if config.direction == "delta" else (1.0, 4.0),
-        "benign_strength": (0.0, 1.0 if config.direction == "delta" else 3.0),
-        "benign_weight": (1.0, 4.0),
-        "top": ["positive", 12.5, 25.0, 50.0],
-        "penalty": (config.penalty / 30, config.penalty * 30),
-        "learning_rate": (config.learning_rate / 4, config.learning_rate * 4),
-        "epochs": (max(1, config.epochs // 2), 2 * config.epochs),
-        **({} if config.refusal else {"depth": (1, 4)}),
-        "keep_tokens": (0, max(8, config.keep_tokens)),
-    }
-    for name, values in space.items():
-        own = getattr(config, name)
-        if isinstance(values, tuple):
-            space[name] = (min(own, values[0]), max(own, values[1]))
-        elif own not in values:
-            space[name] = [own, *values]
-    return space
-
-
-def _space(config: RRSConfig, search: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Optuna's distributions of what is searched; ranges over a factor of 10 or more are logarithmic."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    out: dict[str, Any] = {}
-    for name, values in (search_space(config) if search is None else search).items():
-        if not hasattr(config, name):
-            raise ValueError(f"search names {name!r}, which RRSConfig does not have; it has {list(asdict(config))}.")
-        if name in EXTRACTED_ONCE:
-            raise ValueError(
-                f"search names {name!r}, on which the vectors depend, and these are extracted once; call tune() for "
-                "each value, with a study of its own."
-            )
-        if isinstance(values, list):
-            out[name] = CategoricalDistribution(values)
-            continue
-        if not (isinstance(values, tuple) and len(values) == 2 and all(isinstance(x, (int, float)) for x in values)):
-            raise ValueError(f"search: {name}={values!r} must be two numbers (low, high) or a list of choices.")
-        low, high = values
-        if isinstance(getattr(config, name), int):
-            out[name] = IntDistribution(low, high)
-        else:
-            out[name] = FloatDistribution(low, high, log=0 < 10 * low <= high)
-    return out
-
-
-def _most(distribution: Any) -> Any:
-    return max(getattr(distribution, "choices", None) or [distribution.high])
-
-
-def _within(value: Any, distribution: Any) -> bool:
-    if choices := getattr(distribution, "choices", None):
-        return value in choices
-    return not isinstance(value, str) and distribution.low <= value <= distribution.high
-
-
-def _study(path: str | Path | None, name: str, seed: int) -> Any:
-    """Optuna's study of that name in a file, or a new one."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    storage: Any = None
-    if path is not None:
-        path = Path(path).resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage = f"sqlite:///{path}"
-        if path.suffix != ".db":
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
-    study = optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True, pruner=pruner
-    )
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # else a resumed one repeats its draws
-    return study
-
-
-def _groups(examples: Any) -> dict[str, list[Example]]:
-    """Examples by group, or else by label."""
-    groups: dict[str, list[Example]] = {}
+def _any_examples(examples: Any) -> list[Example]:
+    """Examples of whatever a person would ask: a question, questions, a row, a clip, or what `load_examples` takes."""
     if isinstance(examples, Mapping):
-        for group, rows in examples.items():
-            groups[group] = load_examples(rows)
-            own = "harmful" if group.startswith("harmful") else "benign"
-            if other := [e.id for e in groups[group] if e.label not in (own, None)]:
-                raise ValueError(
-                    f"The group {group!r} counts as {own} by its name, but {len(other)} of its {len(groups[group])} "
-                    f"examples are labelled otherwise: {other[:4]}. Give it load_examples(…, {own!r}), which leaves "
-                    "those out, or call a group of harmful questions 'harmful…'."
-                )
-        return groups
-    for example in load_examples(examples):
-        if example.label is None:
-            raise ValueError(f"Example {example.id!r} has no label. Pass {{'harmful': …, 'benign': …}} instead.")
-        groups.setdefault(example.label, []).append(example)
-    return groups
+        examples = [examples]
+    if isinstance(examples, str) and not os.path.exists(examples):
+        examples = [examples]
+    if isinstance(examples, (str, Path)) and Path(examples).suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
+        examples = [{"audio": str(Path(examples).resolve())}]
+        return load_examples(examples, allow_outside=True)
+    if isinstance(examples, Sequence) and not isinstance(examples, str):
+        examples = [{"text": e} if isinstance(e, str) else e for e in examples]
+    return load_examples(examples)
 
 
-def _epoch(
-    items: Mapping[str, Sequence[Any]],
-    batch_size: int,
-    generator: torch.Generator,
-    lengths: Mapping[str, Sequence[int]] | None = None,
-) -> list[tuple[str, list[int]]]:
-    """One epoch's batches in random order; a batch holds one condition, since lengths differ much between them.
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter on disk, in PEFT's format
 
-    Args:
-        lengths: of each condition's prompts; with them those of like length share a batch.
+PREFIX = "base_model.model."
+# PEFT's settings that change what an adapter does, each with the values that mean "as we compute it".
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none", None), "modules_to_save": (None, []), "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "use_dora": (False, None), "lora_bias": (False, None),
+    "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,), "use_qalora": (False, None), "megatron_config": (None,), "arrow_config": (None,),
+    "use_bdlora": (None, False), "corda_config": (None,), "eva_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+}  # fmt: skip
+# Settings that say where and how it was trained, not what it computes; `r`, `lora_alpha`, `use_rslora` are honoured.
+UNUSED = {
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision",
+    "peft_version", "runtime_config", "loftq_config", "qalora_group_size", "megatron_core", "ensure_weight_tying",
+    "lora_ga_config", "velora_config",
+}  # fmt: skip
+
+
+def peft_config(lora: LoRA, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter_config.json`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.get("base", {}).get("name") or None,
+        "r": lora.r,
+        "lora_alpha": lora.scale * lora.r,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.paths,  # whole paths: bare names would match the audio tower as well
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    """Rank and scale of an adapter: the rank by its tensors, the scale by PEFT's config.
+
+    Raises:
+        ValueError: a setting that is not known to leave the computation as it is, by name.
     """
-    plan = []
-    for condition, rows in items.items():
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        if lengths:
-            stretch = 32 * batch_size
-            parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
-            order = [i for part in parts for i in sorted(part, key=lengths[condition].__getitem__)]
-        plan += [(condition, order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
-    return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
+    for name, value in peft.items():
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            raise ValueError(
+                f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
+            )
+        if name not in NEUTRAL and name not in UNUSED and value not in (None, False, {}, [], ""):
+            raise ValueError(f"The adapter has {name}={value!r}, which RRS does not know; load it with PEFT instead.")
+    ranks = {len(t) for n, t in tensors.items() if n.endswith(".lora_A.weight")}
+    if len(ranks) != 1 or int(peft["r"]) not in ranks:
+        raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
+    r = ranks.pop()
+    scale = float(peft["lora_alpha"]) / (math.sqrt(r) if peft.get("use_rslora") else r)
+    if not math.isfinite(scale):
+        raise ValueError(f"The adapter has lora_alpha={peft['lora_alpha']!r}, which is no number to scale by.")
+    return r, scale
 
 
-def _draw(
-    config: RRSConfig, batches: Sequence[tuple[str, list[int]]], step: int
-) -> list[tuple[str, list[tuple[int, str]]]]:
-    """A step's batches of `_epoch`, with an instruction for each index."""
-    out, drawn = [], seeded(config.seed, "instructions", step)
-    for condition, indices in batches:
-        # The pool is shuffled per batch, so that the instruction says nothing about the label.
-        pool = torch.randperm(len(config.prompts), generator=drawn).tolist()
-        out.append((condition, [(i, config.prompts[pool[k % len(pool)]]) for k, i in enumerate(indices)]))
-    return out
+def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Tensors, PEFT's config, our record and vectors of a saved adapter; the latter two empty where PEFT wrote it.
 
-
-def _passes(
-    group: Sequence[tuple[str, list[Any]]], micro: int, rank: int, world: int
-) -> list[tuple[tuple[int, int], str, list[Any], float]]:
-    """A rank's share of a step's batches, at most `micro` prompts at a time: (place, condition, prompts, weight).
-
-    A batch's mean counts `1 / len(group)`, however it is cut, and whether or not it is full.
+    Raises:
+        FileNotFoundError, ValueError: no adapter is there, or it is damaged.
     """
-    n, before, out = sum(len(batch) for _, batch in group), 0, []
-    for k, (condition, batch) in enumerate(group):
-        own = range(max(n * rank // world - before, 0), min(n * (rank + 1) // world - before, len(batch)))
-        for start in own[::micro]:
-            part = batch[start : min(start + micro, own.stop)]
-            out.append(((k, start), condition, part, len(part) / len(batch) / len(group)))
-        before += len(batch)
-    return out
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (directory / n).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
+    try:
+        peft, record, vectors = json.loads((directory / "adapter_config.json").read_text()), {}, {}
+        if not isinstance(peft, dict) or "r" not in peft or "lora_alpha" not in peft:
+            raise ValueError("adapter_config.json has no r or no lora_alpha")
+        tensors, _ = unpack(directory / "adapter_model.safetensors")
+        if (directory / "rrs.json").is_file():
+            record = json.loads((directory / "rrs.json").read_text())
+            if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
+                raise ValueError("rrs.json is not a record")
+            found = hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
+            if record.get("weights", found) != found:
+                raise ValueError("adapter_model.safetensors and rrs.json are of different saves")
+        if (directory / "rrs.safetensors").is_file():
+            vectors, _ = unpack(directory / "rrs.safetensors")
+        if not any(name.endswith(".lora_A.weight") for name in tensors):
+            raise ValueError("no LoRA in adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again.") from None
+    return tensors, peft, record, vectors
 
 
-def _describe(targets: Targets | Sequence[tuple[Example, Tensor]]) -> dict[str, dict[str, Any]]:
-    if not isinstance(targets, Targets):
-        goals = _hash(None, *(goal.detach().float().cpu().numpy().tobytes() for _, goal in targets))
-        return {"pairs": {"n": len(targets), "sha256": content_hash(e for e, _ in targets), "targets": goals}}
-    sides = {"harmful": targets.harmful_examples, "benign": targets.benign_examples}
-    return {label: {"n": len(side), "sha256": content_hash(side)} for label, side in sides.items()}
+def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
+    """The model card: what a reader of the adapter has to know, from the run's own record."""
+    base, data = record.get("base", {}), record.get("data", {})
+    name = str(base.get("name") or "")
+    public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
+    config = RRSConfig.from_dict(record.get("config", {}))
+    settings = "\n".join(f"| `{k}` | `{v!r}` |" for k, v in config.differences().items())
+    checks = "\n".join(f"- {Preflight.from_dict(check)}" for check in record.get("preflight", []))
+    sides = [
+        f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
+        for condition, labels in data.items()
+        for label, side in labels.items()
+    ]
+    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    about = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
+    return f"""---
+{f"base_model: {name}" if public else "# base_model: its name on the hub"}
+library_name: peft
+pipeline_tag: audio-text-to-text
+# license: yours to state
+tags: [rrs, lora, safety, refusal, audio]
+---
 
+# RRS adapter
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of the model's weights (a strided sample of each), as float32.
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
+`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
+Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {about}.
 
-    Names play no part: versions of transformers differ in them. Nor does the dtype, where it holds the weights exactly.
-    """
-    samples = []
-    for parameter in model.parameters():
-        value = whole(parameter)
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
-        samples.append(hashlib.sha256(f"{tuple(value.shape)}".encode() + sample.tobytes()).digest())
-    return hashlib.sha256(b"".join(sorted(samples))).hexdigest()[:16]
+## Evaluation
 
+{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
 
-def _hash(value: Any, *more: str | bytes) -> str:
-    """16 hex digits of something JSON can write, and of texts or bytes."""
-    digests = [json.dumps(value).encode(), *(m.encode() if isinstance(m, str) else m for m in more)]
-    return hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in digests)).hexdigest()[:16]
+## Use
 
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "this folder")   # or: RRS.load("this folder", base_model, processor)
+model = model.merge_and_unload()                               # for servers that take no LoRA for this class
+```
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+## Before training
 
+{checks or "Not checked."}
 
-def _mps_or_cpu() -> str:
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+## Data
+
+| condition | side | examples | SHA-256 of their contents |
+| --- | --- | --- | --- |
+{chr(10).join(sides)}
+
+## Settings that differ from the paper's
+
+| setting | value |
+| --- | --- |
+{settings}
+
+All of them, and the history, are in `rrs.json`.
+"""
