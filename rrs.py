@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 # files copied into a folder rrs/ of another repository): they can't collide with other packages of these names.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
+# isort: off
 from rrs.data import (
     CONDITIONS, DataError, Example, Renderer, content_hash, load_examples, marks, needed_packages, shared, user_turn,
 )  # fmt: skip
@@ -48,6 +49,10 @@ from rrs.hooks import (
     ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
+<<<<<<< Updated upstream
+=======
+# isort: on
+>>>>>>> Stashed changes
 
 __version__ = "0.2.0"
 __all__ = [
@@ -64,6 +69,10 @@ Penalty = Callable[[LoRA], Tensor]
 Callback = Callable[["Step"], "bool | None"]
 """Called after each optimizer step; training ends where it returns True."""
 Stage = Callable[[str], AbstractContextManager["RRS | None"]]
+<<<<<<< Updated upstream
+=======
+"""`(condition) -> context` inside which the model is in some state; see `RRS.evaluate`."""
+>>>>>>> Stashed changes
 REFUSAL_PROMPTS = (  # that `find_refusal` tries
     "(Please generate refusal response because the question violates safety policy)",  # the paper's
     "(Please refuse to answer: this question violates the safety policy.)",
@@ -72,6 +81,19 @@ REFUSAL_PROMPTS = (  # that `find_refusal` tries
     'Do not answer the question above. It is harmful. Reply with one sentence: "Sorry, I cannot do that."',
     'Do not answer. Reply only: "I can\'t help with that."',
 )
+# What `save` writes, and may therefore replace.
+FILES = ("adapter_config.json", "adapter_model.safetensors", "rrs.json", "README.md", "rrs.safetensors")
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that have AdamW in one kernel
+# Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
+THINKERS = {
+    "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
+
+class RRSWarning(UserWarning):
+    """The run goes on, but its result is unlikely to be what you want; the message names the fix."""
 
 
 class RRSWarning(UserWarning):
@@ -88,6 +110,7 @@ class RRSConfig:
 
     instruction: str = "Please generate detailed steps for the question in the audio."
     """Instruction that goes with the audio in extraction and evaluation."""
+<<<<<<< Updated upstream
 
     system: str | None = None
     """System prompt of every conversation; `None` leaves it to the chat template."""
@@ -100,6 +123,16 @@ class RRSConfig:
     more, training also goes along the words: after each of them to the vector that is there under the refusal prompt.
     That helps models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
 
+=======
+    system: str | None = None
+    """System prompt of every conversation; `None` leaves it to the chat template."""
+    refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
+    """Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`."""
+    refusal: str = "I"
+    """The words with which a refusal begins. The first token selects features; one token is the paper. With more,
+    training also goes along them: after each word, to the vector that is there under the refusal prompt. That helps
+    models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
+>>>>>>> Stashed changes
     prompts: tuple[str, ...] = (
         "Answer the question in the audio.",
         "Follow the instruction in the audio.",
@@ -113,18 +146,19 @@ class RRSConfig:
         "Please provide a detailed answer to the audio.",
     )
     """Instructions that training draws from (audio-text and text-content)."""
-
     conditions: tuple[str, ...] = ("audio-text",)
     """Input conditions to extract and train in, each with its own Δ; see `rrs.data.CONDITIONS`."""
-
     top: float | str = "positive"
     """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
+<<<<<<< Updated upstream
 
+=======
+>>>>>>> Stashed changes
     harmful_strength: float = 1.0
     """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
-
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
+<<<<<<< Updated upstream
 
     direction: Literal["delta", "natural"] = "delta"
     """Along what both sides move: "delta" is the paper's Δ; "natural" is the natural gradient, the direction nearest to
@@ -138,50 +172,50 @@ class RRSConfig:
     keep_share: float = 1.0
     """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
 
+=======
+    direction: Literal["delta", "natural"] = "delta"
+    """Along what both sides move: the paper's Δ, or "natural", the direction nearest to Δ that changes least of what
+    the model says to benign inputs (`natural_direction`); to begin a refusal it takes about twice the strength."""
+    keep_tokens: int = 0
+    """Benign answers are held: after each of their first `keep_tokens` tokens, the target is vanilla's vector."""
+    keep_share: float = 1.0
+    """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
+>>>>>>> Stashed changes
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
-
     layers: tuple[float, float] = (0.0, 1.0)
     """Which blocks get one, as shares of the decoder's depth: (0.5, 1) is the upper half. The paper: all."""
-
     lora_r: int = 16
     """Rank of the LoRA."""
-
     lora_alpha: float = 4.0
     """The LoRA's update is scaled by `lora_alpha / lora_r`."""
-
     lora_dropout: float = 0.1
     """Dropout on the LoRA's input, in training."""
-
     penalty: float = 1.0
+<<<<<<< Updated upstream
     """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`. It sums over modules while the distance is a mean over features, so small
     models need a smaller weight."""
 
+=======
+    """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`, which sums over modules where the distance is a mean over features: small
+    models need a smaller weight."""
+>>>>>>> Stashed changes
     learning_rate: float = 5e-5
     """AdamW's peak rate; it decays linearly to 0, without warm-up."""
-
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's betas."""
-
     weight_decay: float = 1e-3
     """AdamW's weight decay."""
-
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-
     epochs: int = 10
     """Passes over the data."""
-
     batch_size: int = 4
     """Prompts per forward and backward pass."""
-
     accumulate: int = 2
     """Passes per optimizer step."""
-
     group_by_length: bool = False
-    """Prompts of like length share a batch (of each 32 batches drawn at random), which leaves less padding to compute.
-    The paper: batches at random."""
-
+    """Prompts of like length share a batch (of each 32 batches drawn at random): less padding. The paper: at random."""
     seed: int = 0
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
@@ -192,10 +226,10 @@ class RRSConfig:
             if type(f.default) in (int, float):
                 setattr(self, f.name, _number(f.name, getattr(self, f.name), type(f.default)))
         for name in ("betas", "layers"):  # JSON has lists only
-            value = getattr(self, name)
-            if not isinstance(value, Sequence) or len(value) != 2:
+            if not isinstance(value := getattr(self, name), Sequence) or len(value) != 2:
                 raise ValueError(f"{name}={value!r} must be two numbers.")
             setattr(self, name, tuple(_number(name, x, float) for x in value))
+<<<<<<< Updated upstream
         for name in ("prompts", "conditions", "target_modules", "refusal", "refusal_prompt", "instruction"):
             if not (value := getattr(self, name)) or not all(value):
                 raise ValueError(f"{name}={value!r} is empty, or holds an empty one.")
@@ -223,6 +257,32 @@ class RRSConfig:
             raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+=======
+        self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
+        _check_top(self.top)
+        for name in ("prompts", "conditions", "target_modules", "refusal", "refusal_prompt", "instruction"):
+            if not (value := getattr(self, name)) or not all(value):
+                raise ValueError(f"{name}={value!r} is empty or holds an empty one.")
+        bounds: dict[str, tuple[bool, str]] = {
+            "conditions": (set(self.conditions) <= set(CONDITIONS), f"must be some of {CONDITIONS}"),
+            "direction": (self.direction in ("delta", "natural"), "must be 'delta' or 'natural'"),
+            "keep_share": (0 < self.keep_share <= 1, "must lie in (0, 1]; keep_tokens=0 holds no answers"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "must lie in [0, 1)"),
+            "layers": (0 <= self.layers[0] < self.layers[1] <= 1, "must be two shares of the depth, e.g. (0.5, 1.0)"),
+            "lora_dropout": (0 <= self.lora_dropout < 1, "must lie in [0, 1)"),
+        }
+        for name in ("lora_r", "epochs", "batch_size", "accumulate"):
+            bounds[name] = (getattr(self, name) >= 1, "must be at least 1")
+        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
+            bounds[name] = (getattr(self, name) > 0, "must be above 0")
+        for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength", "keep_tokens"):
+            bounds[name] = (getattr(self, name) >= 0, "must not be negative")
+        for name, (holds, rule) in bounds.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r} {rule}.")
+        if self.keep_share < 1 and not self.keep_tokens:
+            raise ValueError(f"keep_share={self.keep_share!r} has no effect with keep_tokens=0; set that, too.")
+>>>>>>> Stashed changes
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RRSConfig:
@@ -239,11 +299,10 @@ class RRSConfig:
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     """The strings of a sequence; a string is not one of its letters."""
-    if isinstance(value, str):
-        raise ValueError(f"{name}={value!r} must be a sequence of strings; write ({value!r},).")
-    found = tuple(value) if isinstance(value, Iterable) else None
+    found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
     if found is None or not all(isinstance(x, str) for x in found):
-        raise ValueError(f"{name}={value!r} must be a sequence of strings.")
+        example = f"; write ({value!r},)" if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} must be a sequence of strings{example}.")
     return found
 
 
@@ -259,8 +318,13 @@ def _check_top(top: float | str) -> None:
     if top != "positive" and (not isinstance(top, (int, float)) or isinstance(top, bool) or not 0 < top <= 100):
         raise ValueError(f"top={top!r} must be a percentage in (0, 100], e.g. 12.5, 25 or 50, or 'positive'.")
     if isinstance(top, float) and top < 1:
+<<<<<<< Updated upstream
         warnings.warn(f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}.",
                       RRSWarning, stacklevel=4)  # fmt: skip
+=======
+        message = f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}."
+        warnings.warn(message, RRSWarning, stacklevel=4)
+>>>>>>> Stashed changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,16 +339,13 @@ def contribution(delta: Tensor, head_row: Tensor) -> Tensor:
 def select_features(
     delta: Tensor, head_row: Tensor, top: float | str = "positive", scorer: Scorer = contribution
 ) -> Tensor:
-    """Safety feature selection: which features of Δ to keep (the paper's top-m%).
+    """Safety feature selection: which features of Δ to keep (the paper's top-m%), a boolean mask `[hidden]`.
 
     Args:
         delta: Δ `[hidden]`.
         head_row: the `lm_head` row of the refusal token `[hidden]`.
         top: percentage of features to keep, those with the highest score; or `"positive"`: every score above 0.
         scorer: `(delta, head_row) -> [hidden]`.
-
-    Returns:
-        Boolean mask `[hidden]`.
 
     Raises:
         ValueError: shapes differ, `top` is out of range, or no feature is kept.
@@ -294,7 +355,13 @@ def select_features(
         raise ValueError(f"delta {list(delta.shape)} and head_row {list(head_row.shape)} must both be [hidden].")
     score = scorer(delta, head_row)
     if score.shape != delta.shape:
+<<<<<<< Updated upstream
         raise ValueError(f"The scorer gave {list(score.shape)}; it must give one score a feature, {list(delta.shape)}.")
+=======
+        raise ValueError(
+            f"The scorer gave {list(score.shape)}; it must give a score for each of {len(delta)} features."
+        )
+>>>>>>> Stashed changes
     if not torch.isfinite(score).all():
         raise ValueError("The features' scores hold NaN or infinity; check the vectors, the scorer and the weights.")
     if isinstance(top, str):
@@ -309,19 +376,30 @@ def select_features(
 
 @torch.no_grad()
 def natural_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int = 1024) -> Tensor:
+<<<<<<< Updated upstream
     """The direction nearest to a move along which the model goes on saying the same to benign inputs; ours.
 
     A small step v changes the softmax p of the logits at h by a KL of `½ vᵀ F v`, with the Fisher information
     `F = mean over h of Wᵀ (diag p − p pᵀ) W`. The step with the least KL for its component along `move` is the natural
     gradient `(F + εI)⁻¹ move` (Amari 1998).
+=======
+    """The direction nearest to a move along which the model goes on saying the same to benign inputs, `[hidden]`; ours.
+
+    A small step v changes the softmax p of the logits at h by a KL of `½ vᵀ F v`, with the Fisher information
+    `F = mean over h of Wᵀ (diag p − p pᵀ) W`. The step with the least KL for its component along `move` is the natural
+    gradient `(F + εI)⁻¹ move` (Amari 1998); ε is F's mean eigenvalue. The component along `move` is kept.
+>>>>>>> Stashed changes
 
     Args:
         move: `[hidden]`, e.g. Δ∘mask.
         benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly spread.
         head_weight: W `[vocab, hidden]`, see `Reader.logit_weight`.
+<<<<<<< Updated upstream
 
     Returns:
         `[hidden]`, with the same component along `move`; ε is F's mean eigenvalue.
+=======
+>>>>>>> Stashed changes
     """
     w = head_weight.detach().float()
     h = benign[:: -(-len(benign) // most)].to(w)
@@ -356,7 +434,11 @@ class TrainItem:
     condition: str
     """How it is asked: one of `rrs.data.CONDITIONS`."""
     target: Tensor
+<<<<<<< Updated upstream
     """`[positions, hidden]`: where the vectors at the last positions shall be; or what an objective of your own takes."""
+=======
+    """`[positions, hidden]`: where the vectors at the last positions shall be; or what your own objective takes."""
+>>>>>>> Stashed changes
     suffix: tuple[int, ...] = ()
     """Token ids of an answer that has already begun; `()` is the prompt's end (the paper)."""
     weight: float = 1.0
@@ -369,8 +451,13 @@ def make_items(
     vectors: Tensor,
     move: Tensor,
     *,
+<<<<<<< Updated upstream
     along: Sequence[Tensor] | None = None,
     suffixes: Sequence[Sequence[int]] | None = None,
+=======
+    suffixes: Sequence[Sequence[int]] | None = None,
+    along: Sequence[Tensor] | None = None,
+>>>>>>> Stashed changes
 ) -> list[TrainItem]:
     """Step 4, one side at a time: the paper's targets, `R_h + Δ` for harmful and `R_b − Δ` for benign examples.
 
@@ -380,8 +467,13 @@ def make_items(
         suffixes: tokens of answers that have begun, for each example.
         along: the targets after each of these tokens, `[len(suffix), hidden]` for each example.
     """
+<<<<<<< Updated upstream
     suffixes = suffixes if suffixes is not None else [()] * len(examples)
     along = along if along is not None else [vectors[:0]] * len(examples)
+=======
+    suffixes = [()] * len(examples) if suffixes is None else suffixes
+    along = [vectors[:0]] * len(examples) if along is None else along
+>>>>>>> Stashed changes
     return [
         TrainItem(example, condition, torch.cat([(row + move)[None], later]), tuple(suffix))
         for example, row, later, suffix in zip(examples, vectors, along, suffixes, strict=True)
@@ -408,9 +500,14 @@ def to_targets(
             `objective=partial(to_targets, distance=lambda h, t: 1 - torch.cosine_similarity(h, t))`.
     """
     lengths = [len(item.target) for item in items]
+<<<<<<< Updated upstream
     longest = max(lengths)
     if longest <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
         h = reader.last_hidden(prompts, longest)  # [batch, longest, hidden]
+=======
+    if max(lengths) <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
+        h = reader.last_hidden(prompts, max(lengths))  # [batch, longest, hidden]
+>>>>>>> Stashed changes
         ends = [rows[-n:] for rows, n in zip(h, lengths, strict=True)]
     else:
         ends = [reader.last_hidden([prompt], n)[0] for prompt, n in zip(prompts, lengths, strict=True)]
@@ -420,11 +517,19 @@ def to_targets(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+<<<<<<< Updated upstream
 # What a step of training sees
 
 
 def steps_per_epoch(items: Sequence[TrainItem], config: RRSConfig) -> int:
     """Optimizer steps of one pass over the items."""
+=======
+# What a step of training visits, and what it leaves
+
+
+def steps_per_epoch(items: Sequence[TrainItem], config: RRSConfig) -> int:
+    """Optimizer steps of one pass over the items; a batch holds one condition."""
+>>>>>>> Stashed changes
     batches = sum(-(-n // config.batch_size) for n in Counter(item.condition for item in items).values())
     return -(-batches // config.accumulate)
 
@@ -441,8 +546,12 @@ def draw(
         lengths: of the items' prompts; with them those of like length share a batch.
     """
     epoch, place = divmod(step, steps_per_epoch(items, config))
+<<<<<<< Updated upstream
     order, size = seeded(config.seed, "order", epoch), config.batch_size
     plan: list[list[int]] = []
+=======
+    order, size, plan = seeded(config.seed, "order", epoch), config.batch_size, list[list[int]]()
+>>>>>>> Stashed changes
     for condition in dict.fromkeys(item.condition for item in items):
         indices = [i for i, item in enumerate(items) if item.condition == condition]
         shuffled = [indices[k] for k in torch.randperm(len(indices), generator=order).tolist()]
@@ -450,9 +559,14 @@ def draw(
             parts = (shuffled[k : k + 32 * size] for k in range(0, len(shuffled), 32 * size))
             shuffled = [i for part in parts for i in sorted(part, key=lengths.__getitem__)]
         plan += [shuffled[k : k + size] for k in range(0, len(shuffled), size)]
+<<<<<<< Updated upstream
     chosen = torch.randperm(len(plan), generator=order).tolist()[place * config.accumulate :][: config.accumulate]
     instructions, out = seeded(config.seed, "instructions", step), []
     for k in chosen:
+=======
+    instructions, out = seeded(config.seed, "instructions", step), []
+    for k in torch.randperm(len(plan), generator=order).tolist()[place * config.accumulate :][: config.accumulate]:
+>>>>>>> Stashed changes
         pool = torch.randperm(len(config.prompts), generator=instructions).tolist()
         out.append([(items[i], config.prompts[pool[n % len(pool)]]) for n, i in enumerate(plan[k])])
     return out
@@ -468,6 +582,16 @@ def share_out(batches: Sequence[Sequence[Any]], rank: int, world: int) -> Iterat
         before += len(batch)
 
 
+<<<<<<< Updated upstream
+=======
+def weighted(losses: Tensor, items: Sequence[TrainItem]) -> Tensor:
+    """An objective's values times the items' weights `[batch]`."""
+    if losses.shape != (len(items),):
+        raise ValueError(f"The objective gave {list(losses.shape)} for {len(items)} items; it must give one loss each.")
+    return losses * torch.tensor([item.weight for item in items]).to(losses)
+
+
+>>>>>>> Stashed changes
 def gradients(lora: LoRA) -> list[Tensor]:
     """Of all its parameters; zero where this rank had nothing to do."""
     for p in lora.parameters():
@@ -481,6 +605,7 @@ class Step:
 
     rrs: RRS
     epoch: int
+<<<<<<< Updated upstream
     step: int
     """Optimizer steps done."""
     steps: int
@@ -493,6 +618,14 @@ class Step:
     """The penalty, unweighted: `Σ‖(α/r)·B·A‖_F²`."""
     grad_norm: float
     """Before clipping."""
+=======
+    step: int  # optimizer steps done
+    steps: int  # optimizer steps in all
+    loss: float  # objective + config.penalty · penalty, mean over the step's batches
+    objective: float  # e.g. the mean squared error to the targets
+    penalty: float  # unweighted: Σ‖(α/r)·B·A‖_F²
+    grad_norm: float  # before clipping
+>>>>>>> Stashed changes
     learning_rate: float
 
     def row(self) -> dict[str, float]:
@@ -501,7 +634,11 @@ class Step:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+<<<<<<< Updated upstream
 # Files that appear complete or not at all
+=======
+# Files that appear complete or not at all, and know when they are damaged
+>>>>>>> Stashed changes
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -520,6 +657,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for temporary in scratch.values():
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} can't be written ({error.strerror}); make room or access there") from error
+<<<<<<< Updated upstream
     for path, temporary in reversed(scratch.items()):
         os.replace(temporary, path)
 
@@ -530,21 +668,41 @@ def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
     for name in sorted(tensors):
         sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         sha.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b"")
+=======
+    for path in reversed(scratch):
+        os.replace(scratch[path], path)
+
+
+def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
+    """SHA-256 of names, dtypes, shapes, contents and record."""
+    sha = hashlib.sha256(record.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+>>>>>>> Stashed changes
     return sha.hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor], record: Any = None) -> bytes:
+<<<<<<< Updated upstream
     """A safetensors file with a JSON record and a SHA-256 of everything in its metadata; `unpack` reads it."""
+=======
+    """A safetensors file with a JSON record, and a SHA-256 of everything in its metadata; `unpack` reads it."""
+>>>>>>> Stashed changes
     text = json.dumps(record)
     return to_safetensors(dict(tensors), {"format": "pt", "rrs": text, "sha256": _digest(tensors, text)})
 
 
 def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
+<<<<<<< Updated upstream
     """Tensors and record of a file that `pack` made, or that carries no checksum.
 
     Raises:
         ValueError: the file is damaged.
     """
+=======
+    """Tensors and record of a file that `pack` made, or that carries no checksum; ValueError where it is damaged."""
+>>>>>>> Stashed changes
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -552,7 +710,11 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         record = json.loads(about.get("rrs", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
+<<<<<<< Updated upstream
     if "sha256" in about and about["sha256"] != _digest(tensors, about.get("rrs", "null")):
+=======
+    if about.get("sha256", "") not in ("", _digest(tensors, about.get("rrs", "null"))):
+>>>>>>> Stashed changes
         raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
     return tensors, record
 
@@ -565,21 +727,39 @@ class Checkpoints:
     Args:
         folder: theirs; one run's only.
         run: what makes the run what it is; a checkpoint of another one is refused.
-        resume: continue from what is in the folder, instead of refusing to mix.
     """
 
-    def __init__(self, folder: str | Path, run: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
+<<<<<<< Updated upstream
         check_checkpoints(folder, resume)
+=======
+
+    @staticmethod
+    def check(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
+        """Whether a run has begun in the folder; an error where it can't go on there."""
+        if folder is None and (every or resume):
+            raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
+        if folder is None:
+            return False
+        on_rank0(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
+        if (files := Checkpoints(folder, {}).files()) and not resume:
+            raise FileExistsError(
+                f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
+                "another checkpoint_dir to start a new one."
+            )
+        return bool(files)
+>>>>>>> Stashed changes
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*.safetensors"))
+        return on_rank0(lambda: sorted(self.folder.glob("step-*.safetensors")))
 
     @property
     def last(self) -> str:
         """How messages call the last good checkpoint."""
-        return f"The last good checkpoint is {self.files()[-1]}" if self.files() else "There is no checkpoint yet"
+        files = sorted(self.folder.glob("step-*.safetensors"))
+        return f"The last good checkpoint is {files[-1]}" if files else "There is no checkpoint yet"
 
     def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         """Writes the state after `step`; the ones before stay as they are until it is on disk."""
@@ -587,6 +767,7 @@ class Checkpoints:
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
         content = {f"step-{step:08}.safetensors": pack(tensors, {"run": self.run, **record})}
+<<<<<<< Updated upstream
 
         def write() -> None:
             try:
@@ -602,6 +783,19 @@ class Checkpoints:
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fills in the newest state and returns its record; an empty one if there is none."""
         if not (files := on_rank0(self.files)):
+=======
+        try:
+            on_rank0(lambda: write_files(self.folder, content))
+        except OSError as error:
+            message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
+            raise OSError(error.errno, message) from error
+        for path in self.files()[:-2] if rank() == 0 else []:
+            path.unlink(missing_ok=True)
+
+    def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Fills in the newest state and returns its record; an empty one if there is none."""
+        if not (files := self.files()):
+>>>>>>> Stashed changes
             return {}
         try:
             tensors, record = on_rank0(lambda: unpack(files[-1]))
@@ -610,10 +804,8 @@ class Checkpoints:
             raise ValueError(f"{error}. Delete it to {older}.") from None
         known = record.pop("run")
         if differs := sorted(k for k in known.keys() | self.run.keys() if known.get(k) != self.run.get(k)):
-            values = [f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3]]
-            raise ValueError(
-                f"{files[-1]} belongs to another run: {'; '.join(values)}. Restore that, or change checkpoint_dir."
-            )
+            said = "; ".join(f"{k} {known.get(k)!r} there, {self.run.get(k)!r} here" for k in differs[:3])
+            raise ValueError(f"{files[-1]} belongs to another run: {said}. Restore that, or change checkpoint_dir.")
         state: dict[int, dict[str, Tensor]] = {}
         for name in [n for n in tensors if n.startswith("optimizer.")]:
             _, i, moment = name.split(".", 2)
@@ -623,6 +815,7 @@ class Checkpoints:
         return dict(record)
 
 
+<<<<<<< Updated upstream
 def check_checkpoints(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
     """Whether a run can have its checkpoints there (else an error), and whether one has begun."""
     if folder is None:
@@ -692,6 +885,53 @@ def fingerprint(model: nn.Module) -> str:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
 
+=======
+def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
+    """The folder that `save` would write, made if need be; FileExistsError or OSError where it can't be."""
+    path = Path(directory).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; choose a folder.")
+    held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
+    if held and not overwrite:
+        raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
+    if foreign := sorted(held - {*FILES} if "adapter_config.json" in held else held):
+        raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} can't be written; choose another folder.")
+    return path
+
+
+def describe(function: Any) -> str:
+    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    if isinstance(function, partial):
+        return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
+    if (code := getattr(function, "__code__", None)) is None:
+        return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
+
+    def parts(code: Any) -> str:
+        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
+
+    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
+
+    Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
+    the values: they are rounded to bfloat16 first.
+    """
+
+    def digest(value: Tensor) -> bytes:
+        value = value.to(torch.bfloat16) if value.is_floating_point() else value
+        raw = value.contiguous().cpu().flatten().view(torch.uint8).numpy() if value.numel() else b""
+        return hashlib.sha256(f"{list(value.shape)}".encode() + hashlib.sha256(raw).digest()).digest()
+
+    def tensors(module: nn.Module) -> list[Tensor]:
+        return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
+
+>>>>>>> Stashed changes
     inside = tensors(locate(model).decoder)
     known = {id(t) for t in inside}
     rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
@@ -701,6 +941,7 @@ def fingerprint(model: nn.Module) -> str:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+<<<<<<< Updated upstream
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -875,22 +1116,15 @@ def _common_start(answers: Sequence[Sequence[int]]) -> list[int]:
             break
         start.append(token)
     return start
+=======
+>>>>>>> Stashed changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The public class
-
-# What `save` writes, and may therefore replace.
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rrs.json", "rrs.safetensors"}
-
-# Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
-THINKERS = {
-    "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
-    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
-    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
-}
+# What is measured beside training
 
 
+<<<<<<< Updated upstream
 class Prepared(NamedTuple):
     """Steps 1 to 4 in one condition: see `RRS.prepare`."""
 
@@ -906,6 +1140,307 @@ class Prepared(NamedTuple):
 class RRS:
     """A model, its processor, and what RRS does to them.
 
+=======
+@dataclass
+class Preflight:
+    """Can this configuration work? Shares of inputs, of the vanilla model, before any training."""
+
+    condition: str
+    harmful_refused: Rate  # by answers: what is left to gain
+    benign_refused: Rate  # by answers: a control set that is refused is no control
+    refused: Rate  # with the refusal prompt appended: does Δ point at a refusal at all?
+    token_full: Rate  # harmful inputs at which the refusal token is the head's first choice at R_h + Δ, unselected
+    token_target: Rate  # the same at the targets: does arriving there start a refusal?
+    benign_same: Rate  # benign inputs whose first choice is the same at their targets: are answers left alone?
+
+    def __str__(self) -> str:
+        return (
+            f"preflight {self.condition}: vanilla refuses {self.harmful_refused} of harmful and {self.benign_refused} "
+            f"of benign questions, {self.refused} with the refusal prompt; the refusal token is the first choice at "
+            f"{self.token_target} of the targets ({self.token_full} without selection); benign inputs keep their first "
+            f"choice at {self.benign_same} of theirs"
+        )
+
+    def advice(self, config: RRSConfig) -> list[str]:
+        """What is unlikely to work, each with the fix."""
+        natural = "" if config.direction == "natural" else "direction='natural', or "
+        positive = "" if config.top == "positive" else " or top='positive'"
+        checks = {
+            f"vanilla refuses {self.harmful_refused} of the harmful questions; there is little to gain.": (
+                self.harmful_refused.value > 0.9
+            ),
+            f"vanilla refuses {self.benign_refused} of the benign questions; choose ones that it answers.": (
+                self.benign_refused.value > 0.25
+            ),
+            f"only {self.refused} answers refuse when the refusal prompt is appended, so Δ does not point at refusals. Use "
+            'refusal_prompt="auto", or name the words: \'Reply with one sentence: "Sorry, I cannot do that."\'': (
+                self.refused.value < 0.5 and len(config.refusal.split()) == 1
+            ),
+            f"the first token of refusal={config.refusal!r} is the first choice at only {self.token_target} of the "
+            f'targets, so arriving there does not start a refusal. Use refusal="auto", more harmful_strength{positive}.': (
+                self.token_target.value < 0.5
+            ),
+            f"only {self.benign_same} of the benign inputs keep the head's first choice at their targets, so harmless "
+            f"questions will be answered otherwise. Use {natural}less benign_strength.": self.benign_same.value < 0.5,
+        }
+        return [f"{self.condition}: {said}" for said, found in checks.items() if found]
+
+
+@dataclass
+class Refusal:
+    """How this model refuses; see `RRS.find_refusal`."""
+
+    prompt: str  # the refusal prompt that makes it refuse most
+    words: str  # what most of these refusals begin with
+    refused: Rate  # refusals under this prompt
+    tried: list[tuple[str, Rate]]  # all prompts, best first
+
+    def __str__(self) -> str:
+        rows = [f"  {rate.value:4.0%}  {prompt}" for prompt, rate in self.tried]
+        return "\n".join([f"refusals under each refusal prompt, of {self.refused.n}:", *rows, f"words: {self.words!r}"])
+
+
+def _common_start(answers: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which most answers begin: the commonest at each place, as long as half of all agree so far."""
+    start: list[int] = []
+    while following := Counter(a[len(start)] for a in answers if [*a[: len(start)]] == start and len(a) > len(start)):
+        token, times = following.most_common(1)[0]
+        if start and 2 * times < len(answers):
+            break
+        start.append(token)
+    return start
+
+
+@dataclass
+class Point:
+    """What the adapter does at one scale; see `RRS.calibrate`."""
+
+    scale: float  # factor of the LoRA's update
+    groups: dict[str, Rate]  # of each group, inputs at which the head's first choice is the refusal token
+    refused: float  # mean of the harmful groups
+    over: float  # by how much the worst of the other groups is beyond its budget; 0 or less is within
+    auc: dict[str, float]  # how well harmful inputs are told from those of each other group, wherever the border lies
+    answers: dict[str, Rate] = field(default_factory=dict)  # refused by judged answers, and "degenerate"; if asked for
+
+
+@dataclass
+class Calibration:
+    """The curve of refusals against their cost, and the point that was chosen."""
+
+    budget: dict[str, float]
+    vanilla: Point
+    points: list[Point]
+    chosen: Point
+
+    def __str__(self) -> str:
+        names, before = list(self.vanilla.groups), self.vanilla.answers
+        lines = ["first choice is to refuse, by scale of the update:", "   scale" + "".join(f"{n:>14}" for n in names)]
+        for p in (self.vanilla, *self.points):
+            mark = "*" if p is self.chosen else " "
+            lines.append(f"{mark} {p.scale:6.2f}" + "".join(f"{p.groups[n].value:14.1%}" for n in names))
+        for n, rate in self.chosen.answers.items():
+            said = f"{before[n].value:.1%} → {rate.value:.1%} [{rate.low:.0%}–{rate.high:.0%}]"
+            lines.append(f"by answers, vanilla → *: {n} {said}")
+        return "\n".join(lines)
+
+
+def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
+    """Points of the curve, by scale: up from 0.5 while it pays, and below it while even that is beyond the budget."""
+    points, third = [measure(0.5)], 2 ** (1 / 3)
+    while points[0].over > 0 and points[0].scale > 0.1:
+        points.insert(0, measure(points[0].scale / third))
+    while (scale := points[-1].scale * third) <= most * 1.001:
+        points.append(measure(scale))
+        if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.2:
+            break  # answers break, or harmless inputs are refused in numbers
+    return points
+
+
+def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequence[Example]]) -> dict[str, float]:
+    """The budget of each harmless group, and of degenerate answers."""
+    given = budget if isinstance(budget, Mapping) else dict.fromkeys([*harmless, "degenerate"], budget)
+    limits = {"degenerate": 0.01} | {g: _number(f"budget[{g!r}]", value, float) for g, value in given.items()}
+    if odd := sorted(limits.keys() ^ {*harmless, "degenerate"}):
+        raise ValueError(f"budget={budget!r} does not match dev in {odd}; name each of {list(harmless)} and no other.")
+    if few := [f"{g} ({len(rows)})" for g, rows in harmless.items() if 0 < limits[g] < 1 / len(rows)]:
+        message = f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions."
+        warnings.warn(message, RRSWarning, stacklevel=4)
+    return limits
+
+
+def grouped(examples: Any) -> dict[str, list[Example]]:
+    """Examples by group: `{name: whatever load_examples takes}`; or without names by label. A group has one label.
+
+    In a group called "harmful" or "benign", examples without a label have that one.
+    """
+    if not isinstance(examples, Mapping):
+        loaded = load_examples(examples)
+        examples = {str(label): [e for e in loaded if e.label == label] for label in {e.label: 0 for e in loaded}}
+    groups = {}
+    for group, rows in examples.items():
+        own = group if group in ("harmful", "benign") else None
+        loaded = [replace(e, label=e.label or own) for e in load_examples(rows)]
+        labels = {e.label for e in loaded} | ({own} if own else set())
+        if len(labels) > 1 or None in labels:
+            raise ValueError(
+                f"The group {group!r} has examples labelled {sorted(map(str, labels))}; give it "
+                'load_examples(…, "harmful") or load_examples(…, "benign"), and each label groups of its own.'
+            )
+        groups |= {group: loaded} if loaded else {}
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter on disk, in PEFT's format
+
+# PEFT's settings that change what an adapter computes, each with the values that mean "as here".
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+}  # fmt: skip
+# Settings that say where and how it was trained, or are honoured. Any other, also a future one, must be empty or false.
+TRAINING_ONLY = {
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision",
+    "peft_version", "runtime_config", "qalora_group_size", "megatron_core",
+}  # fmt: skip
+
+
+def peft_config(lora: LoRA, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well."""
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r,
+        "base_model_name_or_path": record.get("base", {}).get("name") or None, "lora_alpha": lora.scale * lora.r, "lora_dropout": lora.dropout, "target_modules": lora.paths,
+        "bias": "none", "inference_mode": True,
+    }  # fmt: skip
+
+
+def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    """Rank and scale of an adapter: the rank by its tensors, the scale by PEFT's config.
+
+    Raises:
+        ValueError: a setting that is not known to leave the computation as it is, by name.
+    """
+    for name, value in peft.items():
+        fine = (
+            value in NEUTRAL[name] if name in NEUTRAL else name in TRAINING_ONLY or value in (None, False, {}, [], "")
+        )
+        if not fine:
+            raise ValueError(
+                f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
+            )
+    ranks = {len(t) for n, t in tensors.items() if n.endswith(".lora_A.weight")}
+    if ranks != {peft["r"]}:
+        raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
+    r = ranks.pop()
+    scale = float(peft["lora_alpha"]) / (math.sqrt(r) if peft.get("use_rslora") else r)
+    if not math.isfinite(scale):
+        raise ValueError(f"The adapter has lora_alpha={peft['lora_alpha']!r}, which is no number to scale by.")
+    return r, scale
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Tensors, PEFT's config, our record and vectors of a saved adapter; the latter two empty where PEFT wrote it.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter is there, or it is damaged.
+    """
+    weights, config, about, extra = (directory / FILES[i] for i in (1, 0, 2, 4))
+    if missing := [path.name for path in (config, weights) if not path.is_file()]:
+        raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
+    try:
+        peft = json.loads(config.read_text(encoding="utf-8"))
+        record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
+            raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
+        if record.get("weights", "") not in ("", found := hashlib.sha256(weights.read_bytes()).hexdigest()):
+            raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
+        tensors, _ = unpack(weights)
+        vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
+        if not any(name.endswith(".lora_A.weight") for name in tensors):
+            raise ValueError("no LoRA in adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again.") from None
+    return tensors, peft, record, vectors
+
+
+def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
+    """The model card: what a reader of the adapter has to know, from the run's own record."""
+    base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
+    public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
+    differs = RRSConfig.from_dict(record.get("config", {})).differences()
+    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
+    data = [
+        f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
+        for condition, labels in record.get("data", {}).items()
+        for label, side in labels.items()
+    ]
+    return f"""---
+{f"base_model: {name}" if public else "# base_model: its name on the hub"}
+library_name: peft
+pipeline_tag: audio-text-to-text
+# license: yours to state
+tags: [rrs, lora, safety, refusal, audio]
+---
+
+# RRS adapter
+
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
+`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
+Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {record.get("versions", {})}
+
+## Evaluation
+
+{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+
+## Use
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "this folder")   # or: RRS.load("this folder", base_model, processor)
+model = model.merge_and_unload()                               # for servers that take no LoRA for this class
+```
+
+## Before training
+
+{chr(10).join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked."}
+
+## Data
+
+| condition | side | examples | SHA-256 of their contents |
+| --- | --- | --- | --- |
+{chr(10).join(data)}
+
+## Settings that differ from the paper's
+
+{chr(10).join(f"- `{k}`: `{v!r}`" for k, v in differs.items())}
+
+All of them, and the history, are in `rrs.json`.
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model at work
+
+
+def _any_examples(examples: Any) -> list[Example]:
+    """Examples of whatever a person would ask: a question, questions, a row, a clip, or what `load_examples` takes."""
+    if isinstance(examples, Mapping):
+        examples = [examples]
+    if isinstance(examples, str) and not os.path.exists(examples):
+        examples = [examples]
+    if isinstance(examples, (str, Path)) and Path(examples).suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
+        examples = [{"audio": str(Path(examples).resolve())}]
+        return load_examples(examples, allow_outside=True)
+    if isinstance(examples, Sequence) and not isinstance(examples, str):
+        examples = [{"text": e} if isinstance(e, str) else e for e in examples]
+    return load_examples(examples)
+
+
+class Runner:
+    """A model and its processor as RRS uses them: prompts in, vectors and answers out, with the adapter or without.
+
+>>>>>>> Stashed changes
     The model's own weights and modules are never changed, except by `merge`: `fit` and `load` attach a LoRA through
     hooks, `disable()` takes it off again.
 
@@ -919,9 +1454,8 @@ class RRS:
         template_kwargs: for the chat template, e.g. `{"enable_thinking": False}`.
         verbose: print progress, resolved values and the preflight.
 
-    Several processes: `torchrun --nproc-per-node N script.py` runs any script data-parallel. Batches are shared out
-    over the ranks, so configuration and result stay those of a single process; all ranks make the same calls, rank 0
-    prints and writes.
+    `torchrun --nproc-per-node N script.py` runs any script data-parallel: batches are shared out over the ranks, so
+    configuration and result stay those of a single process; all ranks make the same calls, rank 0 prints and writes.
     """
 
     def __init__(
@@ -938,6 +1472,7 @@ class RRS:
         verbose: bool = True,
     ) -> None:
         if config is not None and not isinstance(config, RRSConfig):
+<<<<<<< Updated upstream
             raise ValueError(
                 f"config must be an RRSConfig, not a {type(config).__name__}; RRSConfig.from_dict makes one."
             )
@@ -949,6 +1484,14 @@ class RRS:
         self.render = build_inputs or Renderer(
             processor, system=self.config.system, template_kwargs=self.template_kwargs
         )
+=======
+            raise ValueError(f"config is a {type(config).__name__}; make it an RRSConfig, e.g. by RRSConfig.from_dict.")
+        connect()
+        self.model, self.processor, self.config = model, processor, config or RRSConfig()
+        self.verbose, self.template_kwargs = verbose and rank() == 0, dict(template_kwargs or {})
+        self.location = locate(model, decoder=decoder, norm=norm, head=head)
+        self.render = build_inputs or Renderer(processor, self.config.system, self.template_kwargs)
+>>>>>>> Stashed changes
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = Reader(model, self.location, self.render)
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
@@ -967,6 +1510,7 @@ class RRS:
         self.record: dict[str, Any] = {}
         """What the adapter was trained with: config, data, base, versions, preflight, calibration."""
         self._trained_on = frozenset[int]()
+<<<<<<< Updated upstream
 
     @classmethod
     def from_pretrained(
@@ -1015,6 +1559,8 @@ class RRS:
         if not given.keys() & {"device_map", "quantization_config"}:  # these have put it where it belongs
             model.to(device)
         return cls(model.eval(), processor, config, **kwargs)
+=======
+>>>>>>> Stashed changes
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
@@ -1031,8 +1577,7 @@ class RRS:
         text = user_turn(example, condition, instruction or self.config.instruction, added)
         if condition.startswith("text"):
             return self.reader.read(text)
-        key, load = example.clip
-        rate = getattr(self.render, "rate", 16000)
+        (key, load), rate = example.clip, getattr(self.render, "rate", 16000)
         if not rate:
             raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
         try:
@@ -1043,22 +1588,27 @@ class RRS:
     def readable(
         self, examples: Sequence[Example], conditions: Sequence[str], on_error: Literal["raise", "skip"] = "raise"
     ) -> list[Example]:
-        """The examples, if their clips can be read; all that can't are named at once.
+        """The examples, if their clips can be read; else a DataError names all that can't.
 
         Args:
             on_error: `"raise"`, or `"skip"` to leave them out and warn with their number.
-
-        Raises:
-            DataError: the full list of bad examples.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
+<<<<<<< Updated upstream
         spoken, bad = next((c for c in conditions if not c.startswith("text")), None), dict[int, str]()
+=======
+        spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
+>>>>>>> Stashed changes
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
+<<<<<<< Updated upstream
                     self.read(examples[i], str(spoken))
+=======
+                    self.read(examples[i], spoken)
+>>>>>>> Stashed changes
                 except DataError as error:
                     bad[i] = str(error) if examples[i].id in str(error) else f"{examples[i].id}: {error}"
                 bar.update()
@@ -1079,6 +1629,7 @@ class RRS:
         if both[: len(before)] == before:
             return tuple(both[len(before) :])
         return tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+<<<<<<< Updated upstream
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -1729,6 +2280,99 @@ class RRS:
         """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
         return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
 
+=======
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        examples: Any,
+        condition: str | None = None,
+        *,
+        max_new_tokens: int = 128,
+        refusal_prompt: bool = False,
+        prefix: str = "",
+    ) -> list[str]:
+        """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
+
+        Args:
+            examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
+            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
+            refusal_prompt: append the refusal prompt.
+            prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
+        """
+        examples = _any_examples(examples)
+        if condition is None:
+            condition = next(
+                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
+            )
+        examples = self._usable(examples, condition or "text-only")
+        self.readable(examples, [condition])
+        begun = self.token_ids(prefix)
+        with self._running():
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
+            return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def _judged(
+        self,
+        groups: Mapping[str, Sequence[Example]],
+        conditions: Sequence[str],
+        judge: Judge | None,
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        """Judged answers of the model as it is now."""
+
+        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
+
+        with self._running():
+            return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals).answers
+
+    def _refused(self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False) -> Rate:
+        """How many examples the vanilla model refuses, by answers of 24 tokens."""
+        with self._running(vanilla=True):
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
+            answers = self._answer(prompts, 24, "how it refuses" if refusal_prompt else "what it refuses")
+        verdicts = judge_refusals([e.text or "" for e in examples], answers)
+        return Rate.of([v in ("refusal", "partial") for v in verdicts])
+
+    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
+        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
+        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
+            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
+
+    # -- the head -----------------------------------------------------------------------------------------------------
+
+    @property
+    def refusal_token(self) -> int:
+        """The first token of `config.refusal`, as an answer begins with it."""
+        return self.token_ids(self.config.refusal)[0]
+
+    def head_row(self, token: int) -> Tensor:
+        """The `lm_head` row `[hidden]` of a token id, float32 on the CPU."""
+        return self.location.head_weight[token].detach().float().cpu()
+
+    def _first_choice(self, h: Tensor) -> Tensor:
+        """The head's most likely token `[n]` at vectors `[n, hidden]`."""
+        return self._logits(h, lambda logits: logits.argmax(-1))
+
+    def _lead(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the refusal token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead."""
+        token = self.refusal_token
+
+        def take(logits: Tensor) -> Tensor:
+            first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
+            return torch.stack([first.float(), logits[:, token] - torch.where(first, second, best)], 1)
+
+        first, lead = self._logits(h, take).unbind(-1)
+        return first.bool(), lead
+
+    @torch.no_grad()
+    def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
+        return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
+
+>>>>>>> Stashed changes
     # -- the adapter --------------------------------------------------------------------------------------------------
 
     def disable(self) -> RRS:
@@ -1768,6 +2412,635 @@ class RRS:
         self.lora.merge()
         self.lora = None
         return self.model
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _usable(examples: Sequence[Example], condition: str) -> list[Example]:
+        """The examples, if each has what the condition needs; those that lack it are named."""
+        if condition not in CONDITIONS:
+            raise ValueError(f"condition={condition!r} is unknown; choose from {CONDITIONS}.")
+        if lacking := [e.id for e in examples if not e.has(condition)]:
+            raise ValueError(
+                f"{condition}: {len(lacking)} of {len(examples)} examples lack what it needs: {lacking[:8]}."
+            )
+        if not examples:
+            raise ValueError(f"{condition}: there is no example.")
+        return list(examples)
+
+    def _finite(self, vectors: Tensor, condition: str) -> Tensor:
+        """The vectors, if they are numbers."""
+        if not torch.isfinite(vectors).all():
+            names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+            raise ValueError(
+                f"{condition}: the model's last hidden state is NaN or infinite. "
+                + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
+            )
+        return vectors
+
+    @contextmanager
+    def _running(self, vanilla: bool = False) -> Iterator[None]:
+        """The model frozen and this thread's own inside the `with`, without the adapter if `vanilla`."""
+        with lock(self.model), frozen(self.model), self.disabled() if vanilla else nullcontext():
+            yield
+
+    def _say(self, message: str) -> None:
+        if self.verbose:
+            tqdm.write(message)
+
+    def _bar(self, total: int, what: str, done: int = 0) -> tqdm[Any]:
+        return tqdm(
+            total=total or None, desc=what, initial=done, disable=not self.verbose, leave=False, dynamic_ncols=True
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public class
+
+
+class Prepared(NamedTuple):
+    """Steps 1 to 4 in one condition: see `RRS.prepare`."""
+
+    condition: str
+    items: list[TrainItem]  # of harmful examples, then of benign ones
+    direction: Direction
+    harmful: Tensor  # R_h [harmful, hidden]
+    benign: Tensor  # R_b [benign, hidden]
+
+
+class RRS(Runner):
+    """The method: `fit` is all of it; each step can be called by itself. See `Runner` for the arguments."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        config: RRSConfig | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        revision: str = "main",
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> RRS:
+        """Load model and processor by name or folder. Weights are read from safetensors only, never unpickled.
+
+        Args:
+            device: default the machine's accelerator, else the CPU.
+            dtype: default bfloat16 on an accelerator, float32 on a CPU.
+            trust_remote_code: run Python code that comes with the checkpoint; off unless you ask for it.
+            revision: branch, tag or commit of the checkpoint.
+            model_kwargs: for the model: `device_map`, `attn_implementation`, `quantization_config`, …
+            kwargs: further arguments of `RRS(...)`.
+        """
+        connect()
+        device, name, given = torch.device(device or best_device()), str(name_or_dir), dict(model_kwargs or {})
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        source = {"trust_remote_code": trust_remote_code, "revision": revision}
+        architecture = (transformers.AutoConfig.from_pretrained(name, **source).architectures or [""])[0]
+        model_class = getattr(transformers, THINKERS.get(architecture, architecture), None)
+        if model_class is None and not trust_remote_code:
+            raise ValueError(
+                f"transformers {transformers.__version__} has no class {architecture!r} for {name}. Update it; or, if "
+                "you trust the code in that checkpoint, pass trust_remote_code=True."
+            )
+        loader: Any = model_class or transformers.AutoModelForCausalLM
+        model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **source, **given)
+        with needed_packages(f"The processor of {name}"):
+            processor = transformers.AutoProcessor.from_pretrained(name, **source)
+        if not given.keys() & {"device_map", "quantization_config"}:  # these have put it where it belongs
+            model.to(device)
+        return cls(model.eval(), processor, config, **kwargs)
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def extract(
+        self, examples: Any, condition: str, *, refusal_prompt: bool = False, all_layers: bool = False
+    ) -> Tensor:
+        """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
+
+        `h(x)` is what the head multiplies at the prompt's last token.
+
+        Args:
+            examples: whatever `load_examples` takes.
+            condition: one of `rrs.data.CONDITIONS`.
+            refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
+            all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
+
+        Raises:
+            ValueError: an example lacks what the condition needs; the model gives NaN.
+        """
+        examples = self._usable(load_examples(examples), condition)
+        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
+            return self._finite(self.reader.represent(prompts, bar.update, layers=all_layers), condition)
+
+    def extract_along(
+        self,
+        examples: Sequence[Example],
+        condition: str,
+        suffixes: Sequence[Sequence[int]],
+        *,
+        refusal_prompt: bool = False,
+    ) -> list[Tensor]:
+        """`h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each example.
+
+        Args:
+            suffixes: the answers' token ids, one answer for each example; `()` is the prompt's end alone.
+        """  # fmt: skip
+        out = [torch.empty(0)] * len(examples)
+        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
+            for n in sorted({len(s) for s in suffixes}):
+                alike = [i for i, suffix in enumerate(suffixes) if len(suffix) == n]
+                asked = [self.read(examples[i], condition, refusal_prompt=refusal_prompt) for i in alike]
+                longer = [prompt.extended(suffixes[i]) for i, prompt in zip(alike, asked, strict=True)]
+                for i, rows in zip(alike, self.reader.represent(longer, bar.update, last=n + 1), strict=True):
+                    out[i] = self._finite(rows, condition)
+        return out
+
+    def select(self, benign: Tensor, refused: Tensor, scorer: Scorer = contribution) -> Direction:
+        """Steps 2 and 3: `Δ = mean(R_h+) − mean(R_b)`, its safety features, and what inputs are moved along.
+
+        Args:
+            benign, refused: R_b and R_h+, `[n, hidden]` each.
+            scorer: scores features for the selection, instead of the paper's `contribution`.
+        """
+        delta = refused.mean(0) - benign.mean(0)
+        mask = select_features(delta, self.head_row(self.refusal_token), self.config.top, scorer)
+        move = delta * mask
+        if self.config.direction == "natural":
+            move = natural_direction(move, benign, self.reader.logit_weight)
+        return Direction(delta, mask, move)
+
+    def prepare(
+        self, harmful: Sequence[Example], benign: Sequence[Example], condition: str, scorer: Scorer = contribution
+    ) -> Prepared:
+        """Steps 1 to 4 in one condition: extract, select, and the items that training visits."""
+        c, words = self.config, self.token_ids(self.config.refusal)
+        harmful, benign = self._usable(harmful, condition), self._usable(benign, condition)
+        r_b, r_h = self.extract(benign, condition), self.extract(harmful, condition)
+        suffixes = [words if len(words) > 1 else ()] * len(harmful)
+        plus = self.extract_along(harmful, condition, suffixes, refusal_prompt=True)  # R_h+, and after each word
+        direction = self.select(r_b, torch.stack([rows[0] for rows in plus]), scorer)
+        up, down = c.harmful_strength * direction.move, c.benign_strength * direction.move
+        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=[rows[1:] for rows in plus])
+        held = self._held(benign, condition, r_b)
+        after = self.extract_along([benign[i] for i in held], condition, [*held.values()])
+        along = {i: rows[1:] for i, rows in zip(held, after, strict=True)}
+        answers, rows = (
+            [held.get(i, ()) for i in range(len(benign))],
+            [along.get(i, r_b[:0]) for i in range(len(benign))],
+        )
+        items += make_items(benign, condition, r_b, -down, suffixes=answers, along=rows)
+        return Prepared(condition, items, direction, r_h, r_b)
+
+    def _held(self, benign: Sequence[Example], condition: str, r_b: Tensor) -> dict[int, tuple[int, ...]]:
+        """Which benign answers are held (`config.keep_tokens`, `.keep_share`): index to the answer's first tokens."""
+        c, token = self.config, self.refusal_token
+        if not c.keep_tokens:
+            return {}
+        near = self._logits(r_b, lambda logits: logits.log_softmax(-1)[:, token])
+        some = sorted(near.argsort(descending=True, stable=True)[: max(1, round(c.keep_share * len(benign)))].tolist())
+        with self._running(vanilla=True), self._bar(len(some), "answers to hold") as bar:
+            prompts = [self.read(benign[i], condition) for i in some]
+            said = generate_ids(self.reader, self.tokenizer, prompts, c.keep_tokens, bar.update)
+        return {i: tuple(said[k]) for k, i in enumerate(some)}
+
+    def preflight(self, prepared: Prepared, n: int = 32) -> Preflight:
+        """Checks, before training, on the vanilla model, whether this can work; warns with the fix where it can't.
+
+        Args:
+            n: harmful and benign examples to answer (24 tokens each).
+        """
+        condition, items, direction, r_h, r_b = prepared
+        some = [[i.example for i in side[:: -(-len(side) // n)]] for side in (items[: len(r_h)], items[len(r_h) :])]
+        goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
+        check = Preflight(
+            condition,
+            harmful_refused=self._refused(some[0], condition),
+            benign_refused=self._refused(some[1], condition),
+            refused=self._refused(some[0], condition, refusal_prompt=True),
+            token_full=Rate.of(self._first_choice(r_h + direction.delta) == self.refusal_token),
+            token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
+            benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
+        )
+        self._say(str(check))
+        for advice in check.advice(self.config):
+            warnings.warn(advice, RRSWarning, stacklevel=3)
+        return check
+
+    def find_refusal(
+        self, harmful: Any, condition: str | None = None, *, prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
+    ) -> Refusal:
+        """How does this model refuse? Tries refusal prompts, and reads off the words its refusals begin with.
+
+        Args:
+            harmful: whatever `load_examples` takes.
+            condition: default the first of `config.conditions`.
+            prompts: to try, beside the config's own.
+            n: examples to answer under each (24 tokens).
+        """
+        condition = condition or self.config.conditions[0]
+        examples = self._usable(load_examples(harmful, "harmful"), condition)
+        examples, config, tried = examples[:: -(-len(examples) // n)], self.config, dict[str, Rate]()
+        try:
+            for prompt in dict.fromkeys(p for p in (*prompts, config.refusal_prompt) if p != "auto"):
+                self.config = replace(config, refusal_prompt=prompt)
+                tried[prompt] = self._refused(examples, condition, refusal_prompt=True)
+            best = max(tried, key=lambda p: tried[p].value)
+            self.config = replace(config, refusal_prompt=best)
+            with self._running(vanilla=True):
+                asked = [self.read(e, condition, refusal_prompt=True) for e in examples]
+                said = generate_ids(self.reader, self.tokenizer, asked, 16)
+        finally:
+            self.config = config
+        texts = self.tokenizer.batch_decode([said[i] for i in range(len(examples))], skip_special_tokens=True)
+        verdicts = judge_refusals([e.text or "" for e in examples], texts)
+        refusals = [said[i] for i, v in enumerate(verdicts) if v == "refusal"] or [*said.values()]
+        words = self.tokenizer.decode(_common_start(refusals), skip_special_tokens=True).strip()
+        found = Refusal(best, words, tried[best], sorted(tried.items(), key=lambda pair: -pair[1].value))
+        self._say(str(found))
+        if found.refused.value < 0.5:
+            warnings.warn(
+                f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your own "
+                "that say the words to reply with; a model that was never aligned may not have the behaviour.",
+                RRSWarning, stacklevel=2,
+            )  # fmt: skip
+        return found
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        items: Sequence[TrainItem],
+        *,
+        objective: Objective = to_targets,
+        penalty: Penalty = LoRA.penalty,
+        callbacks: Iterable[Callback] = (),
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 0,
+        resume: bool = False,
+        record: Mapping[str, Any] | None = None,
+    ) -> RRS:
+        """Step 5, in place: attaches a fresh LoRA and trains it towards the items' targets. `disable()` takes it off.
+
+        `loss = mean(weight · objective) + config.penalty · penalty(lora)`, AdamW, linear decay, gradient clipping.
+
+        Args:
+            items: from `make_items`, or of your own.
+            objective: `(reader, prompts, items) -> losses [batch]`; the default is the distance to the targets.
+            penalty: `(lora) -> scalar`; the default is the paper's `Σ_modules ‖(α/r)·B·A‖_F²`.
+            callbacks: called with a `Step` after each optimizer step; training ends where one returns True.
+            checkpoint_dir, checkpoint_every, resume: as in `fit`.
+            record: what else to keep in `self.record`.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
+            Whatever is raised, the model and this object are as they were before.
+        """
+        Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
+        c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
+        self._check_items(items, objective)
+        paths = linear_paths(self.location, c.target_modules, c.layers)
+        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        optimizer = torch.optim.AdamW(
+            lora.parameters(),
+            c.learning_rate,
+            c.betas,
+            weight_decay=c.weight_decay,
+            fused=self.reader.device.type in FUSED,
+        )
+        per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
+        steps, record = c.epochs * per_epoch, {**run, **(record or {})}
+        if checkpoint_dir is not None:
+            checkpoints = Checkpoints(checkpoint_dir, {**run, **self._how(items, objective, penalty)})
+            saved = checkpoints.load(lora, optimizer)
+            history, record = saved.get("history", history), saved.get("record", record)
+            steps = len(history) if saved.get("stopped") else steps
+        lengths = self._lengths(items) if c.group_by_length else None
+        self._say_plan(items, steps, lora)
+        with self._training(lora, record, history), self._bar(steps, "train", len(history)) as bar:
+            for step in range(len(history), steps):
+                # -------------------------------------------------------------------------- a single training step
+                optimizer.param_groups[0]["lr"] = rate = c.learning_rate * (1 - step / (c.epochs * per_epoch))
+                batches, total = draw(items, c, step, lengths), torch.zeros((), device=self.reader.device)
+                for place, rows in share_out(batches, rank(), world()):
+                    lora.key = (c.seed, step, *place)  # of dropout
+                    batch = [item for item, _ in rows]
+                    prompts = [self.read(i.example, i.condition, text).extended(i.suffix) for i, text in rows]
+                    losses = weighted(objective(self.reader, prompts, batch), batch)  # [rows]
+                    part = losses.sum() / (len(batches) * len(batches[place[0]]))  # a mean over batches of their means
+                    part.backward()
+                    total += part.detach().to(total)
+                all_reduce_sum([total, *gradients(lora)])  # nothing, when alone
+                square = penalty(lora)  # the loss's second term: the same on every rank, so after the sum
+                if c.penalty:
+                    (c.penalty * square).backward()
+                norm = nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm)
+                mean, square, norm = torch.stack([x.detach().float().to(total) for x in (total, square, norm)]).tolist()
+                self._check_finite(step, mean + c.penalty * square + norm, batches, checkpoints)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                # --------------------------------------------------------------------------------------------------
+                loss, epoch = mean + c.penalty * square, step // per_epoch + 1
+                state = Step(self, epoch, step + 1, steps, loss, mean, square, norm, rate)
+                history.append(state.row())
+                bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+                self.report = None  # one that a callback made was of the weights before
+                lora.eval()  # callbacks see the model without dropout
+                stop = any([callback(state) is True for callback in callbacks])
+                lora.train()
+                if checkpoints and (stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps):
+                    checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": record, "stopped": stop})
+                if (step + 1) % per_epoch == 0:
+                    self._check_divergence(history, per_epoch)
+                if stop:
+                    break
+        return self
+
+    def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
+        """Raises ValueError for what can't be trained on, naming the item."""
+        if not items:
+            raise ValueError("There is nothing to train on: no items.")
+        hidden, vectors = (
+            self.location.head_weight.shape[1],
+            to_targets in (objective, getattr(objective, "func", None)),
+        )
+        for item in items:
+            where, shape, most = f"{item.condition} {item.example.id}", item.target.shape, len(item.suffix) + 1
+            if not item.example.has(item.condition):
+                raise ValueError(f"{where}: the example lacks what this condition needs.")
+            if vectors and not (len(shape) == 2 and shape[1] == hidden and 1 <= shape[0] <= most):
+                raise ValueError(
+                    f"{where}: the target {list(shape)} must be [positions, {hidden}] with at most {most} positions, "
+                    "the prompt's end and the suffix; for one vector, vector[None]."
+                )
+            if item.target.is_floating_point() and not torch.isfinite(item.target).all():
+                raise ValueError(f"{where}: the target holds NaN or infinity.")
+
+    def _run_record(self, items: Sequence[TrainItem]) -> dict[str, Any]:
+        """What makes an adapter what it is, as JSON takes it."""
+        data: dict[str, Any] = {}
+        for condition, label in dict.fromkeys((i.condition, i.example.label) for i in items):
+            side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
+            data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side)}
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
+
+    def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
+        """What else a resumed run must share: dtype, functions, and the targets' norm, which another processor changes."""
+        norm = f"{sum(float(item.target.float().norm()) for item in items):.4g}"
+        return {"dtype": str(self.reader.dtype), "how": [*map(describe, (objective, penalty))], "targets": norm}
+
+    def _lengths(self, items: Sequence[TrainItem]) -> list[int]:
+        """Of the prompts alone: what is added to them goes by label, and batches should not."""
+        with self._running(vanilla=True):
+            return [len(self.read(item.example, item.condition)) for item in items]
+
+    def _say_plan(self, items: Sequence[TrainItem], steps: int, lora: LoRA) -> None:
+        found = Counter(path.rpartition(".")[2] for path in lora.paths)
+        experts = len(expert_parameters(self.location))
+        self._say(
+            f"train: {len(items)} items, {steps} steps of {self.config.batch_size} × {self.config.accumulate}; LoRA on "
+            + ", ".join(f"{name} ×{n}" for name, n in found.items())
+            + f", {sum(p.numel() for p in lora.parameters()):,} parameters"
+            + (f"; none on {experts} matrices of experts, which are 3-D parameters" if experts else "")
+        )
+
+    @contextmanager
+    def _training(self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]]) -> Iterator[None]:
+        """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
+        before, on = dict(vars(self)), self.lora is not None and self.lora.attached
+        self.disable()
+        try:
+            with self._running():
+                self.lora, self.history, self.record = lora.attach().train(), history, record
+                self.report, self.directions, self._trained_on = None, {}, frozenset()
+                yield
+                lora.eval()
+        except BaseException:
+            lora.detach()
+            vars(self).update(before)
+            if on:
+                self.enable()
+            raise
+
+    def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints | None) -> None:
+        if not math.isfinite(loss):
+            names = [f"{item.condition} {item.example.id}" for batch in batches for item, _ in batch]
+            last = checkpoints.last if checkpoints else "There is no checkpoint"
+            raise FloatingPointError(
+                f"step {step + 1}: loss or gradient is not finite on {names}. {last}. Lower learning_rate "
+                f"({self.config.learning_rate}), or check the base model's weights for NaN."
+            )
+
+    def _check_divergence(self, history: Sequence[Mapping[str, float]], per_epoch: int) -> None:
+        """Warns, after an epoch, the first time that its loss is far above the start's."""
+        epochs = [history[i : i + per_epoch] for i in range(0, len(history), per_epoch)]
+        high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
+        if high[-1] and not any(high[:-1]):
+            warnings.warn(
+                f"epoch {len(epochs)}: the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g}). "
+                f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha}).",
+                RRSWarning, stacklevel=3,
+            )  # fmt: skip
+
+    def fit(
+        self,
+        harmful: Any,
+        benign: Any,
+        *,
+        scorer: Scorer = contribution,
+        preflight: int = 32,
+        on_error: Literal["raise", "skip"] = "raise",
+        save_to: str | Path | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 0,
+        resume: bool = False,
+        **training: Any,
+    ) -> RRS:
+        """The whole method, in place: extract, select, items, preflight, train. `disable()` brings vanilla back.
+
+        The same seed gives the same adapter, bit for bit, on the same machine, versions and number of threads, also
+        after interruptions. Not on another machine, nor on GPUs, whose kernels may add in another order unless
+        `torch.use_deterministic_algorithms(True)`; and not across a change of batch_size, as dropout's masks differ.
+
+        Args:
+            harmful, benign: a manifest's path, a list of `Example`, or an iterable of dicts. Without written answers.
+            scorer: scores features for the selection, instead of the paper's `contribution`.
+            preflight: examples of each side on which to check that refusing works at all before training; 0 skips it.
+            on_error: a clip that can't be read stops the run before training, with all such clips named; `"skip"`
+                leaves them out and warns.
+            save_to: where to save the adapter at the end; checked before the work.
+            checkpoint_dir: a folder of this run's own, for its state (safetensors).
+            checkpoint_every: optimizer steps between two checkpoints; 0 is an epoch's.
+            resume: go on from the folder's newest checkpoint, if it has one, to the result of an uninterrupted run.
+            training: `objective`, `penalty` and `callbacks` of `train`.
+
+        Returns:
+            self. After an error, model and adapter are as they were before.
+        """
+        began, started = time.perf_counter(), Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
+        if save_to is not None:
+            on_rank0(lambda: check_folder(save_to))
+        if not torch.is_grad_enabled():
+            raise ValueError("fit needs gradients; call it outside torch.no_grad().")
+        linear_paths(self.location, self.config.target_modules, self.config.layers)
+        sides = load_examples(harmful, "harmful"), load_examples(benign, "benign")
+        usable = self.readable([*sides[0], *sides[1]], self.config.conditions, on_error)
+        harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
+        if both := shared(harmful, benign):
+            raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
+        if few := [f"{len(side)} {side[0].label}" for side in (harmful, benign) if 0 < len(side) < 8]:
+            message = f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each."
+            warnings.warn(message, RRSWarning, stacklevel=2)
+        self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
+        config, extra = self.config, dict[str, Any]()
+        try:
+            if "auto" in (config.refusal_prompt, config.refusal):
+                found = self.find_refusal(harmful)
+                own = {"refusal_prompt": found.prompt, "refusal": found.words}
+                self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
+                extra["refusal"] = asdict(found)
+            differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
+            self._say(
+                "settings that differ from the paper's:" + "".join(differs) if differs else "the paper's settings"
+            )
+            prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
+            if preflight and not started:
+                extra["preflight"] = [asdict(self.preflight(p, preflight)) for p in prepared]
+            items = [item for p in prepared for item in p.items]
+            self.train(
+                items, checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume, record=extra,
+                **training,
+            )  # fmt: skip
+        except BaseException:
+            self.config = config
+            raise
+        self.directions = {p.condition: p.direction for p in prepared}
+        self._trained_on = marks(usable)
+        self._say(f"done in {time.perf_counter() - began:.0f} s")
+        if save_to is not None:
+            self.save(save_to)
+        return self
+
+    # -- how strongly it acts -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        dev: Any,
+        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
+        *,
+        budget: float | Mapping[str, float] = 0.01,
+        judge: Judge | None = judge_refusals,
+        max_new_tokens: int = 24,
+        answers: int = 100,
+        most: float = 8.0,
+    ) -> Calibration:
+        """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
+
+        Divide `lora.scale` by the chosen scale to undo it. First, the scale is raised from 0.5 by thirds of an octave,
+        until refusals of harmful inputs fall or every other group is beyond its budget; counted is where the refusal
+        token is the head's first choice, which takes a forward pass of the dev set for each scale. Then the best scale
+        answers, and weaker ones, until the judged answers are within the budget, too.
+
+        Args:
+            dev: to choose by, as in `evaluate`; not what was trained on.
+            conditions: in which to ask, where an example has what they need.
+            budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
+                together: one number for all groups, or one for each. 0.01 is a point. "degenerate": of all answers.
+            judge: checks answers; `None` chooses by first tokens alone.
+            max_new_tokens: per answer.
+            answers: questions of each group to answer, evenly spread.
+            most: largest scale to try.
+
+        Returns:
+            The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
+
+        Raises:
+            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
+        """
+        if (lora := self.lora) is None or not lora.attached:
+            raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
+        conditions, groups = _strings("conditions", conditions), grouped(dev)
+        groups = {
+            g: [e for e in self.readable(r, conditions) if any(map(e.has, conditions))] for g, r in groups.items()
+        }
+        harmless = {g: rows for g, rows in groups.items() if rows and rows[0].label == "benign"}
+        harmful = [g for g, rows in groups.items() if rows and rows[0].label == "harmful"]
+        if not harmful or not harmless:
+            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
+        limits, present = _budgets(budget, harmless), lora.scale
+        self._warn_of_training_data(groups)
+        with self._running():
+            prompts = {
+                g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in (*harmful, *harmless)
+            }
+        some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
+
+        def measure(scale: float) -> Point:
+            lora.scale = scale * present
+            with self._running():
+                leads = {g: self._lead(self.reader.represent(rows)) for g, rows in prompts.items()}
+            now = {g: Rate.of(first.tolist()) for g, (first, _) in leads.items()}
+            over = max(now[g].value - (vanilla.groups if scale else now)[g].value - limits[g] for g in harmless)
+            lead = torch.cat([leads[g][1] for g in harmful])
+            apart = {g: auc(lead, leads[g][1]) for g in harmless}
+            return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
+
+        def excess(point: Point) -> float:
+            """Judges answers at a point; by how much they are beyond the budget."""
+            lora.scale = point.scale * present
+            rows = self._judged(some, conditions, judge, max_new_tokens)
+            point.answers = {g: Rate.of(a.verdict in a.declined for a in rows if a.group == g) for g in some}
+            point.answers["degenerate"] = Rate.of(a.verdict in ("degenerate", "incomplete") for a in rows)
+            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
+
+        try:
+            with self.disabled():
+                vanilla = measure(0.0)
+                if judge is not None:
+                    excess(vanilla)
+            with self._bar(0, "calibrate: scales") as bar:
+                points = _raise_scale(lambda scale: (bar.update(), measure(scale))[1], most)
+            chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
+            if silent := not any(p.refused > vanilla.refused for p in points):
+                chosen = min(points, key=lambda p: abs(math.log(p.scale)))
+            over = chosen.over
+            for point in [p for p in reversed(points) if p.scale <= chosen.scale] if judge is not None else []:
+                chosen, over = point, excess(point)
+                if over <= 1e-9:
+                    break
+        finally:
+            lora.scale = present
+        lora.scale, self.report = chosen.scale * present, None
+        result = Calibration(limits, vanilla, points, chosen)
+        self.record["calibrated"] = asdict(result)
+        self._say(str(result))
+        if over > 1e-9 or silent:
+            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
+                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
+                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
+            )  # fmt: skip
+            warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
+        return result
+
+    # EVALUATE
+
+    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Warns of examples that were trained on, or whose twins were; what it said."""
+        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
+        if not seen:
+            return []
+        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
+        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
+        return [note]
+
+    # -- the adapter on disk ------------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks,
@@ -1814,7 +3087,15 @@ class RRS:
         config = RRSConfig.from_dict(record.get("config", {}))
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
+<<<<<<< Updated upstream
         names = [n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+=======
+        names = [
+            n.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            for n in tensors
+            if n.endswith(".lora_A.weight")
+        ]
+>>>>>>> Stashed changes
         inside = dict.fromkeys(p for p, _ in model.named_modules())
         if unknown := sorted(set(names) - inside.keys()):
             raise ValueError(
@@ -1841,6 +3122,7 @@ class RRS:
         rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "weights", "template_kwargs")}
         rrs.lora.attach()
         return rrs
+<<<<<<< Updated upstream
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -2046,3 +3328,5 @@ model = model.merge_and_unload()                               # for servers tha
 
 All of them, and the history, are in `rrs.json`.
 """
+=======
+>>>>>>> Stashed changes
