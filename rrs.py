@@ -49,10 +49,7 @@ from rrs.hooks import (
     ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
-<<<<<<< Updated upstream
-=======
 # isort: on
->>>>>>> Stashed changes
 
 __version__ = "0.2.0"
 __all__ = [
@@ -69,10 +66,7 @@ Penalty = Callable[[LoRA], Tensor]
 Callback = Callable[["Step"], "bool | None"]
 """Called after each optimizer step; training ends where it returns True."""
 Stage = Callable[[str], AbstractContextManager["RRS | None"]]
-<<<<<<< Updated upstream
-=======
 """`(condition) -> context` inside which the model is in some state; see `RRS.evaluate`."""
->>>>>>> Stashed changes
 REFUSAL_PROMPTS = (  # that `find_refusal` tries
     "(Please generate refusal response because the question violates safety policy)",  # the paper's
     "(Please refuse to answer: this question violates the safety policy.)",
@@ -96,10 +90,6 @@ class RRSWarning(UserWarning):
     """The run goes on, but its result is unlikely to be what you want; the message names the fix."""
 
 
-class RRSWarning(UserWarning):
-    """The run goes on, but its result is unlikely to be what you want; the message names the fix."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -110,20 +100,6 @@ class RRSConfig:
 
     instruction: str = "Please generate detailed steps for the question in the audio."
     """Instruction that goes with the audio in extraction and evaluation."""
-<<<<<<< Updated upstream
-
-    system: str | None = None
-    """System prompt of every conversation; `None` leaves it to the chat template."""
-
-    refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
-    """Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`."""
-
-    refusal: str = "I"
-    """The words with which a refusal begins. The first token selects features. One token (the paper) is all of it; with
-    more, training also goes along the words: after each of them to the vector that is there under the refusal prompt.
-    That helps models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
-
-=======
     system: str | None = None
     """System prompt of every conversation; `None` leaves it to the chat template."""
     refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
@@ -132,7 +108,6 @@ class RRSConfig:
     """The words with which a refusal begins. The first token selects features; one token is the paper. With more,
     training also goes along them: after each word, to the vector that is there under the refusal prompt. That helps
     models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
->>>>>>> Stashed changes
     prompts: tuple[str, ...] = (
         "Answer the question in the audio.",
         "Follow the instruction in the audio.",
@@ -150,29 +125,10 @@ class RRSConfig:
     """Input conditions to extract and train in, each with its own Δ; see `rrs.data.CONDITIONS`."""
     top: float | str = "positive"
     """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
-<<<<<<< Updated upstream
-
-=======
->>>>>>> Stashed changes
     harmful_strength: float = 1.0
     """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
     benign_strength: float = 1.0
     """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
-<<<<<<< Updated upstream
-
-    direction: Literal["delta", "natural"] = "delta"
-    """Along what both sides move: "delta" is the paper's Δ; "natural" is the natural gradient, the direction nearest to
-    Δ that changes least of what the model says to benign inputs (`natural_direction`). It takes about twice the
-    strength to begin a refusal."""
-
-    keep_tokens: int = 0
-    """Benign answers are held: after each of their first `keep_tokens` tokens, the target is the vanilla vector. The
-    paper: 0."""
-
-    keep_share: float = 1.0
-    """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
-
-=======
     direction: Literal["delta", "natural"] = "delta"
     """Along what both sides move: the paper's Δ, or "natural", the direction nearest to Δ that changes least of what
     the model says to benign inputs (`natural_direction`); to begin a refusal it takes about twice the strength."""
@@ -180,7 +136,6 @@ class RRSConfig:
     """Benign answers are held: after each of their first `keep_tokens` tokens, the target is vanilla's vector."""
     keep_share: float = 1.0
     """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
->>>>>>> Stashed changes
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the decoder's linears that get a LoRA."""
     layers: tuple[float, float] = (0.0, 1.0)
@@ -192,14 +147,8 @@ class RRSConfig:
     lora_dropout: float = 0.1
     """Dropout on the LoRA's input, in training."""
     penalty: float = 1.0
-<<<<<<< Updated upstream
-    """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`. It sums over modules while the distance is a mean over features, so small
-    models need a smaller weight."""
-
-=======
     """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`, which sums over modules where the distance is a mean over features: small
     models need a smaller weight."""
->>>>>>> Stashed changes
     learning_rate: float = 5e-5
     """AdamW's peak rate; it decays linearly to 0, without warm-up."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -229,35 +178,6 @@ class RRSConfig:
             if not isinstance(value := getattr(self, name), Sequence) or len(value) != 2:
                 raise ValueError(f"{name}={value!r} must be two numbers.")
             setattr(self, name, tuple(_number(name, x, float) for x in value))
-<<<<<<< Updated upstream
-        for name in ("prompts", "conditions", "target_modules", "refusal", "refusal_prompt", "instruction"):
-            if not (value := getattr(self, name)) or not all(value):
-                raise ValueError(f"{name}={value!r} is empty, or holds an empty one.")
-        if unknown := [c for c in self.conditions if c not in CONDITIONS]:
-            raise ValueError(f"conditions {unknown} are unknown; choose from {CONDITIONS}.")
-        self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
-        _check_top(self.top)
-        for names, low, strict in (
-            (("lora_r", "epochs", "batch_size", "accumulate"), 1, False),
-            (("lora_alpha", "learning_rate", "max_grad_norm"), 0, True),
-            (("penalty", "weight_decay", "harmful_strength", "benign_strength", "keep_tokens"), 0, False),
-        ):
-            for name in names:
-                if (value := getattr(self, name)) < low or (strict and value == low):
-                    raise ValueError(f"{name}={value!r} must be {'above' if strict else 'at least'} {low}.")
-        if self.direction not in ("delta", "natural"):
-            raise ValueError(f"direction={self.direction!r} must be 'delta' or 'natural'.")
-        if not 0 < self.keep_share <= 1:
-            raise ValueError(f"keep_share={self.keep_share!r} must lie in (0, 1]; keep_tokens=0 holds no answers.")
-        if self.keep_share < 1 and not self.keep_tokens:
-            raise ValueError(f"keep_share={self.keep_share!r} has no effect with keep_tokens=0; set that, too.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas!r} must lie in [0, 1).")
-        if not 0 <= self.layers[0] < self.layers[1] <= 1:
-            raise ValueError(f"layers={self.layers!r} must be two shares of the depth, e.g. (0.5, 1.0).")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
-=======
         self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
         for name in ("prompts", "conditions", "target_modules", "refusal", "refusal_prompt", "instruction"):
@@ -282,7 +202,6 @@ class RRSConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} {rule}.")
         if self.keep_share < 1 and not self.keep_tokens:
             raise ValueError(f"keep_share={self.keep_share!r} has no effect with keep_tokens=0; set that, too.")
->>>>>>> Stashed changes
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RRSConfig:
@@ -318,13 +237,8 @@ def _check_top(top: float | str) -> None:
     if top != "positive" and (not isinstance(top, (int, float)) or isinstance(top, bool) or not 0 < top <= 100):
         raise ValueError(f"top={top!r} must be a percentage in (0, 100], e.g. 12.5, 25 or 50, or 'positive'.")
     if isinstance(top, float) and top < 1:
-<<<<<<< Updated upstream
-        warnings.warn(f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}.",
-                      RRSWarning, stacklevel=4)  # fmt: skip
-=======
         message = f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}."
         warnings.warn(message, RRSWarning, stacklevel=4)
->>>>>>> Stashed changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,13 +269,9 @@ def select_features(
         raise ValueError(f"delta {list(delta.shape)} and head_row {list(head_row.shape)} must both be [hidden].")
     score = scorer(delta, head_row)
     if score.shape != delta.shape:
-<<<<<<< Updated upstream
-        raise ValueError(f"The scorer gave {list(score.shape)}; it must give one score a feature, {list(delta.shape)}.")
-=======
         raise ValueError(
             f"The scorer gave {list(score.shape)}; it must give a score for each of {len(delta)} features."
         )
->>>>>>> Stashed changes
     if not torch.isfinite(score).all():
         raise ValueError("The features' scores hold NaN or infinity; check the vectors, the scorer and the weights.")
     if isinstance(top, str):
@@ -376,30 +286,16 @@ def select_features(
 
 @torch.no_grad()
 def natural_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: int = 1024) -> Tensor:
-<<<<<<< Updated upstream
-    """The direction nearest to a move along which the model goes on saying the same to benign inputs; ours.
-
-    A small step v changes the softmax p of the logits at h by a KL of `½ vᵀ F v`, with the Fisher information
-    `F = mean over h of Wᵀ (diag p − p pᵀ) W`. The step with the least KL for its component along `move` is the natural
-    gradient `(F + εI)⁻¹ move` (Amari 1998).
-=======
     """The direction nearest to a move along which the model goes on saying the same to benign inputs, `[hidden]`; ours.
 
     A small step v changes the softmax p of the logits at h by a KL of `½ vᵀ F v`, with the Fisher information
     `F = mean over h of Wᵀ (diag p − p pᵀ) W`. The step with the least KL for its component along `move` is the natural
     gradient `(F + εI)⁻¹ move` (Amari 1998); ε is F's mean eigenvalue. The component along `move` is kept.
->>>>>>> Stashed changes
 
     Args:
         move: `[hidden]`, e.g. Δ∘mask.
         benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly spread.
         head_weight: W `[vocab, hidden]`, see `Reader.logit_weight`.
-<<<<<<< Updated upstream
-
-    Returns:
-        `[hidden]`, with the same component along `move`; ε is F's mean eigenvalue.
-=======
->>>>>>> Stashed changes
     """
     w = head_weight.detach().float()
     h = benign[:: -(-len(benign) // most)].to(w)
@@ -434,11 +330,7 @@ class TrainItem:
     condition: str
     """How it is asked: one of `rrs.data.CONDITIONS`."""
     target: Tensor
-<<<<<<< Updated upstream
-    """`[positions, hidden]`: where the vectors at the last positions shall be; or what an objective of your own takes."""
-=======
     """`[positions, hidden]`: where the vectors at the last positions shall be; or what your own objective takes."""
->>>>>>> Stashed changes
     suffix: tuple[int, ...] = ()
     """Token ids of an answer that has already begun; `()` is the prompt's end (the paper)."""
     weight: float = 1.0
@@ -451,13 +343,8 @@ def make_items(
     vectors: Tensor,
     move: Tensor,
     *,
-<<<<<<< Updated upstream
-    along: Sequence[Tensor] | None = None,
-    suffixes: Sequence[Sequence[int]] | None = None,
-=======
     suffixes: Sequence[Sequence[int]] | None = None,
     along: Sequence[Tensor] | None = None,
->>>>>>> Stashed changes
 ) -> list[TrainItem]:
     """Step 4, one side at a time: the paper's targets, `R_h + Δ` for harmful and `R_b − Δ` for benign examples.
 
@@ -467,13 +354,8 @@ def make_items(
         suffixes: tokens of answers that have begun, for each example.
         along: the targets after each of these tokens, `[len(suffix), hidden]` for each example.
     """
-<<<<<<< Updated upstream
-    suffixes = suffixes if suffixes is not None else [()] * len(examples)
-    along = along if along is not None else [vectors[:0]] * len(examples)
-=======
     suffixes = [()] * len(examples) if suffixes is None else suffixes
     along = [vectors[:0]] * len(examples) if along is None else along
->>>>>>> Stashed changes
     return [
         TrainItem(example, condition, torch.cat([(row + move)[None], later]), tuple(suffix))
         for example, row, later, suffix in zip(examples, vectors, along, suffixes, strict=True)
@@ -500,14 +382,8 @@ def to_targets(
             `objective=partial(to_targets, distance=lambda h, t: 1 - torch.cosine_similarity(h, t))`.
     """
     lengths = [len(item.target) for item in items]
-<<<<<<< Updated upstream
-    longest = max(lengths)
-    if longest <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
-        h = reader.last_hidden(prompts, longest)  # [batch, longest, hidden]
-=======
     if max(lengths) <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
         h = reader.last_hidden(prompts, max(lengths))  # [batch, longest, hidden]
->>>>>>> Stashed changes
         ends = [rows[-n:] for rows, n in zip(h, lengths, strict=True)]
     else:
         ends = [reader.last_hidden([prompt], n)[0] for prompt, n in zip(prompts, lengths, strict=True)]
@@ -517,19 +393,11 @@ def to_targets(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-<<<<<<< Updated upstream
-# What a step of training sees
-
-
-def steps_per_epoch(items: Sequence[TrainItem], config: RRSConfig) -> int:
-    """Optimizer steps of one pass over the items."""
-=======
 # What a step of training visits, and what it leaves
 
 
 def steps_per_epoch(items: Sequence[TrainItem], config: RRSConfig) -> int:
     """Optimizer steps of one pass over the items; a batch holds one condition."""
->>>>>>> Stashed changes
     batches = sum(-(-n // config.batch_size) for n in Counter(item.condition for item in items).values())
     return -(-batches // config.accumulate)
 
@@ -546,12 +414,7 @@ def draw(
         lengths: of the items' prompts; with them those of like length share a batch.
     """
     epoch, place = divmod(step, steps_per_epoch(items, config))
-<<<<<<< Updated upstream
-    order, size = seeded(config.seed, "order", epoch), config.batch_size
-    plan: list[list[int]] = []
-=======
     order, size, plan = seeded(config.seed, "order", epoch), config.batch_size, list[list[int]]()
->>>>>>> Stashed changes
     for condition in dict.fromkeys(item.condition for item in items):
         indices = [i for i, item in enumerate(items) if item.condition == condition]
         shuffled = [indices[k] for k in torch.randperm(len(indices), generator=order).tolist()]
@@ -559,14 +422,8 @@ def draw(
             parts = (shuffled[k : k + 32 * size] for k in range(0, len(shuffled), 32 * size))
             shuffled = [i for part in parts for i in sorted(part, key=lengths.__getitem__)]
         plan += [shuffled[k : k + size] for k in range(0, len(shuffled), size)]
-<<<<<<< Updated upstream
-    chosen = torch.randperm(len(plan), generator=order).tolist()[place * config.accumulate :][: config.accumulate]
-    instructions, out = seeded(config.seed, "instructions", step), []
-    for k in chosen:
-=======
     instructions, out = seeded(config.seed, "instructions", step), []
     for k in torch.randperm(len(plan), generator=order).tolist()[place * config.accumulate :][: config.accumulate]:
->>>>>>> Stashed changes
         pool = torch.randperm(len(config.prompts), generator=instructions).tolist()
         out.append([(items[i], config.prompts[pool[n % len(pool)]]) for n, i in enumerate(plan[k])])
     return out
@@ -582,8 +439,6 @@ def share_out(batches: Sequence[Sequence[Any]], rank: int, world: int) -> Iterat
         before += len(batch)
 
 
-<<<<<<< Updated upstream
-=======
 def weighted(losses: Tensor, items: Sequence[TrainItem]) -> Tensor:
     """An objective's values times the items' weights `[batch]`."""
     if losses.shape != (len(items),):
@@ -591,7 +446,6 @@ def weighted(losses: Tensor, items: Sequence[TrainItem]) -> Tensor:
     return losses * torch.tensor([item.weight for item in items]).to(losses)
 
 
->>>>>>> Stashed changes
 def gradients(lora: LoRA) -> list[Tensor]:
     """Of all its parameters; zero where this rank had nothing to do."""
     for p in lora.parameters():
@@ -605,27 +459,12 @@ class Step:
 
     rrs: RRS
     epoch: int
-<<<<<<< Updated upstream
-    step: int
-    """Optimizer steps done."""
-    steps: int
-    """Optimizer steps in all."""
-    loss: float
-    """`objective + config.penalty · penalty`, mean over the step's batches."""
-    objective: float
-    """The objective's part, e.g. the mean squared error to the targets."""
-    penalty: float
-    """The penalty, unweighted: `Σ‖(α/r)·B·A‖_F²`."""
-    grad_norm: float
-    """Before clipping."""
-=======
     step: int  # optimizer steps done
     steps: int  # optimizer steps in all
     loss: float  # objective + config.penalty · penalty, mean over the step's batches
     objective: float  # e.g. the mean squared error to the targets
     penalty: float  # unweighted: Σ‖(α/r)·B·A‖_F²
     grad_norm: float  # before clipping
->>>>>>> Stashed changes
     learning_rate: float
 
     def row(self) -> dict[str, float]:
@@ -634,11 +473,7 @@ class Step:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-<<<<<<< Updated upstream
-# Files that appear complete or not at all
-=======
 # Files that appear complete or not at all, and know when they are damaged
->>>>>>> Stashed changes
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -657,18 +492,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for temporary in scratch.values():
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} can't be written ({error.strerror}); make room or access there") from error
-<<<<<<< Updated upstream
-    for path, temporary in reversed(scratch.items()):
-        os.replace(temporary, path)
-
-
-def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
-    """SHA-256 of names, shapes, contents and record."""
-    sha = hashlib.sha256(record.encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        sha.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b"")
-=======
     for path in reversed(scratch):
         os.replace(scratch[path], path)
 
@@ -679,30 +502,17 @@ def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
->>>>>>> Stashed changes
     return sha.hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor], record: Any = None) -> bytes:
-<<<<<<< Updated upstream
-    """A safetensors file with a JSON record and a SHA-256 of everything in its metadata; `unpack` reads it."""
-=======
     """A safetensors file with a JSON record, and a SHA-256 of everything in its metadata; `unpack` reads it."""
->>>>>>> Stashed changes
     text = json.dumps(record)
     return to_safetensors(dict(tensors), {"format": "pt", "rrs": text, "sha256": _digest(tensors, text)})
 
 
 def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
-<<<<<<< Updated upstream
-    """Tensors and record of a file that `pack` made, or that carries no checksum.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-=======
     """Tensors and record of a file that `pack` made, or that carries no checksum; ValueError where it is damaged."""
->>>>>>> Stashed changes
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -710,11 +520,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         record = json.loads(about.get("rrs", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-<<<<<<< Updated upstream
-    if "sha256" in about and about["sha256"] != _digest(tensors, about.get("rrs", "null")):
-=======
     if about.get("sha256", "") not in ("", _digest(tensors, about.get("rrs", "null"))):
->>>>>>> Stashed changes
         raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
     return tensors, record
 
@@ -731,9 +537,6 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
-<<<<<<< Updated upstream
-        check_checkpoints(folder, resume)
-=======
 
     @staticmethod
     def check(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
@@ -749,7 +552,6 @@ class Checkpoints:
                 "another checkpoint_dir to start a new one."
             )
         return bool(files)
->>>>>>> Stashed changes
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -767,23 +569,6 @@ class Checkpoints:
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
         content = {f"step-{step:08}.safetensors": pack(tensors, {"run": self.run, **record})}
-<<<<<<< Updated upstream
-
-        def write() -> None:
-            try:
-                write_files(self.folder, content)
-            except OSError as error:
-                message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
-                raise OSError(error.errno, message) from error
-            for path in self.files()[:-2]:
-                path.unlink(missing_ok=True)
-
-        on_rank0(write)
-
-    def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Fills in the newest state and returns its record; an empty one if there is none."""
-        if not (files := on_rank0(self.files)):
-=======
         try:
             on_rank0(lambda: write_files(self.folder, content))
         except OSError as error:
@@ -795,7 +580,6 @@ class Checkpoints:
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Fills in the newest state and returns its record; an empty one if there is none."""
         if not (files := self.files()):
->>>>>>> Stashed changes
             return {}
         try:
             tensors, record = on_rank0(lambda: unpack(files[-1]))
@@ -815,77 +599,6 @@ class Checkpoints:
         return dict(record)
 
 
-<<<<<<< Updated upstream
-def check_checkpoints(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
-    """Whether a run can have its checkpoints there (else an error), and whether one has begun."""
-    if folder is None:
-        if every or resume:
-            raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
-        return False
-    on_rank0(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
-    files = on_rank0(lambda: sorted(Path(folder).glob("step-*.safetensors")))
-    if files and not resume:
-        raise FileExistsError(
-            f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or another "
-            "checkpoint_dir to start a new one."
-        )
-    return bool(files)
-
-
-def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
-    """The folder that `save` would write, if it may.
-
-    Raises:
-        FileExistsError: it is a file, or has content and `overwrite` is off, or content that is no adapter's.
-        OSError: nothing can be written there.
-    """
-    path = Path(directory).resolve()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; choose a folder.")
-    held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
-    if held and not overwrite:
-        raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held if "adapter_config.json" not in held else held - FILES):
-        raise FileExistsError(
-            f"{path} holds what is no part of an adapter: {foreign[:4]}; it would be mixed up. Choose another folder, or "
-            "move that away."
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"{path} can't be written; choose another folder.")
-    return path
-
-
-def describe(function: Any) -> str:
-    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
-    if isinstance(function, partial):
-        return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
-    if (code := getattr(function, "__code__", None)) is None:
-        return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
-
-    def parts(code: Any) -> str:
-        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
-
-    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
-
-    Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
-    the values: they are rounded to bfloat16 first.
-    """
-
-    def digest(value: Tensor) -> bytes:
-        value = value.to(torch.bfloat16) if value.is_floating_point() else value
-        raw = value.contiguous().cpu().flatten().view(torch.uint8).numpy() if value.numel() else b""
-        return hashlib.sha256(f"{list(value.shape)}".encode() + hashlib.sha256(raw).digest()).digest()
-
-    def tensors(module: nn.Module) -> list[Tensor]:
-        return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
-
-=======
 def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     """The folder that `save` would write, made if need be; FileExistsError or OSError where it can't be."""
     path = Path(directory).resolve()
@@ -931,7 +644,6 @@ def fingerprint(model: nn.Module) -> str:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
 
->>>>>>> Stashed changes
     inside = tensors(locate(model).decoder)
     known = {id(t) for t in inside}
     rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
@@ -941,206 +653,12 @@ def fingerprint(model: nn.Module) -> str:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-<<<<<<< Updated upstream
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured before and after training
-
-
-@dataclass
-class Preflight:
-    """Can this configuration work? Measured on the vanilla model, before any training."""
-
-    condition: str
-    harmful_refused: Rate
-    """Harmful inputs that vanilla refuses: what is left to gain."""
-    benign_refused: Rate
-    """Benign inputs that vanilla refuses: a control set that is refused is no control."""
-    refused: Rate
-    """Refusals when the refusal prompt is appended: does Δ point at a refusal at all?"""
-    token_full: Rate
-    """Harmful inputs at which the refusal token is the head's first choice at `R_h + Δ`, without selection."""
-    token_target: Rate
-    """The same at the targets: does arriving there start a refusal?"""
-    benign_same: Rate
-    """Benign inputs of which the head's first choice is the same at their targets: does moving there change answers?"""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preflight:
-        """From a saved one."""
-        rates: dict[str, Any] = {k: Rate(**v) if isinstance(v, Mapping) else v for k, v in values.items()}
-        return cls(**rates)
-
-    def __str__(self) -> str:
-        return (
-            f"preflight {self.condition}: vanilla refuses {self.harmful_refused} of harmful and {self.benign_refused} "
-            f"of benign questions, {self.refused} with the refusal prompt; the refusal token is the first choice at "
-            f"{self.token_target} of the targets ({self.token_full} without selection); benign inputs keep their first "
-            f"choice at {self.benign_same} of theirs"
-        )
-
-    def advice(self, config: RRSConfig) -> list[str]:
-        """What is unlikely to work, each with the fix."""
-        natural = "" if config.direction == "natural" else "direction='natural', or "
-        positive = "" if config.top == "positive" else ", or top='positive'"
-        checks = {
-            f"vanilla refuses {self.harmful_refused} of the harmful questions already; there is little to gain.":
-                self.harmful_refused.value > 0.9,
-            f"vanilla refuses {self.benign_refused} of the benign questions; choose ones that it answers.":
-                self.benign_refused.value > 0.25,
-            f"only {self.refused} answers refuse when the refusal prompt is appended, so Δ does not point at refusals. "
-            'Try refusal_prompt="auto", or name the words: \'Reply with one sentence: "Sorry, I cannot do that."\'':
-                self.refused.value < 0.5 and len(config.refusal.split()) == 1,
-            f"the first token of refusal={config.refusal!r} is the first choice at only {self.token_target} of the "
-            f'targets, so arriving there does not start a refusal. Try refusal="auto", more harmful_strength{positive}.':
-                self.token_target.value < 0.5,
-            f"only {self.benign_same} of the benign inputs keep the head's first choice at their targets, so harmless "
-            f"questions will be answered otherwise. Use {natural}a lower benign_strength.": self.benign_same.value < 0.5,
-        }  # fmt: skip
-        return [f"{self.condition}: {said}" for said, found in checks.items() if found]
-
-
-@dataclass
-class Refusal:
-    """How this model refuses; see `RRS.find_refusal`."""
-
-    prompt: str
-    """The refusal prompt that makes it refuse most."""
-    words: str
-    """What most of these refusals begin with."""
-    refused: Rate
-    """Refusals under this prompt."""
-    tried: list[tuple[str, Rate]]
-    """All prompts that were tried, best first."""
-
-    def __str__(self) -> str:
-        rows = [f"  {rate.value:4.0%}  {prompt}" for prompt, rate in self.tried]
-        return "\n".join([f"refusals under each refusal prompt, of {self.refused.n}:", *rows, f"words: {self.words!r}"])
-
-
-@dataclass
-class Point:
-    """What the adapter does at one scale; see `RRS.calibrate`."""
-
-    scale: float
-    """Factor of the LoRA's update."""
-    groups: dict[str, Rate]
-    """Of each group, the share of inputs at which the head's first choice is the refusal token."""
-    refused: float
-    """Mean of the harmful groups."""
-    over: float
-    """By how much the worst of the other groups is beyond its budget; 0 or less is within."""
-    auc: dict[str, float]
-    """How well harmful inputs are told from those of each other group, wherever the border lies."""
-    answers: dict[str, Rate] = field(default_factory=dict)
-    """Refusals by judged answers, and "degenerate"; empty where answers were not asked for."""
-
-
-@dataclass
-class Calibration:
-    """The curve of refusals against their cost, and the point that was chosen."""
-
-    budget: dict[str, float]
-    vanilla: Point
-    points: list[Point]
-    chosen: Point
-
-    def __str__(self) -> str:
-        names = list(self.vanilla.groups)
-        lines = ["first choice is to refuse, by scale of the update:", "   scale" + "".join(f"{n:>14}" for n in names)]
-        for p in (self.vanilla, *self.points):
-            mark = "*" if p is self.chosen else " "
-            lines.append(f"{mark} {p.scale:6.2f}" + "".join(f"{p.groups[n].value:14.1%}" for n in names))
-        changes = [f"{n} {self.vanilla.answers[n].value:.1%} → {r.value:.1%} [{r.low:.0%}–{r.high:.0%}]"
-                   for n, r in self.chosen.answers.items()]  # fmt: skip
-        return "\n".join([*lines, *(["by answers, vanilla → *: " + ", ".join(changes)] if changes else [])])
-
-
-def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
-    """Points of the curve, by scale: up from 0.5 while it pays, and below it while even that is beyond the budget."""
-    points, third = [measure(0.5)], 2 ** (1 / 3)
-    while points[0].over > 0 and points[0].scale > 0.1:
-        points.insert(0, measure(points[0].scale / third))
-    while (scale := points[-1].scale * third) <= most * 1.001:
-        points.append(measure(scale))
-        if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.2:
-            break  # answers break, or harmless inputs are refused in numbers
-    return points
-
-
-def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequence[Example]]) -> dict[str, float]:
-    """The budget of each harmless group, and of degenerate answers."""
-    given = budget if isinstance(budget, Mapping) else dict.fromkeys([*harmless, "degenerate"], budget)
-    limits = {"degenerate": 0.01} | {g: _number(f"budget[{g!r}]", value, float) for g, value in given.items()}
-    if odd := sorted(limits.keys() ^ {*harmless, "degenerate"}):
-        raise ValueError(f"budget={budget!r} does not match dev in {odd}; name each of {list(harmless)} and no other.")
-    if few := [f"{g} ({len(rows)})" for g, rows in harmless.items() if 0 < limits[g] < 1 / len(rows)]:
-        message = f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions."
-        warnings.warn(message, RRSWarning, stacklevel=4)
-    return limits
-
-
-def grouped(examples: Any) -> dict[str, list[Example]]:
-    """Examples by group: `{name: whatever load_examples takes}`; or without names by label. A group has one label.
-
-    In a group called "harmful" or "benign", examples without a label have that one.
-    """
-    if not isinstance(examples, Mapping):
-        loaded = load_examples(examples)
-        examples = {
-            str(label): [e for e in loaded if e.label == label] for label in dict.fromkeys(e.label for e in loaded)
-        }
-    groups = {}
-    for group, rows in examples.items():
-        own = group if group in ("harmful", "benign") else None
-        loaded = [replace(e, label=e.label or own) for e in load_examples(rows)]
-        labels = {e.label for e in loaded} | ({own} if own else set())
-        if len(labels) > 1 or None in labels:
-            raise ValueError(
-                f"The group {group!r} has examples labelled {sorted(map(str, labels))}; give it "
-                'load_examples(…, "harmful") or load_examples(…, "benign"), and each label groups of its own.'
-            )
-        groups |= {group: loaded} if loaded else {}
-    return groups
-
-
-def _common_start(answers: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens with which most answers begin: the commonest at each place, as long as half of all agree so far."""
-    start: list[int] = []
-    while following := Counter(
-        a[len(start)] for a in answers if list(a[: len(start)]) == start and len(a) > len(start)
-    ):
-        token, times = following.most_common(1)[0]
-        if start and 2 * times < len(answers):
-            break
-        start.append(token)
-    return start
-=======
->>>>>>> Stashed changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured beside training
 
 
-<<<<<<< Updated upstream
-class Prepared(NamedTuple):
-    """Steps 1 to 4 in one condition: see `RRS.prepare`."""
-
-    condition: str
-    items: list[TrainItem]
-    direction: Direction
-    harmful: Tensor
-    """R_h `[harmful, hidden]`."""
-    benign: Tensor
-    """R_b `[benign, hidden]`."""
-
-
-class RRS:
-    """A model, its processor, and what RRS does to them.
-
-=======
 @dataclass
 class Preflight:
     """Can this configuration work? Shares of inputs, of the vanilla model, before any training."""
@@ -1172,12 +690,12 @@ class Preflight:
             f"vanilla refuses {self.benign_refused} of the benign questions; choose ones that it answers.": (
                 self.benign_refused.value > 0.25
             ),
-            f"only {self.refused} answers refuse when the refusal prompt is appended, so Δ does not point at refusals. Use "
-            'refusal_prompt="auto", or name the words: \'Reply with one sentence: "Sorry, I cannot do that."\'': (
+            f"only {self.refused} answers refuse when the refusal prompt is appended, so Δ does not point at refusals. "
+            'Use refusal_prompt="auto", or name the words: \'Reply with one sentence: "Sorry, I cannot do that."\'': (
                 self.refused.value < 0.5 and len(config.refusal.split()) == 1
             ),
             f"the first token of refusal={config.refusal!r} is the first choice at only {self.token_target} of the "
-            f'targets, so arriving there does not start a refusal. Use refusal="auto", more harmful_strength{positive}.': (
+            f'targets, so they start no refusal. Use refusal="auto" or more harmful_strength{positive}.': (
                 self.token_target.value < 0.5
             ),
             f"only {self.benign_same} of the benign inputs keep the head's first choice at their targets, so harmless "
@@ -1309,7 +827,8 @@ def peft_config(lora: LoRA, record: Mapping[str, Any]) -> dict[str, Any]:
     """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well."""
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r,
-        "base_model_name_or_path": record.get("base", {}).get("name") or None, "lora_alpha": lora.scale * lora.r, "lora_dropout": lora.dropout, "target_modules": lora.paths,
+        "base_model_name_or_path": record.get("base", {}).get("name") or None, "lora_alpha": lora.scale * lora.r,
+        "lora_dropout": lora.dropout, "target_modules": lora.paths,
         "bias": "none", "inference_mode": True,
     }  # fmt: skip
 
@@ -1440,7 +959,6 @@ def _any_examples(examples: Any) -> list[Example]:
 class Runner:
     """A model and its processor as RRS uses them: prompts in, vectors and answers out, with the adapter or without.
 
->>>>>>> Stashed changes
     The model's own weights and modules are never changed, except by `merge`: `fit` and `load` attach a LoRA through
     hooks, `disable()` takes it off again.
 
@@ -1472,26 +990,12 @@ class Runner:
         verbose: bool = True,
     ) -> None:
         if config is not None and not isinstance(config, RRSConfig):
-<<<<<<< Updated upstream
-            raise ValueError(
-                f"config must be an RRSConfig, not a {type(config).__name__}; RRSConfig.from_dict makes one."
-            )
-        connect()
-        self.model, self.processor, self.config = model, processor, config or RRSConfig()
-        self.verbose = verbose and rank() == 0
-        self.location = locate(model, decoder=decoder, norm=norm, head=head)
-        self.template_kwargs = dict(template_kwargs or {})
-        self.render = build_inputs or Renderer(
-            processor, system=self.config.system, template_kwargs=self.template_kwargs
-        )
-=======
             raise ValueError(f"config is a {type(config).__name__}; make it an RRSConfig, e.g. by RRSConfig.from_dict.")
         connect()
         self.model, self.processor, self.config = model, processor, config or RRSConfig()
         self.verbose, self.template_kwargs = verbose and rank() == 0, dict(template_kwargs or {})
         self.location = locate(model, decoder=decoder, norm=norm, head=head)
         self.render = build_inputs or Renderer(processor, self.config.system, self.template_kwargs)
->>>>>>> Stashed changes
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = Reader(model, self.location, self.render)
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
@@ -1510,57 +1014,6 @@ class Runner:
         self.record: dict[str, Any] = {}
         """What the adapter was trained with: config, data, base, versions, preflight, calibration."""
         self._trained_on = frozenset[int]()
-<<<<<<< Updated upstream
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_dir: str | Path,
-        config: RRSConfig | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> RRS:
-        """Load model and processor by name or folder.
-
-        Weights are read from safetensors only, never unpickled.
-
-        Args:
-            device: default the machine's accelerator, else the CPU.
-            dtype: default bfloat16 on an accelerator, float32 on a CPU.
-            trust_remote_code: run Python code that comes with the checkpoint; off unless you ask for it.
-            revision: branch, tag or commit of the checkpoint.
-            model_kwargs: for the model's `from_pretrained`: `device_map`, `attn_implementation`,
-                `quantization_config`, …
-            kwargs: further arguments of `RRS(...)`.
-        """
-        connect()
-        device = torch.device(device or best_device())
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        name, given = str(name_or_dir), dict(model_kwargs or {})
-        source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-        model_config = transformers.AutoConfig.from_pretrained(name, **source)
-        architecture = (model_config.architectures or [""])[0]
-        model_class = getattr(transformers, THINKERS.get(architecture, architecture), None)
-        if model_class is None:
-            if not trust_remote_code:
-                raise ValueError(
-                    f"transformers {transformers.__version__} has no class {architecture!r} for {name}. "
-                    "Update transformers; or, if you trust the code in that checkpoint, pass trust_remote_code=True."
-                )
-            model_class = transformers.AutoModelForCausalLM
-        model: Any = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, **source, **given)
-        with needed_packages(f"The processor of {name}"):
-            processor = transformers.AutoProcessor.from_pretrained(name, **source)
-        if not given.keys() & {"device_map", "quantization_config"}:  # these have put it where it belongs
-            model.to(device)
-        return cls(model.eval(), processor, config, **kwargs)
-=======
->>>>>>> Stashed changes
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
@@ -1595,20 +1048,12 @@ class Runner:
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
-<<<<<<< Updated upstream
-        spoken, bad = next((c for c in conditions if not c.startswith("text")), None), dict[int, str]()
-=======
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
->>>>>>> Stashed changes
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
-<<<<<<< Updated upstream
-                    self.read(examples[i], str(spoken))
-=======
                     self.read(examples[i], spoken)
->>>>>>> Stashed changes
                 except DataError as error:
                     bad[i] = str(error) if examples[i].id in str(error) else f"{examples[i].id}: {error}"
                 bar.update()
@@ -1629,658 +1074,6 @@ class Runner:
         if both[: len(before)] == before:
             return tuple(both[len(before) :])
         return tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])
-<<<<<<< Updated upstream
-
-    # -- the steps ----------------------------------------------------------------------------------------------------
-
-    def extract(
-        self, examples: Any, condition: str, *, refusal_prompt: bool = False, all_layers: bool = False
-    ) -> Tensor:
-        """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
-
-        `h(x)` is what the head multiplies at the prompt's last token.
-
-        Args:
-            examples: whatever `load_examples` takes.
-            condition: one of `rrs.data.CONDITIONS`.
-            refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
-            all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
-
-        Raises:
-            ValueError: an example lacks what the condition needs; the model gives NaN.
-        """
-        examples = self._usable(load_examples(examples), condition)
-        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
-            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
-            return self._finite(self.reader.represent(prompts, bar.update, layers=all_layers), condition)
-
-    def extract_along(
-        self,
-        examples: Sequence[Example],
-        condition: str,
-        suffixes: Sequence[Sequence[int]],
-        *,
-        refusal_prompt: bool = False,
-    ) -> list[Tensor]:
-        """`h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each example.
-
-        Args:
-            suffixes: the answers' token ids, one answer for each example; `()` is the prompt's end alone.
-        """
-        out = [torch.empty(0)] * len(examples)
-        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
-            for n in sorted({len(s) for s in suffixes}):
-                alike = [i for i, suffix in enumerate(suffixes) if len(suffix) == n]
-                prompts = [
-                    self.read(examples[i], condition, refusal_prompt=refusal_prompt).extended(suffixes[i])
-                    for i in alike
-                ]
-                for i, rows in zip(alike, self.reader.represent(prompts, bar.update, last=n + 1), strict=True):
-                    out[i] = self._finite(rows, condition)
-        return out
-
-    def select(self, benign: Tensor, refused: Tensor, scorer: Scorer = contribution) -> Direction:
-        """Steps 2 and 3: `Δ = mean(R_h+) − mean(R_b)`, its safety features, and what inputs are moved along.
-
-        Args:
-            benign, refused: R_b and R_h+, `[n, hidden]` each.
-            scorer: scores features for the selection, instead of the paper's `contribution`.
-        """
-        delta = refused.mean(0) - benign.mean(0)
-        mask = select_features(delta, self.head_row(self.refusal_token), self.config.top, scorer)
-        move = delta * mask
-        if self.config.direction == "natural":
-            move = natural_direction(move, benign, self.reader.logit_weight)
-        return Direction(delta, mask, move)
-
-    def prepare(
-        self, harmful: Sequence[Example], benign: Sequence[Example], condition: str, scorer: Scorer = contribution
-    ) -> Prepared:
-        """Steps 1 to 4 in one condition: extract, select, and the items that training visits."""
-        c, words = self.config, self.token_ids(self.config.refusal)
-        harmful, benign = self._usable(harmful, condition), self._usable(benign, condition)
-        r_b, r_h = self.extract(benign, condition), self.extract(harmful, condition)
-        suffixes = [words if len(words) > 1 else ()] * len(harmful)
-        plus = self.extract_along(harmful, condition, suffixes, refusal_prompt=True)  # R_h+, and after each word
-        direction = self.select(r_b, torch.stack([rows[0] for rows in plus]), scorer)
-        up, down = c.harmful_strength * direction.move, c.benign_strength * direction.move
-        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=[rows[1:] for rows in plus])
-        held, answers = self._held(benign, condition, r_b), [()] * len(benign)
-        for i, answer in held.items():
-            answers[i] = answer
-        after = dict(zip(held, self.extract_along([benign[i] for i in held], condition, [*held.values()]), strict=True))
-        along = [after[i][1:] if i in held else r_b[:0] for i in range(len(benign))]
-        items += make_items(benign, condition, r_b, -down, suffixes=answers, along=along)
-        return Prepared(condition, items, direction, r_h, r_b)
-
-    def _held(self, benign: Sequence[Example], condition: str, r_b: Tensor) -> dict[int, tuple[int, ...]]:
-        """Which benign answers are held (`config.keep_tokens`, `.keep_share`): index to the answer's first tokens."""
-        c = self.config
-        if not c.keep_tokens:
-            return {}
-        near = self._logits(r_b, lambda logits: logits.log_softmax(-1)[:, self.refusal_token])
-        some = sorted(near.argsort(descending=True, stable=True)[: max(1, round(c.keep_share * len(benign)))].tolist())
-        with self._running(vanilla=True), self._bar(len(some), "answers to hold") as bar:
-            prompts = [self.read(benign[i], condition) for i in some]
-            said = generate_ids(self.reader, self.tokenizer, prompts, c.keep_tokens, bar.update)
-        return {i: tuple(said[k][: c.keep_tokens]) for k, i in enumerate(some)}
-
-    def preflight(self, prepared: Prepared, n: int = 32) -> Preflight:
-        """Checks, before training, on the vanilla model, whether this can work; warns with the fix where it can't.
-
-        Args:
-            n: harmful and benign examples to answer (24 tokens each).
-        """
-        condition, items, direction, r_h, r_b = prepared
-        sides = [[i.example for i in side] for side in (items[: len(r_h)], items[len(r_h) :])]
-        some = [side[:: -(-len(side) // n)] for side in sides]
-        goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
-        check = Preflight(
-            condition,
-            harmful_refused=self._refused(some[0], condition),
-            benign_refused=self._refused(some[1], condition),
-            refused=self._refused(some[0], condition, refusal_prompt=True),
-            token_full=Rate.of(self._first_choice(r_h + direction.delta) == self.refusal_token),
-            token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
-            benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
-        )
-        self._say(str(check))
-        for advice in check.advice(self.config):
-            warnings.warn(advice, RRSWarning, stacklevel=3)
-        return check
-
-    def find_refusal(
-        self, harmful: Any, condition: str | None = None, *, prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
-    ) -> Refusal:
-        """How does this model refuse? Tries refusal prompts, and reads off the words its refusals begin with.
-
-        Args:
-            harmful: whatever `load_examples` takes.
-            condition: default the first of `config.conditions`.
-            prompts: to try, beside the config's own.
-            n: examples to answer under each (24 tokens).
-        """
-        condition = condition or self.config.conditions[0]
-        examples = self._usable(load_examples(harmful, "harmful"), condition)
-        examples = examples[:: -(-len(examples) // n)]
-        config, tried = self.config, dict[str, Rate]()
-        try:
-            for prompt in dict.fromkeys((*prompts, config.refusal_prompt)):
-                if prompt != "auto":
-                    self.config = replace(config, refusal_prompt=prompt)
-                    tried[prompt] = self._refused(examples, condition, refusal_prompt=True)
-            best = max(tried, key=lambda p: tried[p].value)
-            self.config = replace(config, refusal_prompt=best)
-            with self._running(vanilla=True):
-                asked = [self.read(e, condition, refusal_prompt=True) for e in examples]
-                said = generate_ids(self.reader, self.tokenizer, asked, 16)
-        finally:
-            self.config = config
-        answers = [said[i] for i in range(len(examples))]
-        verdicts = judge_refusals(
-            [e.text or "" for e in examples], self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        )
-        refusals = [ids for ids, v in zip(answers, verdicts, strict=True) if v == "refusal"] or answers
-        words = self.tokenizer.decode(_common_start(refusals), skip_special_tokens=True).strip()
-        found = Refusal(best, words, tried[best], sorted(tried.items(), key=lambda pair: -pair[1].value))
-        self._say(str(found))
-        if found.refused.value < 0.5:
-            warnings.warn(
-                f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your own "
-                "that say the words to reply with; a model that was never aligned may not have the behaviour.",
-                RRSWarning,
-                stacklevel=2,
-            )
-        return found
-
-    # -- training -----------------------------------------------------------------------------------------------------
-
-    def train(
-        self,
-        items: Sequence[TrainItem],
-        *,
-        objective: Objective = to_targets,
-        penalty: Penalty = LoRA.penalty,
-        callbacks: Iterable[Callback] = (),
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 0,
-        resume: bool = False,
-    ) -> RRS:
-        """Step 5, in place: attaches a fresh LoRA and trains it towards the items' targets. `disable()` takes it off.
-
-        `loss = mean(weight · objective) + config.penalty · penalty(lora)`, AdamW, linear decay, gradient clipping.
-
-        Args:
-            items: from `make_items`, or of your own.
-            objective: `(reader, prompts, items) -> losses [batch]`; the default is the distance to the targets.
-            penalty: `(lora) -> scalar`; the default is the paper's `Σ_modules ‖(α/r)·B·A‖_F²`.
-            callbacks: called with a `Step` after each optimizer step; training ends where one returns True.
-            checkpoint_dir, checkpoint_every, resume: as in `fit`.
-
-        Raises:
-            FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
-            Whatever is raised, the model and this object are as they were before.
-        """
-        check_checkpoints(checkpoint_dir, resume, checkpoint_every)
-        c, items, callbacks = self.config, list(items), list(callbacks)
-        self._check_items(items, objective)
-        lora = LoRA(
-            self.model, linear_paths(self.location, c.target_modules, c.layers), r=c.lora_r, alpha=c.lora_alpha,
-            dropout=c.lora_dropout, seed=c.seed,
-        )  # fmt: skip
-        optimizer = torch.optim.AdamW(
-            lora.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay,
-            fused=self.reader.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
-        per_epoch = steps_per_epoch(items, c)
-        steps, record, history = c.epochs * per_epoch, self._training_record(items), list[dict[str, float]]()
-        checkpoints = None
-        if checkpoint_dir is not None:
-            norms = (
-                f"{sum(float(item.target.float().norm()) for item in items):.4g}"  # of another processor, they differ
-            )
-            run = {
-                **record,
-                "dtype": str(self.reader.dtype),
-                "targets": norms,
-                "how": [*map(describe, (objective, penalty))],
-            }
-            checkpoints = Checkpoints(checkpoint_dir, run, resume)
-            saved = checkpoints.load(lora, optimizer)
-            history, record = saved.get("history", []), saved.get("record", record)
-            steps = len(history) if saved.get("stopped") else steps
-        lengths = self._lengths(items) if c.group_by_length else None
-        self._say_plan(items, steps, lora)
-
-        with self._training(lora, record, history), self._bar(steps, "train", len(history)) as bar:
-            for step in range(len(history), steps):
-                # -------------------------------------------------------------------------- a single training step
-                optimizer.param_groups[0]["lr"] = c.learning_rate * (1 - step / steps)
-                batches, parts = draw(items, c, step, lengths), []
-                for place, rows in share_out(batches, rank(), world()):
-                    lora.key = (c.seed, step, *place)  # of dropout
-                    batch = [item for item, _ in rows]
-                    prompts = [self.read(i.example, i.condition, text).extended(i.suffix) for i, text in rows]
-                    losses = self._losses(objective(self.reader, prompts, batch), batch)  # [rows]
-                    part = losses.sum() / (len(batches) * len(batches[place[0]]))  # a mean over batches of their means
-                    part.backward()
-                    parts.append(part.detach())
-                value = sum(parts, torch.zeros((), device=self.reader.device))
-                all_reduce_sum([value, *gradients(lora)])  # nothing, when alone
-                square = penalty(lora)
-                if c.penalty:
-                    (c.penalty * square).backward()  # the second term; the same on every rank, so after the sum
-                norm = nn.utils.clip_grad_norm_(lora.parameters(), c.max_grad_norm)
-                mean, square, norm = torch.stack([x.detach().float().to(value) for x in (value, square, norm)]).tolist()
-                self._check_finite(step, mean + c.penalty * square + norm, batches, checkpoints)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                # --------------------------------------------------------------------------------------------------
-                rate, loss = optimizer.param_groups[0]["lr"], mean + c.penalty * square
-                state = Step(self, step // per_epoch + 1, step + 1, steps, loss, mean, square, norm, rate)
-                history.append(state.row())
-                bar.update()
-                bar.set_postfix(epoch=state.epoch, loss=f"{loss:.4f}")
-                self.report = None  # one that a callback made was of the weights before
-                lora.eval()  # callbacks see the model without dropout
-                stop = any([callback(state) is True for callback in callbacks])
-                lora.train()
-                due = stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps
-                if checkpoints and due:
-                    checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": record, "stopped": stop})
-                if (step + 1) % per_epoch == 0:
-                    self._check_divergence(history, per_epoch)
-                if stop:
-                    break
-        return self
-
-    @staticmethod
-    def _losses(losses: Tensor, batch: Sequence[TrainItem]) -> Tensor:
-        """An objective's values times the items' weights `[batch]`."""
-        if losses.shape != (len(batch),):
-            raise ValueError(
-                f"The objective gave {list(losses.shape)} for {len(batch)} items; it must give one loss each."
-            )
-        if all(item.weight == 1 for item in batch):
-            return losses
-        return losses * torch.tensor([item.weight for item in batch]).to(losses)
-
-    def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
-        """Raises ValueError for what can't be trained on, naming the item."""
-        if not items:
-            raise ValueError("There is nothing to train on: no items.")
-        hidden = self.location.head_weight.shape[1]
-        vectors = to_targets in (objective, getattr(objective, "func", None))
-        for item in items:
-            where = f"{item.condition} {item.example.id}"
-            if not item.example.has(item.condition):
-                raise ValueError(f"{where}: the example lacks what this condition needs.")
-            shape, most = item.target.shape, len(item.suffix) + 1
-            if vectors and not (len(shape) == 2 and shape[1] == hidden and 1 <= shape[0] <= most):
-                raise ValueError(
-                    f"{where}: the target {list(shape)} must be [positions, {hidden}] with at most {most} positions, the "
-                    "prompt's end and the suffix; for one vector, vector[None]."
-                )
-            if item.target.is_floating_point() and not torch.isfinite(item.target).all():
-                raise ValueError(f"{where}: the target holds NaN or infinity.")
-
-    def _training_record(self, items: Sequence[TrainItem]) -> dict[str, Any]:
-        """What makes a training what it is; JSON."""
-        data: dict[str, Any] = {}
-        for condition in dict.fromkeys(item.condition for item in items):
-            for label in ("harmful", "benign", None):
-                side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
-                if side:
-                    data.setdefault(condition, {})[label or "unlabelled"] = {
-                        "n": len(side),
-                        "sha256": content_hash(side),
-                    }
-        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
-        return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
-
-    def _lengths(self, items: Sequence[TrainItem]) -> list[int]:
-        """Of the prompts alone: what is added to them goes by label, and batches should not."""
-        with self._running(vanilla=True):
-            return [len(self.read(item.example, item.condition)) for item in items]
-
-    def _say_plan(self, items: Sequence[TrainItem], steps: int, lora: LoRA) -> None:
-        c, found = self.config, Counter(path.rpartition(".")[2] for path in lora.paths)
-        experts = expert_parameters(self.location)
-        self._say(
-            f"train: {len(items)} items, {steps} steps of {c.batch_size} × {c.accumulate}; LoRA r={c.lora_r} on "
-            + ", ".join(f"{name} ×{n}" for name, n in found.items())
-            + f", {sum(p.numel() for p in lora.parameters()):,} parameters"
-            + (f"; none on {len(experts)} matrices of experts, which are 3-D parameters" if experts else "")
-        )
-
-    @contextmanager
-    def _training(self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]]) -> Iterator[None]:
-        """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
-        before, on = dict(vars(self)), self.lora is not None and self.lora.attached
-        self.disable()
-        try:
-            with self._running():
-                self.lora, self.history, self.record = lora.attach().train(), history, record
-                self.report, self.directions, self._trained_on = None, {}, frozenset()
-                yield
-                lora.eval()
-        except BaseException:
-            lora.detach()
-            vars(self).update(before)
-            if on:
-                self.enable()
-            raise
-
-    def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints | None) -> None:
-        if math.isfinite(loss):
-            return
-        names = [f"{item.condition} {item.example.id}" for batch in batches for item, _ in batch]
-        raise FloatingPointError(
-            f"step {step + 1}: loss or gradient is not finite on {names}. "
-            f"{checkpoints.last if checkpoints else 'There is no checkpoint'}. Lower learning_rate "
-            f"({self.config.learning_rate}), or check the base model's weights for NaN."
-        )
-
-    def _check_divergence(self, history: Sequence[Mapping[str, float]], per_epoch: int) -> None:
-        """Warns, after an epoch, the first time that its loss is far above the start's."""
-        epochs = [history[i : i + per_epoch] for i in range(0, len(history), per_epoch)]
-        high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
-        if high[-1] and not any(high[:-1]):
-            warnings.warn(
-                f"epoch {len(epochs)}: the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g}). "
-                f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha}).",
-                RRSWarning,
-                stacklevel=3,
-            )
-
-    def fit(
-        self,
-        harmful: Any,
-        benign: Any,
-        *,
-        scorer: Scorer = contribution,
-        objective: Objective = to_targets,
-        penalty: Penalty = LoRA.penalty,
-        callbacks: Iterable[Callback] = (),
-        preflight: int = 32,
-        on_error: Literal["raise", "skip"] = "raise",
-        save_to: str | Path | None = None,
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 0,
-        resume: bool = False,
-    ) -> RRS:
-        """The whole method, in place: extract, select, items, preflight, train. `disable()` brings vanilla back.
-
-        The same seed gives the same adapter, bit for bit, on the same machine, versions and number of threads, also
-        after interruptions. Not on another machine, nor on GPUs, whose kernels may add in another order unless
-        `torch.use_deterministic_algorithms(True)`; and not across a change of batch_size, as dropout's masks differ.
-
-        Args:
-            harmful, benign: a manifest's path, a list of `Example`, or an iterable of dicts. Without written answers.
-            scorer: scores features for the selection, instead of the paper's `contribution`.
-            objective, penalty, callbacks: as in `train`.
-            preflight: examples of each side on which to check that refusing works at all before training; 0 skips it.
-            on_error: a clip that can't be read stops the run before training, with all such clips named; `"skip"`
-                leaves them out and warns.
-            save_to: where to save the adapter at the end; checked before the work.
-            checkpoint_dir: a folder of this run's own, for its state (safetensors).
-            checkpoint_every: optimizer steps between two checkpoints; 0 is an epoch's.
-            resume: go on from the folder's newest checkpoint, if it has one, to the result of an uninterrupted run.
-
-        Returns:
-            self. After an error, model and adapter are as they were before.
-        """
-        began = time.perf_counter()
-        started = check_checkpoints(checkpoint_dir, resume, checkpoint_every)
-        if save_to is not None:
-            on_rank0(lambda: check_folder(save_to))
-        harmful, benign = load_examples(harmful, "harmful"), load_examples(benign, "benign")
-        linear_paths(self.location, self.config.target_modules, self.config.layers)
-        if not torch.is_grad_enabled():
-            raise ValueError("fit needs gradients; call it outside torch.no_grad().")
-        usable = self.readable([*harmful, *benign], self.config.conditions, on_error)
-        harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
-        if both := shared(harmful, benign):
-            raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
-        if few := [f"{len(side)} {side[0].label}" for side in (harmful, benign) if 0 < len(side) < 8]:
-            warnings.warn(
-                f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each.",
-                RRSWarning,
-                stacklevel=2,
-            )
-        self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
-        config, found = self.config, None
-        try:
-            if "auto" in (config.refusal_prompt, config.refusal):
-                found = self.find_refusal(harmful)
-                own = {"refusal_prompt": found.prompt, "refusal": found.words}
-                self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
-            if differs := self.config.differences():
-                self._say("settings that differ from the paper's:")
-                self._say("\n".join(f"  {name:18} {value!r}" for name, value in differs.items()))
-            prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
-            checks = [self.preflight(p, preflight) for p in prepared] if preflight and not started else []
-            extra = {"preflight": [asdict(check) for check in checks]} if checks else {}
-            self.train(
-                [item for p in prepared for item in p.items], objective=objective, penalty=penalty, callbacks=callbacks,
-                checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume,
-            )  # fmt: skip
-        except BaseException:
-            self.config = config
-            raise
-        self.record |= extra | ({"refusal": asdict(found)} if found else {})
-        self.directions = {p.condition: p.direction for p in prepared}
-        self._trained_on = marks([*harmful, *benign])
-        self._say(f"done in {time.perf_counter() - began:.0f} s")
-        if save_to is not None:
-            self.save(save_to)
-        return self
-
-    # -- how strongly it acts -----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def calibrate(
-        self,
-        dev: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        budget: float | Mapping[str, float] = 0.01,
-        judge: Judge | None = judge_refusals,
-        max_new_tokens: int = 24,
-        answers: int = 100,
-        most: float = 8.0,
-    ) -> Calibration:
-        """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
-
-        Divide `lora.scale` by the chosen scale to undo it. First, the scale is raised from 0.5 by thirds of an octave,
-        until refusals of harmful inputs fall or every other group is beyond its budget; counted is where the refusal
-        token is the head's first choice, which takes a forward pass of the dev set for each scale. Then the best scale
-        answers, and weaker ones, until the judged answers are within the budget, too.
-
-        Args:
-            dev: to choose by, as in `evaluate`; not what was trained on.
-            conditions: in which to ask, where an example has what they need.
-            budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
-                together: one number for all groups, or one for each. 0.01 is a point. "degenerate": of all answers.
-            judge: checks answers; `None` chooses by first tokens alone.
-            max_new_tokens: per answer.
-            answers: questions of each group to answer, evenly spread.
-            most: largest scale to try.
-
-        Returns:
-            The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
-
-        Raises:
-            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
-        """
-        if (lora := self.lora) is None or not lora.attached:
-            raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        conditions, groups = _strings("conditions", conditions), grouped(dev)
-        groups = {
-            g: [e for e in self.readable(r, conditions) if any(map(e.has, conditions))] for g, r in groups.items()
-        }
-        harmless = {g: rows for g, rows in groups.items() if rows and rows[0].label == "benign"}
-        harmful = [g for g, rows in groups.items() if rows and rows[0].label == "harmful"]
-        if not harmful or not harmless:
-            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
-        limits, present = _budgets(budget, harmless), lora.scale
-        self._warn_of_training_data(groups)
-        with self._running():
-            prompts = {
-                g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in (*harmful, *harmless)
-            }
-        some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
-
-        def measure(scale: float) -> Point:
-            lora.scale = scale * present
-            with self._running():
-                leads = {g: self._lead(self.reader.represent(rows)) for g, rows in prompts.items()}
-            now = {g: Rate.of(first.tolist()) for g, (first, _) in leads.items()}
-            over = max(now[g].value - (vanilla.groups if scale else now)[g].value - limits[g] for g in harmless)
-            lead = torch.cat([leads[g][1] for g in harmful])
-            apart = {g: auc(lead, leads[g][1]) for g in harmless}
-            return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
-
-        def excess(point: Point) -> float:
-            """Judges answers at a point; by how much they are beyond the budget."""
-            lora.scale = point.scale * present
-            rows = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = {g: Rate.of(a.verdict in a.declined for a in rows if a.group == g) for g in some}
-            point.answers["degenerate"] = Rate.of(a.verdict in ("degenerate", "incomplete") for a in rows)
-            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
-
-        try:
-            with self.disabled():
-                vanilla = measure(0.0)
-                if judge is not None:
-                    excess(vanilla)
-            with self._bar(0, "calibrate: scales") as bar:
-                points = _raise_scale(lambda scale: (bar.update(), measure(scale))[1], most)
-            chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
-            if silent := not any(p.refused > vanilla.refused for p in points):
-                chosen = min(points, key=lambda p: abs(math.log(p.scale)))
-            over = chosen.over
-            for point in [p for p in reversed(points) if p.scale <= chosen.scale] if judge is not None else []:
-                chosen, over = point, excess(point)
-                if over <= 1e-9:
-                    break
-        finally:
-            lora.scale = present
-        lora.scale, self.report = chosen.scale * present, None
-        result = Calibration(limits, vanilla, points, chosen)
-        self.record["calibrated"] = asdict(result)
-        self._say(str(result))
-        if over > 1e-9 or silent:
-            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
-                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
-                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
-            )  # fmt: skip
-            warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
-        return result
-
-    # -- use ----------------------------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        examples: Any,
-        condition: str | None = None,
-        *,
-        max_new_tokens: int = 128,
-        refusal_prompt: bool = False,
-        prefix: str = "",
-    ) -> list[str]:
-        """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
-
-        Args:
-            examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
-            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
-            refusal_prompt: append the refusal prompt.
-            prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
-        """
-        examples = _any_examples(examples)
-        if condition is None:
-            condition = next(
-                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
-            )
-        examples = self._usable(examples, condition or "text-only")
-        self.readable(examples, [condition])
-        begun = self.token_ids(prefix)
-        with self._running():
-            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
-            return self._answer(prompts, max_new_tokens, f"generate {condition}")
-
-    # EVALUATE
-
-    def _judged(
-        self,
-        groups: Mapping[str, Sequence[Example]],
-        conditions: Sequence[str],
-        judge: Judge | None,
-        max_new_tokens: int,
-    ) -> list[Answer]:
-        """Judged answers of the model as it is now."""
-
-        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
-
-        with self._running():
-            return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals).answers
-
-    def _refused(self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False) -> Rate:
-        """How many examples the vanilla model refuses, by answers of 24 tokens."""
-        with self._running(vanilla=True):
-            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
-            answers = self._answer(prompts, 24, "how it refuses" if refusal_prompt else "what it refuses")
-        verdicts = judge_refusals([e.text or "" for e in examples], answers)
-        return Rate.of([v in ("refusal", "partial") for v in verdicts])
-
-    def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
-        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
-        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
-            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
-
-    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
-        """Warns of examples that were trained on, or whose twins were; what it said."""
-        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
-        if not seen:
-            return []
-        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
-        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
-        return [note]
-
-    # -- the head -----------------------------------------------------------------------------------------------------
-
-    @property
-    def refusal_token(self) -> int:
-        """The first token of `config.refusal`, as an answer begins with it."""
-        return self.token_ids(self.config.refusal)[0]
-
-    def head_row(self, token: int) -> Tensor:
-        """The `lm_head` row `[hidden]` of a token id, float32 on the CPU."""
-        return self.location.head_weight[token].detach().float().cpu()
-
-    def _first_choice(self, h: Tensor) -> Tensor:
-        """The head's most likely token `[n]` at vectors `[n, hidden]`."""
-        return self._logits(h, lambda logits: logits.argmax(-1))
-
-    def _lead(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the refusal token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead."""
-        token = self.refusal_token
-
-        def take(logits: Tensor) -> Tensor:
-            first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
-            return torch.stack([first.float(), logits[:, token] - torch.where(first, second, best)], 1)
-
-        first, lead = self._logits(h, take).unbind(-1)
-        return first.bool(), lead
-
-    @torch.no_grad()
-    def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
-        return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
-
-=======
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -2372,7 +1165,6 @@ class Runner:
         """What `take` reads off the logits `[some, vocab]` of vectors `[n, hidden]`; never all of them at a time."""
         return torch.cat([take(self.reader.logits(rows)).cpu() for rows in h.split(256)])
 
->>>>>>> Stashed changes
     # -- the adapter --------------------------------------------------------------------------------------------------
 
     def disable(self) -> RRS:
@@ -2791,7 +1583,7 @@ class RRS(Runner):
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
     def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
-        """What else a resumed run must share: dtype, functions, and the targets' norm, which another processor changes."""
+        """What else a resumed run shares: dtype, functions, and the targets' norm, which another processor changes."""
         norm = f"{sum(float(item.target.float().norm()) for item in items):.4g}"
         return {"dtype": str(self.reader.dtype), "how": [*map(describe, (objective, penalty))], "targets": norm}
 
@@ -3087,15 +1879,11 @@ class RRS(Runner):
         config = RRSConfig.from_dict(record.get("config", {}))
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
-<<<<<<< Updated upstream
-        names = [n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
-=======
         names = [
             n.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             for n in tensors
             if n.endswith(".lora_A.weight")
         ]
->>>>>>> Stashed changes
         inside = dict.fromkeys(p for p, _ in model.named_modules())
         if unknown := sorted(set(names) - inside.keys()):
             raise ValueError(
@@ -3122,211 +1910,3 @@ class RRS(Runner):
         rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "weights", "template_kwargs")}
         rrs.lora.attach()
         return rrs
-<<<<<<< Updated upstream
-
-    # -- small things -------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _usable(examples: Sequence[Example], condition: str) -> list[Example]:
-        """The examples, if each has what the condition needs; those that lack it are named."""
-        if condition not in CONDITIONS:
-            raise ValueError(f"condition={condition!r} is unknown; choose from {CONDITIONS}.")
-        if lacking := [e.id for e in examples if not e.has(condition)]:
-            raise ValueError(
-                f"{condition}: {len(lacking)} of {len(examples)} examples lack what it needs: {lacking[:8]}. Leave them out."
-            )
-        if not examples:
-            raise ValueError(f"{condition}: there is no example.")
-        return list(examples)
-
-    def _finite(self, vectors: Tensor, condition: str) -> Tensor:
-        """The vectors, if they are numbers."""
-        if not torch.isfinite(vectors).all():
-            names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-            raise ValueError(
-                f"{condition}: the model's last hidden state is NaN or infinite. "
-                + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
-            )
-        return vectors
-
-    @contextmanager
-    def _running(self, vanilla: bool = False) -> Iterator[None]:
-        """The model frozen and this thread's own inside the `with`, without the adapter if `vanilla`."""
-        with lock(self.model), frozen(self.model), self.disabled() if vanilla else nullcontext():
-            yield
-
-    def _say(self, message: str) -> None:
-        if self.verbose:
-            tqdm.write(message)
-
-    def _bar(self, total: int, what: str, done: int = 0) -> tqdm[Any]:
-        return tqdm(
-            total=total or None, desc=what, initial=done, disable=not self.verbose, leave=False, dynamic_ncols=True
-        )
-
-
-def _any_examples(examples: Any) -> list[Example]:
-    """Examples of whatever a person would ask: a question, questions, a row, a clip, or what `load_examples` takes."""
-    if isinstance(examples, Mapping):
-        examples = [examples]
-    if isinstance(examples, str) and not os.path.exists(examples):
-        examples = [examples]
-    if isinstance(examples, (str, Path)) and Path(examples).suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
-        examples = [{"audio": str(Path(examples).resolve())}]
-        return load_examples(examples, allow_outside=True)
-    if isinstance(examples, Sequence) and not isinstance(examples, str):
-        examples = [{"text": e} if isinstance(e, str) else e for e in examples]
-    return load_examples(examples)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The adapter on disk, in PEFT's format
-
-PREFIX = "base_model.model."
-# PEFT's settings that change what an adapter does, each with the values that mean "as we compute it".
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "modules_to_save": (None, []), "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "use_dora": (False, None), "lora_bias": (False, None),
-    "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,), "use_qalora": (False, None), "megatron_config": (None,), "arrow_config": (None,),
-    "use_bdlora": (None, False), "corda_config": (None,), "eva_config": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
-}  # fmt: skip
-# Settings that say where and how it was trained, not what it computes; `r`, `lora_alpha`, `use_rslora` are honoured.
-UNUSED = {
-    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "base_model_name_or_path", "task_type", "inference_mode", "auto_mapping", "revision",
-    "peft_version", "runtime_config", "loftq_config", "qalora_group_size", "megatron_core", "ensure_weight_tying",
-    "lora_ga_config", "velora_config",
-}  # fmt: skip
-
-
-def peft_config(lora: LoRA, record: Mapping[str, Any]) -> dict[str, Any]:
-    """`adapter_config.json`."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": record.get("base", {}).get("name") or None,
-        "r": lora.r,
-        "lora_alpha": lora.scale * lora.r,
-        "lora_dropout": lora.dropout,
-        "target_modules": lora.paths,  # whole paths: bare names would match the audio tower as well
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-    """Rank and scale of an adapter: the rank by its tensors, the scale by PEFT's config.
-
-    Raises:
-        ValueError: a setting that is not known to leave the computation as it is, by name.
-    """
-    for name, value in peft.items():
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise ValueError(
-                f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
-            )
-        if name not in NEUTRAL and name not in UNUSED and value not in (None, False, {}, [], ""):
-            raise ValueError(f"The adapter has {name}={value!r}, which RRS does not know; load it with PEFT instead.")
-    ranks = {len(t) for n, t in tensors.items() if n.endswith(".lora_A.weight")}
-    if len(ranks) != 1 or int(peft["r"]) not in ranks:
-        raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
-    r = ranks.pop()
-    scale = float(peft["lora_alpha"]) / (math.sqrt(r) if peft.get("use_rslora") else r)
-    if not math.isfinite(scale):
-        raise ValueError(f"The adapter has lora_alpha={peft['lora_alpha']!r}, which is no number to scale by.")
-    return r, scale
-
-
-def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """Tensors, PEFT's config, our record and vectors of a saved adapter; the latter two empty where PEFT wrote it.
-
-    Raises:
-        FileNotFoundError, ValueError: no adapter is there, or it is damaged.
-    """
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (directory / n).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
-    try:
-        peft, record, vectors = json.loads((directory / "adapter_config.json").read_text()), {}, {}
-        if not isinstance(peft, dict) or "r" not in peft or "lora_alpha" not in peft:
-            raise ValueError("adapter_config.json has no r or no lora_alpha")
-        tensors, _ = unpack(directory / "adapter_model.safetensors")
-        if (directory / "rrs.json").is_file():
-            record = json.loads((directory / "rrs.json").read_text())
-            if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
-                raise ValueError("rrs.json is not a record")
-            found = hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
-            if record.get("weights", found) != found:
-                raise ValueError("adapter_model.safetensors and rrs.json are of different saves")
-        if (directory / "rrs.safetensors").is_file():
-            vectors, _ = unpack(directory / "rrs.safetensors")
-        if not any(name.endswith(".lora_A.weight") for name in tensors):
-            raise ValueError("no LoRA in adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again.") from None
-    return tensors, peft, record, vectors
-
-
-def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
-    """The model card: what a reader of the adapter has to know, from the run's own record."""
-    base, data = record.get("base", {}), record.get("data", {})
-    name = str(base.get("name") or "")
-    public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
-    config = RRSConfig.from_dict(record.get("config", {}))
-    settings = "\n".join(f"| `{k}` | `{v!r}` |" for k, v in config.differences().items())
-    checks = "\n".join(f"- {Preflight.from_dict(check)}" for check in record.get("preflight", []))
-    sides = [
-        f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
-        for condition, labels in data.items()
-        for label, side in labels.items()
-    ]
-    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
-    about = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
-    return f"""---
-{f"base_model: {name}" if public else "# base_model: its name on the hub"}
-library_name: peft
-pipeline_tag: audio-text-to-text
-# license: yours to state
-tags: [rrs, lora, safety, refusal, audio]
----
-
-# RRS adapter
-
-A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
-`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
-Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {about}.
-
-## Evaluation
-
-{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
-
-## Use
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "this folder")   # or: RRS.load("this folder", base_model, processor)
-model = model.merge_and_unload()                               # for servers that take no LoRA for this class
-```
-
-## Before training
-
-{checks or "Not checked."}
-
-## Data
-
-| condition | side | examples | SHA-256 of their contents |
-| --- | --- | --- | --- |
-{chr(10).join(sides)}
-
-## Settings that differ from the paper's
-
-| setting | value |
-| --- | --- |
-{settings}
-
-All of them, and the history, are in `rrs.json`.
-"""
-=======
->>>>>>> Stashed changes
