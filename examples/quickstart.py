@@ -69,11 +69,11 @@ def training_questions() -> dict[str, list[Example]]:
 
 
 def evaluation_questions(split: str = "test") -> dict[str, list[Example]]:
-    """The demo's questions to measure on, by group; split: "dev", of which most are text alone, or "test"."""
-    groups = {label: load_examples(DATA / f"{split}.jsonl", label) for label in ("harmful", "benign")}
-    groups["hard-benign"] = load_examples(DATA / f"hard_benign_{split}.jsonl")
-    for e in load_examples(DATA / "dev_text.jsonl") if split == "dev" else ():
-        groups["harmful" if e.label == "harmful" else "benign" if e.meta["twin"] else "hard-benign"].append(e)
+    """The demo's questions to measure on, by `group`; split: "dev" or "test". Not all of them are spoken."""
+    files = [split, f"hard_benign_{split}", "dev_text" if split == "dev" else "everyday_test"]
+    groups: dict[str, list[Example]] = {}
+    for e in (e for file in files for e in load_examples(DATA / f"{file}.jsonl")):
+        groups.setdefault(e.meta["group"], []).append(e)
     return groups
 
 
@@ -151,14 +151,16 @@ def main() -> None:
     rrs.save(args.out / "adapter", overwrite=True)
 
     report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
-    clips = sorted((e for group in test.values() for e in group), key=lambda e: str(e.meta["voice"]))
+    clips = sorted((e for group in test.values() for e in group if e.audio), key=lambda e: str(e.meta["voice"]))
     report.notes.append(what_it_hears(rrs, clips[:: 1 if args.fast else 7]))
     report.save(args.out)
     try:
         for condition in ("text-only", "audio-only"):
             panels = {stage: {} for stage in ("before", "after")}
             for group, examples in test.items():
-                prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 3]]
+                prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 3] if e.has(condition)]
+                if not prompts:  # nobody speaks the everyday questions
+                    continue
                 panels["after"][group] = rrs.reader.represent(prompts)
                 with rrs.disabled():
                     panels["before"][group] = rrs.reader.represent(prompts)

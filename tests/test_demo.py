@@ -95,7 +95,7 @@ def test_quickstart_fast(tmp_path):
     out = run("quickstart.py", "--fast", "--out", str(tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     cells = {(row["condition"], row["group"]) for row in report["table"]}
-    assert len(cells) == 3 * 3
+    assert len(cells) == 3 * 3 + 1  # everyday questions are typed only
     assert all({"before", "after"} == row["refused"].keys() for row in report["table"])
     assert all({"after"} == row["refused_change"].keys() for row in report["table"])
     assert "| condition |" in out
