@@ -1308,7 +1308,13 @@ class RRS(Runner):
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     def extract(
-        self, examples: Any, condition: str, *, refusal_prompt: bool = False, all_layers: bool = False
+        self,
+        examples: Any,
+        condition: str,
+        *,
+        refusal_prompt: bool = False,
+        all_layers: bool = False,
+        vanilla: bool = True,
     ) -> Tensor:
         """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
 
@@ -1319,12 +1325,13 @@ class RRS(Runner):
             condition: one of `rrs.data.CONDITIONS`.
             refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
             all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
+            vanilla: without the adapter; False leaves it as it is.
 
         Raises:
             ValueError: an example lacks what the condition needs; the model gives NaN.
         """
         examples = self._usable(load_examples(examples), condition)
-        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
+        with self._running(vanilla), self._bar(len(examples), f"extract {condition}") as bar:
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
             return self._finite(self.reader.represent(prompts, bar.update, layers=all_layers), condition)
 
