@@ -12,7 +12,7 @@ import soundfile
 import torch
 from conftest import RATE, tone
 
-from rrs.data import FORMATS, DataError, Example, content_hash, load_audio, load_examples
+from rrs.data import DataError, DataWarning, Example, content_hash, lacking, load_audio, load_examples, shared
 
 # name -> (file name, content, expected (id, text, label, category, audio name)); rows are ours, columns are the sets'
 NATIVE = {
@@ -137,13 +137,6 @@ def test_the_files_name_decides_nothing(folder, name):
     assert [(i, t.replace("\r\n", "\n"), *rest) for i, t, *rest in got] == expected
 
 
-@pytest.mark.parametrize("name", [n for n in NATIVE if n in FORMATS])
-def test_the_argument_agrees_with_the_content(folder, name):
-    file, content, expected = NATIVE[name]
-    (folder / file).write_text(content, encoding="utf-8")
-    assert seen(load_examples(folder / file, format=name)) == expected
-
-
 def test_a_side_of_a_labelled_set(folder):
     (folder / "x.csv").write_text(NATIVE["xstest"][1])
     assert [e.id for e in load_examples(folder / "x.csv", "benign")] == ["1"]
@@ -196,16 +189,16 @@ def test_folder_of_clips(folder):
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("m.jsonl", '{"text": "a", "prompt": "b"}', ["'text'", "'or-bench'", "format='text'"]),
-        ("m.csv", "title,body\none,two\nthree,four\n", ["table", "'title', 'body'", "plain text", "format='lines'"]),
+        ("m.jsonl", '{"text": "a", "prompt": "b"}', ["'prompt', 'text'", "columns={'text': 'prompt'}"]),
+        ("m.csv", "title,body\none,two\nthree,four\n", ["table", "'title', 'body'", "plain text", "columns={'text'", "lines as a list"]),
         (
             "m.csv",
-            'question\n"Well, so?"\nHow so?\n',
-            ["no table", "'text'", "format='lines'"],
+            'utterance\n"Well, so?"\nHow so?\n',
+            ["no table", "'utterance'", "columns={'text'", "as a list"],
         ),  # another name
-        ("m.csv", 'goal,target\n"Kill" a process,Sure\n', ["no table", "quotes", "format='lines'"]),
-        ("m.csv", "prompt\nWell, so?\n", ["row 1: 2 fields", "quotes", "format='lines'"]),
-        ("m.jsonl", '{"question_text": "a"}', ["question_text", "xstest: prompt, type, focus", "Rename"]),
+        ("m.csv", 'goal,target\n"Kill" a process,Sure\n', ["line 2", "not a table", "expected after", "double quotes inside"]),
+        ("m.csv", "prompt\nWell, so?\n", ["row 1: 2 fields", "quotes around fields"]),
+        ("m.jsonl", '{"question_text": "a"}', ["question_text", "text prompt goal", "columns={'text'"]),
         ("m.csv", "prompt,type,focus,label\na,b,c,odd\n", ["row 1", "'odd'", "unsafe"]),
         ("m.csv", "goal,target\n,Sure\n", ["row 1", "neither 'text' nor 'audio'"]),
     ],
@@ -219,21 +212,23 @@ def test_ambiguous_or_unknown(tmp_path, file, content, words):
 
 def test_the_argument_decides(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"text": "a", "prompt": "b"}')
-    assert load_examples(tmp_path / "m.jsonl", format="text")[0].text == "a"
-    assert load_examples(tmp_path / "m.jsonl", format="or-bench")[0].text == "b"
+    assert load_examples(tmp_path / "m.jsonl", columns={"text": "text"})[0].text == "a"
+    assert load_examples(tmp_path / "m.jsonl", columns={"text": "Prompt"})[0].text == "b"
     (tmp_path / "m.csv").write_text("title,body\none,two\n")
-    assert [e.text for e in load_examples(tmp_path / "m.csv", format="lines")] == ["title,body", "one,two"]
-    with pytest.raises(DataError, match=r"format='advbench' needs the columns \['goal', 'target'\]"):
-        load_examples(tmp_path / "m.csv", format="advbench")
-    with pytest.raises(DataError, match=r"format='csv' is unknown.*'lines', 'folder', 'rrs'"):
-        load_examples(tmp_path / "m.csv", format="csv")
+    (example,) = load_examples(tmp_path / "m.csv", columns={"text": "body", "id": "title"})
+    assert (example.id, example.text, example.meta) == ("one", "two", {})
+    with pytest.raises(DataError, match=r"no columns \['goal'\], only \['body', 'title'\]"):
+        load_examples(tmp_path / "m.csv", columns={"text": "goal", "id": "title"})
+    with pytest.raises(DataError, match=r"columns=\['words'\] are unknown.*'audio', 'category'"):
+        load_examples(tmp_path / "m.csv", columns={"words": "title"})
 
 
 def test_ambiguous_folders(folder):
     (folder / "m.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(DataError, match=r"1 clips or what \['m.jsonl'\] list.*format='folder'"):
+    with pytest.raises(DataError, match=r"1 clips or what \['m.jsonl'\] list.*rglob"):
         load_examples(folder)
-    assert len(load_examples(folder, format="folder")) == 1
+    assert seen(load_examples(sorted(folder.rglob("*.wav")))) == [("row-1", None, None, None, "a.wav")]
+    assert seen(load_examples(folder / "a.wav")) == [("row-1", None, None, None, "a.wav")]
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="no audio files"):
         load_examples(folder / "empty")
@@ -254,9 +249,9 @@ def test_air_bench_as_it_is_downloaded(folder):
     assert load(dataset_name="x").audio == place / "b.wav"
     assert load(dataset_name="x").category == "speech_QA"
     assert load(dataset_name="x").meta["dataset_name"] == "x"
-    with pytest.raises(DataError, match=r"row 1: .*speech_QA_y/b\.wav does not exist"):
-        load(dataset_name="y")
-    with pytest.raises(DataError, match=r"row 1: .*[^x]/b\.wav does not exist"):
+    with pytest.warns(DataWarning, match=r"1 of 1 clips .*speech_QA_y/b\.wav"):
+        assert load(dataset_name="y").audio is None
+    with pytest.warns(DataWarning, match=r"1 of 1 clips .*[^x]/b\.wav"):
         load()
     with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
         load(task_name=f"../{folder.name}", dataset_name="/../..")
@@ -293,15 +288,6 @@ def test_no_folder_reads_outside_itself(folder, link):
     with pytest.raises(DataError, match=rf"{link}' lies outside"):
         load_examples(folder / "data")
     assert load_examples(folder / "data", allow_outside=True)
-
-
-def test_every_format_can_win():
-    """No format is shadowed by another one, and none needs a configuration on its own columns."""
-    for name, kind in FORMATS.items():
-        row = {column: "x" for column in kind.needs.split()} | {kind.audio or "y": b"RIFF"}
-        (example,) = load_examples([row])
-        assert example.text == ("x" if kind.text else None), name
-        assert example.label == (kind.label or ("benign" if kind.harmful else None)), name
 
 
 def test_digest_follows_the_data(folder):
