@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -102,9 +102,7 @@ class Example:
                     while chunk := file.read(2**20):
                         digest.update(chunk)
             except OSError as error:
-                raise DataError(
-                    f"{self.id}: audio file {self.audio} can't be read ({error}); check the path."
-                ) from None
+                raise DataError(f"{self.id}: {self.audio} can't be read ({error}); check the path.") from None
         elif isinstance(self.audio, Mapping) and "array" in self.audio:
             array = np.asarray(self.audio["array"])
             digest.update(f"{self.audio.get('sampling_rate')} {array.dtype} {array.shape}".encode() + array.tobytes())
@@ -131,11 +129,7 @@ def content_hash(examples: Iterable[Example], render: Any = None) -> str:
 
 def lacking(examples: Sequence[Example], condition: str) -> str:
     """How many examples can't be used in a condition, which, and what they lack; `""` if all can."""
-    out = [
-        f"{e.id} (no clip {e.meta['missing_clip']})" if "missing_clip" in e.meta else e.id
-        for e in examples
-        if not e.has(condition)
-    ]
+    out = [f"{e.id} ({e.meta.get('missing_clip', 'none given')})" for e in examples if not e.has(condition)]
     what = "text" if condition.startswith("text") else "clip"
     return f"{condition}: {len(out)} of {len(examples)} examples have no {what}: {_some(out)}" if out else ""
 
@@ -144,22 +138,20 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def marks(examples: Iterable[Example]) -> frozenset[int]:
-    """What `shared` knows examples by, to be kept without them: 64-bit hashes of their questions, ids and twins."""
-    out = set()
-    for e in examples:
-        out |= {_question(e), _mark("id", e.id)}
-        if e.meta.get("twin") is not None:
-            out.add(_mark("twin", e.meta["twin"]))
-    return frozenset(out)
-
-
-def _question(e: Example) -> int:
-    return _mark("question", " ".join(e.text.casefold().split()) if e.text else e.audio_hash)
-
-
 def _mark(what: str, value: object) -> int:
     return int.from_bytes(hashlib.sha256(f"{what} {value}".encode()).digest()[:8], "little", signed=True)
+
+
+def _marks(e: Example) -> dict[str, int]:
+    """An example's question (its text; without one, its clip), id and, if it names one, twin, hashed."""
+    question = " ".join(e.text.casefold().split()) if e.text else e.audio_hash
+    known = {"question": question, "id": e.id, "twin": e.meta.get("twin")}
+    return {what: _mark(what, value) for what, value in known.items() if value is not None}
+
+
+def marks(examples: Iterable[Example]) -> frozenset[int]:
+    """What `shared` knows examples by, to be kept without them: 64-bit hashes of their questions, ids and twins."""
+    return frozenset(mark for e in examples for mark in _marks(e).values())
 
 
 def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], *, twins: bool = False) -> list[str]:
@@ -171,10 +163,11 @@ def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], 
     """
     known = others if isinstance(others, frozenset) else marks(others)
 
-    def linked(e: Example) -> bool:
-        return _mark("twin", e.id) in known or ("twin" in e.meta and _mark("id", e.meta["twin"]) in known)
+    def sought(e: Example) -> set[int]:
+        links = {_mark("twin", e.id)} | ({_mark("id", e.meta["twin"])} if "twin" in e.meta else set())
+        return {_marks(e)["question"]} | (links if twins else set())
 
-    return [e.id for e in ours if _question(e) in known or (twins and linked(e))]
+    return [e.id for e in ours if sought(e) & known]
 
 
 def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -182,35 +175,33 @@ def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) ->
 
     Twins, and whatever asks the same question (`Example.cluster`), stay together.
     """
+    other = {"harmful": "benign", "benign": "harmful", None: None}
     parent: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    other = {"harmful": "benign", "benign": "harmful"}
 
     def root(key: tuple[Any, ...]) -> tuple[Any, ...]:
         while parent.setdefault(key, key) != key:
             key = parent[key]
         return key
 
-    def own(e: Example) -> tuple[Any, ...]:
-        return "id", e.label, e.id  # two files may number their rows alike
-
-    for e in examples:
-        twin = ("id", other.get(e.label or ""), str(e.meta["twin"])) if e.meta.get("twin") else own(e)
+    for e in examples:  # ids count within a label: two files may number their rows alike
+        twin = (other[e.label], str(e.meta.get("twin"))) if e.meta.get("twin") else (e.label, e.id)
         for key in (twin, ("question", e.cluster)):
-            parent[root(own(e))] = root(key)
+            parent[root((e.label, e.id))] = root(key)
     families: dict[tuple[Any, ...], list[Example]] = {}
     for e in examples:
-        families.setdefault(root(own(e)), []).append(e)
-    order = sorted(families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest())
-    still = {label: share * sum(e.label == label for e in examples) for label in ("harmful", "benign", None)}
-    held = set[tuple[Any, ...]]()
-    for family in order:
+        families.setdefault(root((e.label, e.id)), []).append(e)
+    still = {label: share * sum(e.label == label for e in examples) for label in other}
+    held = set[int]()
+    for family in sorted(
+        families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest()
+    ):
         if any(still[e.label] > 0 for e in family):
+            held |= {id(e) for e in family}
             for e in family:
                 still[e.label] -= 1
-                held.add(own(e))
     if len(held) == len(examples):
         raise DataError(f"{len(examples)} examples in {len(families)} families of twins are too few to hold some out.")
-    return [e for e in examples if own(e) not in held], [e for e in examples if own(e) in held]
+    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,43 +266,34 @@ def load_examples(
     if isinstance(source, (str, Path)):
         path, name = Path(source), str(source)
         folder = path if path.is_dir() else path.parent
-        if path.is_dir():
-            rows = _read_folder(path, allow_outside)
-        elif path.suffix.lower() in AUDIO_SUFFIXES:
-            rows = [{"audio": path.name}]
-        else:
-            rows = _read_file(path, set(given.values()))
+        rows = _read_folder(path, allow_outside) if path.is_dir() else _read_file(path, set(given.values()))
     elif isinstance(source, Mapping):
         rows = [source]
     elif isinstance(source, Iterable):
-        rows = list(source.to_dict("records") if hasattr(source, "iterrows") else source)  # pandas
+        table: Any = source
+        rows = list(table.to_dict("records") if hasattr(table, "iterrows") else table)  # pandas
         rows = [{"text": r} if isinstance(r, str) else {"audio": r} if isinstance(r, Path) else r for r in rows]
-        numbers = (getattr(source, "features", None) or {}).get(given.get("label", "label"))  # `datasets` count labels
-        classes = getattr(numbers, "names", ())
+        numbered = (getattr(source, "features", None) or {}).get(given.get("label", "label"))  # `datasets` count labels
+        classes = getattr(numbered, "names", ())
     else:
         raise DataError(f"Examples must be a path or an iterable of dicts, not {type(source).__name__}.")
-    wheres = [f"{name}, row {i}" for i in range(1, len(rows) + 1)]
-    rows = [row if isinstance(row, Example) else _row(row, where) for row, where in zip(rows, wheres, strict=True)]
+    rows = [row if isinstance(row, Example) else _cells(row, f"{name}, row {i}") for i, row in enumerate(rows, 1)]
     names = {key for row in rows if not isinstance(row, Example) for key in row}
     fields = _fields(names, given, name) if names else {}
     find = partial(_find, Path(audio_dir) if audio_dir else folder, allow_outside)
-    examples, seen = list[Example](), dict[str, str]()
-    for row, where in zip(rows, wheres, strict=True):
-        e = row if isinstance(row, Example) else _example(row, fields, names, classes, find, where)
-        if e.id in seen:
-            first, second = (w.rpartition(" ")[2] for w in (seen[e.id], where))
-            raise DataError(f"{name}: rows {first} and {second} have the same id {e.id!r}; ids must differ.")
-        seen[e.id] = where
+    examples, seen = list[Example](), dict[str, int]()
+    for i, row in enumerate(rows, 1):
+        e = row if isinstance(row, Example) else _example(row, i, f"{name}, row {i}", fields, names, classes, find)
+        if seen.setdefault(e.id, i) != i:
+            raise DataError(f"{name}: rows {seen[e.id]} and {i} have the same id {e.id!r}; ids must differ.")
         if label is None or e.label in (None, label):
-            examples.append(replace(e, label=e.label or label))
+            examples.append(e if e.label or label is None else replace(e, label=label))
     if not examples:
         held = f": its rows are all of the other label; pass the file with the {label} ones" if seen else ""
         raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it{held}.")
     if absent := [f"{e.id} ({e.meta['missing_clip']})" for e in examples if "missing_clip" in e.meta]:
-        warnings.warn(
-            f"{name}: {len(absent)} of {len(examples)} clips are not there: {_some(absent)}. These rows can only be "
-            "typed; correct the paths, or pass audio_dir='folder of the clips'.", DataWarning, stacklevel=2,
-        )  # fmt: skip
+        said = f"{name}: {len(absent)} of {len(examples)} clips are not there: {_some(absent)}. These rows can only be "
+        warnings.warn(f"{said}typed; correct the paths, or pass audio_dir='their folder'.", DataWarning, stacklevel=2)
     return examples
 
 
@@ -325,10 +307,8 @@ def _fields(names: set[str], given: Mapping[str, str], where: str) -> dict[str, 
         if column and what not in given:
             found[what] = column
     if not found.keys() & {"text", "audio", "messages"}:
-        raise DataError(
-            f"{where}, row 1: neither 'text' nor 'audio' in {sorted(names)}, nor another known name (text: "
-            f"{COLUMNS['text']}; audio: {COLUMNS['audio']}). {COULD_BE}"
-        )
+        words = f"text: {COLUMNS['text']}; audio: {COLUMNS['audio']}"
+        raise DataError(f"{where}, row 1: neither 'text' nor 'audio' in {sorted(names)}, nor ({words}). {COULD_BE}")
     if len(rivals := sorted(RIVALS & names)) > 1 and "text" not in given:
         raise DataError(f"{where}: {rivals} could each be the question; pass columns={{'text': {rivals[0]!r}}}.")
     return found
@@ -360,18 +340,21 @@ def _read_text(path: Path) -> str:
 
 
 def _read_file(path: Path, wanted: set[str]) -> list[Any]:
-    """Rows of JSON, JSONL or a table; of plain text, one for each line."""
-    content, suffix = _read_text(path), path.suffix.lower()
+    """The clip; or the rows of JSON, JSONL, a table; or of plain text, one for each line."""
+    suffix = path.suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return [{"audio": path.name}]
+    content = _read_text(path)
     if content.lstrip().startswith("["):
         return list(_json(content, str(path)))
     if content.lstrip().startswith("{") or suffix in (".json", ".jsonl"):
-        lines = enumerate(content.split("\n"), 1)  # not splitlines(): U+2028 and the like may stand in a JSON string
-        return [_json(line, f"{path}, line {number}", "; one object a line") for number, line in lines if line.strip()]
+        numbered = enumerate(content.split("\n"), 1)  # not splitlines(): U+2028 and the like may be in a JSON string
+        return [_json(line, f"{path}, line {i}", "; one object a line") for i, line in numbered if line.strip()]
     delimiters = ",\t;"
     if content[:4].lower() == "sep=":  # what Excel writes
         delimiters, content = content[4:5], content.partition("\n")[2]
     lines = [line for line in content.splitlines() if line.strip()]
-    first = lines[0].strip() if lines else ""
+    first = lines[0].strip() if lines else "?"
     known = {*wanted, *COLUMNS["text"].split(), *COLUMNS["audio"].split()}
     for delimiter in delimiters:
         names = [name.strip(' "') for name in first.split(delimiter)]
@@ -381,7 +364,7 @@ def _read_file(path: Path, wanted: set[str]) -> list[Any]:
         if alike and all(len(name.split()) <= 2 for name in names):
             raise DataError(f"{path} could be a table with unknown columns {names}, or plain text. {COULD_BE}")
     if suffix in (".csv", ".tsv") and lines:
-        raise DataError(f"{path} is no table that can be read: {first[:200]!r} names no known column. {COULD_BE}")
+        raise DataError(f"{path} is no table that can be read: {first[:99]!r} names no known column. {COULD_BE}")
     return [{"text": line.strip()} for line in lines]
 
 
@@ -393,12 +376,12 @@ def _json(text: str, where: str, remedy: str = "") -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=unique)
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
-        where += "" if remedy else f", line {error.lineno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg}){remedy}.") from None
+        line = "" if remedy else f", line {error.lineno}"
+        raise DataError(f"{where}{line}: not valid JSON ({error.msg}){remedy}.") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{where}: not JSON that can be read ({error}){remedy}.") from None
 
 
@@ -418,88 +401,79 @@ def _read_table(path: Path, content: str, delimiter: str) -> list[Any]:
     return [dict(zip(names, record, strict=True)) for record in records]
 
 
-def _row(row: Any, where: str) -> dict[str, Any]:
-    """A row's cells by column, in lower case, as Python has them; NaN, pandas' NA and blanks are left out."""
+def _cells(row: Any, where: str) -> dict[str, Any]:
+    """A row by column, in lower case, with Python's types; `None` for NaN, pandas' NA and blanks."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object with 'text' or 'audio', got {type(row).__name__}.")
     out: dict[str, Any] = {}
     for key, value in row.items():
-        column = str(key).strip().lower()
         value = value.item() if isinstance(value, np.generic) else value
-        blank = isinstance(value, str) and not value.strip()
         missing = value != value if isinstance(value, float) else type(value).__name__ in ("NAType", "NaTType")
-        if column in out:
+        if isinstance(value, str):
+            missing = not value.strip()
+        if (column := str(key).strip().lower()) in out:
             raise DataError(f"{where}: two keys {column!r} in {list(row)}, but for upper and lower case; remove one.")
-        try:
-            f"{column}{value if isinstance(value, str) else ''}".encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: {column!r} is no valid Unicode ({error.reason}); re-export the row.") from None
-        out[column] = None if blank or missing else value
-    return {column: value for column, value in out.items() if value is not None}
+        if not _is_unicode(f"{column}{value if isinstance(value, str) else ''}"):
+            raise DataError(f"{where}: {column!r} is no valid Unicode; re-export the row.")
+        out[column] = None if missing else value
+    return out
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON lets half a character (a lone surrogate) through."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _example(
-    row: dict[str, Any],
+    row: Mapping[str, Any],
+    number: int,
+    where: str,
     fields: Mapping[str, str],
     names: set[str],
     classes: Sequence[str],
-    find: Callable[[Any, Mapping[str, Any], str], Any],
-    where: str,
+    find: Callable[[str | Path, Mapping[str, Any], str], tuple[Path | None, Path]],
 ) -> Example:
-    """The example of a row as `_row` gives it.
-
-    Args:
-        fields: which column holds what.
-        names: all columns of the source.
-        classes: names of numbered labels.
-        find: gives a clip's path.
-    """
-    meta = dict(row)
+    """The example of a row: `fields` says which of the source's columns (`names`) holds what."""
+    meta = {column: value for column, value in row.items() if column and value is not None}
     text, audio, chat, said, name = (
-        meta.pop(fields.get(f, ""), None) for f in ("text", "audio", "messages", "label", "id")
+        meta.pop(fields.get(field, ""), None) for field in ("text", "audio", "messages", "label", "id")
     )
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}: {fields['text']!r} must be a string, not {type(text).__name__}.")
-    text = f"{meta.pop('contextstring')}\n\n{text}" if text and "contextstring" in meta else text  # HarmBench's
-    messages: Turns = ()
-    if chat is not None:
-        messages, text, audio = _turns(chat, text, audio, where)
-    audio = _encoded(audio)
+    if text and "contextstring" in meta:  # HarmBench's
+        text = f"{meta.pop('contextstring')}\n\n{text}"
+    messages, text, audio = (
+        _turns(chat, text, _encoded(audio), where) if chat is not None else ((), text, _encoded(audio))
+    )
     if text is None and audio is None:
         raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(row)}; a row needs one of them.")
     if isinstance(audio, (str, Path)):
         if name is None and Path(audio).stem == str(audio):  # neither folder nor ending: the authors' rows
             name = str(audio)
-        audio, wanted = find(audio, row, where)
+        audio, place = find(audio, row, where)
         if audio is None:
-            meta["missing_clip"] = str(wanted)
-            if text is None:
-                raise DataError(
-                    f"{where}: the file {wanted} does not exist, or is no ordinary file; correct the path, or pass "
-                    "audio_dir='folder of the clips'."
-                )
+            meta["missing_clip"] = str(place)
+        if audio is None and text is None:
+            raise DataError(f"{where}: {place} does not exist, or is no ordinary file; correct the path or audio_dir=.")
     elif audio is not None and not isinstance(audio, (bytes, Mapping)):
         raise DataError(f"{where}: 'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
-    name = where.rpartition(", ")[2].replace(" ", "-") if name is None else name  # row-7
-    name = int(name) if isinstance(name, float) and name.is_integer() else name
+    name = int(name) if isinstance(name, float) and name.is_integer() else f"row-{number}" if name is None else name
     if not isinstance(name, (str, int)):
-        raise DataError(f"{where}: 'id' must be a string or a number, not {name!r}; leave it out to number rows.")
-    if str(name).startswith("B_"):  # so the authors call a twin
+        raise DataError(f"{where}: 'id' must be a string or a number, not {name!r}; leave it out for 'row-{number}'.")
+    if str(name).startswith("B_"):  # so the authors name a twin
         meta.setdefault("twin", str(name)[2:])
     category = meta.get(fields.get("category", ""))
     if isinstance(category, str):
         del meta[fields["category"]]
-    label: Label | None = None
-    if said is not None:
-        words = str(classes[said] if isinstance(said, int) and 0 <= said < len(classes) else said).strip().lower()
-        if words not in LABELS:
-            raise DataError(f"{where}: label {said!r} is neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe'); "
-                            "rename the column if it is no label.")  # fmt: skip
-        label = LABELS[words]
-    elif {"prompt", "type", "focus"} <= names:  # XSTest
+    said = classes[said] if isinstance(said, int) and 0 <= said < len(classes) else said
+    label = LABELS.get(str(said).strip().lower())
+    if said is None and {"prompt", "type", "focus"} <= names:  # XSTest
         label = "harmful" if str(row.get("type")).startswith("contrast_") else "benign"
-    elif not {"goal", "behavior"} <= names:  # JailbreakBench's files of both kinds look like AdvBench's
+    elif said is None and not {"goal", "behavior"} <= names:  # JailbreakBench's files of both kinds look alike
         label = "harmful" if any(set(known.split()) <= names for known in HARMFUL) else None
+    elif said is not None and label is None:
+        words = "neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe')"
+        raise DataError(f"{where}: label {said!r} is {words}; rename the column if it is no label.")
     return Example(str(name), text, audio, label, category if isinstance(category, str) else None, meta, messages)
 
 
@@ -555,27 +529,26 @@ def _encoded(audio: Any) -> Any:
 
 def _turns(chat: Any, text: str | None, audio: Any, where: str) -> tuple[Turns, str | None, Any]:
     """Earlier turns, question and clip. The question is the chat's last user turn, if no other column holds it."""
-    turns: list[tuple[str, str]] = []
-    clips: list[Any] = []
-    if not isinstance(chat, (list, tuple, np.ndarray)) or not all(isinstance(turn, Mapping) for turn in chat):
-        raise DataError(f"{where}: 'messages' must be a list of {{'role': …, 'content': …}}.")
-    for turn in chat:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    turns, clips = list[tuple[str, str]](), list[list[Any]]()
+    for turn in chat if isinstance(chat, (list, tuple, np.ndarray)) else [chat]:
+        turn = turn if isinstance(turn, Mapping) else {}
+        role, content = ROLES.get(str(turn.get("role", turn.get("from")))), turn.get("content", turn.get("value"))
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if role not in ROLES or not isinstance(parts, (list, tuple)) or not all(isinstance(p, Mapping) for p in parts):
-            raise DataError(f"{where}: a turn needs a role of {sorted(ROLES)} and a content, not {str(turn)[:200]}.")
-        words = "\n".join(str(part["text"]) for part in parts if part.get("text"))
+        if role is None or not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+            raise DataError(f"{where}: 'messages' must be a list of {{'role': {sorted(ROLES)}, 'content': …}}.")
         clips.append([part.get("audio", part) for part in parts if part.get("type") == "audio"])
-        turns.append((ROLES[role], words))
+        turns.append((role, "\n".join(str(part["text"]) for part in parts if part.get("text"))))
     while text is None and audio is None and turns and turns[-1][0] == "assistant":  # the answer to the question
         turns.pop(), clips.pop()
     if text is None and turns and turns[-1][0] == "user":
         text, spoken = turns.pop()[1] or None, clips.pop()
-        audio = spoken[0] if audio is None and spoken else audio
-    if any(clips):
-        raise DataError(f"{where}: a clip in an earlier turn; only the last turn can be spoken, write the others out.")
-    if ("user", text) in turns:
-        raise DataError(f"{where}: the question is also among its earlier turns; take it out of one of the two.")
+        audio = _encoded(spoken[0]) if audio is None and spoken else audio
+    if any(clips) or ("user", text) in turns:
+        raise DataError(
+            f"{where}: a clip, or the question itself, in an earlier turn of 'messages'; take it out there."
+        )
+    if not _is_unicode("".join([text or "", *(words for _, words in turns)])):
+        raise DataError(f"{where}: 'messages' are no valid Unicode; re-export the row.")
     return tuple(turns), text, audio
 
 
@@ -605,9 +578,9 @@ def load_audio(
         name = f"{name} ({source})" if isinstance(source, (str, Path)) else name
         try:
             wave, source_rate, seconds = _decode(source, name, max_seconds, max_bytes)
+        except DataError:
+            raise
         except (soundfile.LibsndfileError, OSError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(
                 f"{name}: can't be decoded as audio ({error}); re-encode it (or a video's sound) as WAV, FLAC or OGG."
             ) from None
@@ -617,10 +590,8 @@ def load_audio(
         wave = wave.mean(axis=1)
     if wave.ndim != 1 or not len(wave):
         raise DataError(f"{name}: no samples (shape {list(wave.shape)}); re-export the clip.")
-    if source_rate <= 0 or rate <= 0:
-        raise DataError(f"{name}: sampling rates must be positive, got {source_rate} and {rate} Hz.")
     if not 1_000 <= source_rate <= 1_000_000:
-        raise DataError(f"{name}: a sampling rate of {source_rate} Hz is no audio's; correct the clip's header.")
+        raise DataError(f"{name}: a rate of {source_rate} Hz: must be positive and sound's; correct the clip's header.")
     with np.errstate(over="ignore"):
         wave = wave.astype(np.float32, copy=False)
     high, low = float(wave.max()), float(wave.min())
@@ -663,64 +634,49 @@ def _array(source: Mapping[str, Any], name: str) -> tuple[npt.NDArray[Any], int]
 
 
 def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple[Wave, int, float]:
-    """Mono samples, their rate, and the seconds that were read; warns of a file that is cut off.
+    """Mono samples, their rate, and the seconds that were read; warns where the file states another length.
 
     In blocks, with the channels averaged at once: memory is taken for what is there, never for what a header claims.
     """
     if isinstance(source, bytes) and len(source) > max_bytes:
         raise DataError(f"{name}: {len(source)} bytes are more than max_bytes={max_bytes}; cut the clip.")
-    encoded = source if isinstance(source, bytes) else str(_checked_size(source, name, max_bytes))
-    with io.BytesIO(encoded) if isinstance(encoded, bytes) else open(encoded, "rb") as raw:
-        repaired, share, whole = _lengths(raw)
-    encoded = repaired or encoded
-    with soundfile.SoundFile(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as file:
+    content = source if isinstance(source, bytes) else _checked_size(source, name, max_bytes).read_bytes()
+    wav, stated_bytes, there = _wav_lengths(content)
+    encoded = io.BytesIO(wav) if wav else io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    with soundfile.SoundFile(encoded) as file:
         limit = min(max_seconds * file.samplerate, max_bytes / 4)
         blocks, total, size = [], 0, max(1, 2**20 // file.channels)
         while total <= limit and len(block := file.read(size, dtype="float32", always_2d=True)):
             blocks.append(block.mean(axis=1))
             total += len(block)
-        rate, claimed = file.samplerate, share * total if share else file.frames
+        rate, stated = file.samplerate, total * stated_bytes / there if there else file.frames
+        whole = file.format != "OGG" or content[content.rfind(b"OggS") + 5] & 4  # a flag marks the last page
     seconds = total / max(1, rate)
     if max_seconds * rate >= total > limit:
         raise DataError(f"{name}: {seconds:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
-    if total <= limit and (not whole or abs(claimed - total) > 0.05 * rate):
-        states = f"its header states {claimed / rate:.2f} s" if whole else "its last page is missing"
-        warnings.warn(f"{name}: damaged, {states}, {seconds:.2f} s are there; copy or export it again.", DataWarning, 3)
+    if total <= limit and (not whole or abs(stated - total) > rate / 20):
+        states = f"its header states {stated / rate:.2f} s" if whole else "its end is missing"
+        warnings.warn(f"{name}: damaged: {states}, {seconds:.2f} s are there; export it again.", DataWarning, 3)
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate, seconds
 
 
-def _lengths(file: BinaryIO) -> tuple[bytes | None, float, bool]:
-    """What libsndfile does not say of a WAV or OGG: `(repaired file, claimed length / true length, whole)`.
+def _wav_lengths(content: bytes) -> tuple[bytes | None, int, int]:
+    """Of a WAV `(repaired, bytes of samples stated, bytes there)`; zeros for no WAV, or a stream of unknown length.
 
-    A WAV that states less than there is (0, from a program that could not go back) is repaired; the share is 0 where it
-    is not known. An OGG is whole if its last page says that it is the last.
+    Repaired is a file that states less than there is, e.g. 0, as programs leave it that can't go back to the header.
     """
-    head = file.read(12)
-    size = file.seek(0, 2)
-    if head[:4] == b"OggS":
-        file.seek(max(0, size - 2**16))  # longer than any page
-        page = file.read().rpartition(b"OggS")[2]
-        return None, 0.0, len(page) > 1 and bool(page[1] & 4)
-    if head[:4] + head[8:] != b"RIFFWAVE":
-        return None, 0.0, True
-    start = 12
-    for _ in range(99):  # chunks before the samples
-        file.seek(start)
-        kind, claimed = file.read(4), int.from_bytes(file.read(4), "little")
-        start += 8
-        if kind == b"data":
-            break
-        start += claimed + claimed % 2
-    there = size - start
-    if kind != b"data" or there <= 0 or claimed >= 2**31 - 2**10:  # a stream's: of unknown length
-        return None, 1.0, True
-    file.seek(start + claimed + claimed % 2)
-    following = file.read(8)
-    if claimed >= there - 8 or all(32 <= byte < 127 for byte in following[:4]):  # the end, or the name of a chunk
-        return None, max(1.0, claimed / there) if claimed > there else 1.0, True
-    file.seek(0)
-    content = file.read()
-    return content[: start - 4] + b"\xff" * 4 + content[start:], claimed / there, True
+    at = 12
+    while content[:4] + content[8:12] == b"RIFFWAVE" and at + 8 < min(len(content), 2**20):
+        stated, there = int.from_bytes(content[at + 4 : at + 8], "little"), len(content) - at - 8
+        if content[at : at + 4] == b"data":
+            following = content[at + 8 + stated + stated % 2 :][:4]
+            if stated >= 2**31 - 2**10:
+                break
+            if stated < there - 8 and not all(32 <= byte < 127 for byte in following):  # a chunk would have a name
+                return content[: at + 4] + b"\xff" * 4 + content[at + 8 :], stated, there
+            return None, max(stated, there), there
+        at += 8 + stated + stated % 2
+    return None, 0, 0
 
 
 def _checked_size(path: str | Path, name: str, max_bytes: int = MAX_BYTES, remedy: str = "cut the clip") -> Path:
@@ -787,17 +743,16 @@ def user_turn(example: Example, condition: str, instruction: str, refusal_prompt
         instruction: goes with the audio (audio-text, text-content).
         refusal_prompt: appended, to put the vanilla model into the refusal zone.
     """
-    if condition == "audio-text":
-        text = instruction
-    elif condition == "text-only":
-        text = str(example.text)
-    elif condition == "text-content":
-        text = TEXT_CONTENT.format(question=str(example.text).rstrip(".?! "), instruction=instruction)
-    elif condition == "audio-only":
-        text = ""
-    else:
+    question = str(example.text)
+    texts = {
+        "audio-text": instruction,
+        "text-only": question,
+        "audio-only": "",
+        "text-content": TEXT_CONTENT.format(question=question.rstrip(".?! "), instruction=instruction),
+    }
+    if condition not in texts:
         raise ValueError(f"Unknown condition {condition!r}; there are {CONDITIONS}.")
-    return " ".join(part for part in (text, refusal_prompt) if part) or None
+    return " ".join(part for part in (texts[condition], refusal_prompt) if part) or None
 
 
 # What differs between processors, as data.
@@ -887,18 +842,17 @@ class Renderer:
                 f"{self.name} has no chat template, nor has its tokenizer; set processor.chat_template, "
                 "or pass build_inputs=your_function to RRS."
             )
-        self.extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
+        self.extractor: Any = getattr(processor, "feature_extractor", None) or getattr(
+            processor, "audio_processor", None
+        )
         self.rate = int(getattr(self.extractor, "sampling_rate", 0) or 0)
         self.kept = self.rate  # the longest clip, in samples, of which the processor is known to keep all
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides what a prompt looks like, for hashes and records."""
-        extractor = self.extractor.to_dict() if hasattr(self.extractor, "to_dict") else None
-        return {
-            "processor": self.name, "template": self.template, "system": self.system,
-            "template_kwargs": self.template_kwargs, "extractor": extractor,
-        }  # fmt: skip
+        own = {name: getattr(self, name) for name in ("name", "template", "system", "template_kwargs")}
+        return {**own, "extractor": self.extractor.to_dict() if hasattr(self.extractor, "to_dict") else None}
 
     def __call__(self, text: str | None, wave: Wave | None, messages: Turns = ()) -> dict[str, Any]:
         """Model inputs of one prompt, each tensor with a batch dimension of 1.
@@ -917,19 +871,14 @@ class Renderer:
             self._check_kept(wave, inputs, lambda other: self._inputs(text, other, messages))
         return inputs
 
-    def _check_kept(
-        self, wave: Wave, inputs: Mapping[str, Tensor], make: Callable[[Wave], Mapping[str, Tensor]]
-    ) -> None:
-        """Processors cut long clips without a word: do the model's inputs change with the clip's last tenth of a second?
-
-        Raises:
-            DataError: they do not; says from where on they do not.
-        """
+    def _check_kept(self, wave: Wave, inputs: Mapping[str, Tensor], make: Callable[[Wave], Any]) -> None:
+        """Raises if the end of a clip has no effect on the model's inputs: processors cut without a word."""
 
         def counts(n: int) -> bool:
             """Whether anything from sample `n` on reaches the model."""
-            other, noise = wave.copy(), np.random.default_rng(0).uniform(-0.5, 0.5, len(wave) - n)
-            other[n:] = 0 if np.abs(wave[n:]).max() > 0.1 else noise
+            other = wave.copy()
+            quiet = np.abs(wave[n:]).max() < 0.1
+            other[n:] = np.random.default_rng(0).uniform(-0.5, 0.5, len(wave) - n) if quiet else 0
             changed = make(other)
             return any(k not in changed or not torch.equal(v, changed[k]) for k, v in inputs.items())
 
@@ -940,10 +889,8 @@ class Renderer:
         while high - low > self.rate // 50:
             middle = (low + high) // 2
             low, high = (middle, high) if counts(middle) else (low, middle)
-        raise DataError(
-            f"The clip is {len(wave) / self.rate:.2f} s long, but {self.name} keeps the first "
-            f"{round(high / self.rate, 1):.2f} s; split it."
-        )
+        long, first = len(wave) / self.rate, round(high / self.rate, 1)
+        raise DataError(f"The clip is {long:.2f} s long, but {self.name} keeps the first {first:.2f} s; split it.")
 
     def _inputs(self, text: str | None, wave: Wave | None, turns: Turns) -> dict[str, Tensor]:
         with needed_packages(self.name):
@@ -978,18 +925,16 @@ class Renderer:
 
     def _prompt(self, text: str | None, wave: Wave | None, turns: Turns = ()) -> str:
         """The rendered chat; texts and audio placeholder are verified to be in it."""
-        audio_token = getattr(self.processor, "audio_token", None)
+        audio_token = getattr(self.processor, "audio_token", None) or ""
         chat = self._messages(text, wave, turns)
-        wanted = [("text" if m["role"] == "user" else m["role"] + " turn", c["text"].strip())
-                  for m in chat for c in m["content"] if c["type"] == "text"]  # fmt: skip
-        wanted += [("audio", audio_token)] if wave is not None and audio_token else []
-        # Templates of text models know strings only, most of audio models both, a few lists only.
         plain = [{"role": m["role"], "content": "".join(c.get("text", "") for c in m["content"])} for m in chat]
-        prompt, lost = "", wanted
+        wanted = [("audio", audio_token if wave is not None else "")]
+        wanted += [("text" if m["role"] == "user" else f"{m['role']} turn", m["content"].strip()) for m in plain]
+        # Templates of text models know strings only, most of audio models both, a few lists only.
         for messages in (plain, chat) if wave is None else (chat,):
             prompt = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=True,
-                audio_token=audio_token, **self.template_kwargs,
+                audio_token=audio_token or None, **self.template_kwargs,
             )  # fmt: skip
             lost = [(what, part) for what, part in wanted if part not in prompt]
             if not lost:
