@@ -70,6 +70,10 @@ class Example:
     messages: Turns = ()
     """Earlier turns, before the question. A system prompt among them replaces the renderer's."""
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(turn, tuple) and len(turn) == 2 for turn in self.messages):
+            raise DataError(f"{self.id}: messages must be pairs (role, text).")
+
     def has(self, condition: str) -> bool:
         """Whether the example holds what `condition` needs: text, audio."""
         return (self.text if condition.startswith("text") else self.audio) is not None
@@ -650,7 +654,7 @@ def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple
             blocks.append(block.mean(axis=1))
             total += len(block)
         rate, stated = file.samplerate, total * stated_bytes / there if there else file.frames
-        whole = file.format != "OGG" or content[content.rfind(b"OggS") + 5] & 4  # a flag marks the last page
+        whole = file.format != "OGG" or (content[content.rfind(b"OggS") + 5 :] or b"\0")[0] & 4  # marks the last page
     seconds = total / max(1, rate)
     if max_seconds * rate >= total > limit:
         raise DataError(f"{name}: {seconds:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
@@ -669,10 +673,10 @@ def _wav_lengths(content: bytes) -> tuple[bytes | None, int, int]:
     while content[:4] + content[8:12] == b"RIFFWAVE" and at + 8 < min(len(content), 2**20):
         stated, there = int.from_bytes(content[at + 4 : at + 8], "little"), len(content) - at - 8
         if content[at : at + 4] == b"data":
-            following = content[at + 8 + stated + stated % 2 :][:4]
+            end = at + 8 + stated + stated % 2
             if stated >= 2**31 - 2**10:
                 break
-            if stated < there - 8 and not all(32 <= byte < 127 for byte in following):  # a chunk would have a name
+            if stated < there - 8 and not content[end : end + 4].isalnum():  # as chunks are named
                 return content[: at + 4] + b"\xff" * 4 + content[at + 8 :], stated, there
             return None, max(stated, there), there
         at += 8 + stated + stated % 2
@@ -688,24 +692,17 @@ def _checked_size(path: str | Path, name: str, max_bytes: int = MAX_BYTES, remed
     return path
 
 
-def resample(wave: Wave, rate: int, new_rate: int, zeros: int = 24, rolloff: float = 0.945) -> Wave:
-    """Band-limited resampling of `[samples]`, by a polyphase windowed sinc.
-
-    Args:
-        zeros: zero crossings of the sinc on either side; more is sharper and slower.
-        rolloff: cut-off as a share of the lower Nyquist frequency.
-
-    Source: Smith, "Digital Audio Resampling"; Kaiser window, β = 14.77 (about 120 dB beyond the transition band).
-    """
+def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
+    """Band-limited resampling of `[samples]`, by a polyphase windowed sinc (Smith, "Digital Audio Resampling")."""
     if rate <= 0 or new_rate <= 0:
         raise DataError(f"Sampling rates must be positive, got {rate} and {new_rate} Hz.")
     if rate == new_rate:
         return wave
     ratio = Fraction(new_rate, rate)
     if ratio.numerator * ratio.denominator > 2**22:  # e.g. 44,101 Hz: the kernels would take gigabytes
-        ratio = ratio.limit_denominator(math.isqrt(2**22 * rate // new_rate))  # off by less than 1 ms in an hour
+        ratio = ratio.limit_denominator(math.isqrt(2**22 * rate // new_rate))  # off by 0.02% at most
     up, down = ratio.numerator, ratio.denominator
-    kernels, width = _sinc_kernels(up, down, zeros, rolloff)
+    kernels, width = _sinc_kernels(up, down)
     length = math.ceil(len(wave) * new_rate / rate)
     frames = math.ceil(length / up)  # a frame: `down` samples in, `up` samples out
     padded = np.pad(wave, (width, max(0, (frames + 1) * down - len(wave)) + width))
@@ -719,9 +716,12 @@ def resample(wave: Wave, rate: int, new_rate: int, zeros: int = 24, rolloff: flo
 
 
 @lru_cache(maxsize=16)
-def _sinc_kernels(up: int, down: int, zeros: int, rolloff: float) -> tuple[Tensor, int]:
-    """Kernels `[up, 1, 2 * width + down]`: one windowed sinc for each output phase."""
-    cutoff = min(up, down) * rolloff / down  # in units of the source's Nyquist frequency
+def _sinc_kernels(up: int, down: int) -> tuple[Tensor, int]:
+    """Kernels `[up, 1, 2 * width + down]`: one windowed sinc for each output phase.
+
+    More zero crossings on either side are sharper and slower. Kaiser window, β = 14.77: about -120 dB.
+    """
+    zeros, cutoff = 24, 0.945 * min(up, down) / down  # cut-off in units of the source's Nyquist frequency
     width = math.ceil(zeros / cutoff)
     # Output phase p sits at source time p * down / up; tap k looks at source sample k - width.
     phases = torch.arange(up, dtype=torch.float64)[:, None] * (down / up)
@@ -798,9 +798,7 @@ def as_letters(text: str, tokens: Iterable[str]) -> str:
     for token in tokens:
         if token in text:
             letters = f"{token[0]} {token[1:]}"
-            warnings.warn(
-                f"{text[:60]!r} holds the control token {token!r}; it is read as {letters!r}.", DataWarning, 2
-            )
+            warnings.warn(f"{text[:60]!r} holds the control token {token!r}; read as {letters!r}.", DataWarning, 2)
             text = text.replace(token, letters)
     return text
 
@@ -822,31 +820,25 @@ class Renderer:
     ) -> None:
         self.processor, self.system, self.template_kwargs = processor, system, dict(template_kwargs or {})
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.tokens = control_tokens(processor)
-        self.name = type(processor).__name__
-        template: Any = (
-            getattr(processor, "chat_template", None)
-            or getattr(self.tokenizer, "chat_template", None)
-            or TEMPLATES.get(self.name)
-        )
-        if isinstance(template, Mapping):  # several, by name
-            if "default" not in template and len(template) > 1:
+        self.name, self.tokens = type(processor).__name__, control_tokens(processor)
+        found = (getattr(owner, "chat_template", None) for owner in (processor, self.tokenizer))
+        self.template: Any = next(filter(None, found), TEMPLATES.get(self.name))
+        if isinstance(self.template, Mapping):  # several, by name
+            self.template = self.template.get("default") or self.template
+            if not isinstance(self.template, str):
                 raise ValueError(
-                    f"{self.name} has the chat templates {sorted(template)} and none is called 'default'; set "
-                    "processor.chat_template to one of them."
+                    f"Set processor.chat_template to one of {self.name}'s templates {list(self.template)}."
                 )
-            template = template.get("default", next(iter(template.values())))
-        self.template: str | None = template
         if not self.template and self.name not in TEMPLATE_ONLY:
             raise ValueError(
                 f"{self.name} has no chat template, nor has its tokenizer; set processor.chat_template, "
                 "or pass build_inputs=your_function to RRS."
             )
-        self.extractor: Any = getattr(processor, "feature_extractor", None) or getattr(
-            processor, "audio_processor", None
-        )
+        found = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
+        self.extractor: Any = next(filter(None, found), None)
         self.rate = int(getattr(self.extractor, "sampling_rate", 0) or 0)
-        self.kept = self.rate  # the longest clip, in samples, of which the processor is known to keep all
+        self.kept = self.rate  # samples of the longest clip of which the processor is known to keep all
+        self.window = math.inf  # samples after which it is known to cut
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -882,14 +874,15 @@ class Renderer:
             changed = make(other)
             return any(k not in changed or not torch.equal(v, changed[k]) for k, v in inputs.items())
 
-        low, high = 0, len(wave) - self.rate // 10
-        if counts(high):
+        low, high = 0, len(wave) - self.rate // 10  # what is cut but for a tenth of a second is not missed
+        if high < self.window and counts(high):
             self.kept = len(wave)
             return
-        while high - low > self.rate // 50:
+        while self.window > high and high - low > self.rate // 50:
             middle = (low + high) // 2
             low, high = (middle, high) if counts(middle) else (low, middle)
-        long, first = len(wave) / self.rate, round(high / self.rate, 1)
+        self.window = min(self.window, high)
+        long, first = len(wave) / self.rate, round(self.window / self.rate, 1)
         raise DataError(f"The clip is {long:.2f} s long, but {self.name} keeps the first {first:.2f} s; split it.")
 
     def _inputs(self, text: str | None, wave: Wave | None, turns: Turns) -> dict[str, Tensor]:

@@ -199,8 +199,11 @@ def test_user_turns():
 def test_a_clip_that_the_processor_would_cut_is_refused():
     """The tiny processor hears 2 s; it would drop the rest without a word."""
     _, processor = tiny_qwen2_audio()
-    with pytest.raises(DataError, match=r"2\.50 s .* 2\.00 s"):
-        Renderer(processor)("Answer.", tone(2.5, 0))
+    render = Renderer(processor)
+    for seconds in (2.5, 2.5, 3.25, 2.15):  # measured once
+        with pytest.raises(DataError, match=rf"{seconds:.2f} s .* 2\.00 s"):
+            render("Answer.", tone(seconds, 0))
+    render("Answer.", tone(1.99, 0))
 
 
 def test_a_template_that_drops_the_audio_is_refused():
@@ -315,12 +318,12 @@ def test_a_few_samples_beyond_the_window_are_no_second():
 def test_chat_templates_by_name():
     _, processor = tiny_qwen2_audio()
     prompts = []
-    for templates in (TEMPLATE, {"tool_use": "{{ 1/0 }}", "default": TEMPLATE}, {"chat": TEMPLATE}):
+    for templates in (TEMPLATE, {"tool_use": "{{ 1/0 }}", "default": TEMPLATE}):
         processor.chat_template = templates
         prompts.append(Renderer(processor)("Answer.", tone(0.5, 0))["input_ids"].tolist())
-    assert prompts[0] == prompts[1] == prompts[2]
+    assert prompts[0] == prompts[1]
     processor.chat_template = {"tool_use": TEMPLATE, "rag": TEMPLATE}
-    with pytest.raises(ValueError, match=r"templates \['rag', 'tool_use'\].*set processor.chat_template"):
+    with pytest.raises(ValueError, match=r"Set processor.chat_template to one of .*\['tool_use', 'rag'\]"):
         Renderer(processor)
 
 
@@ -352,6 +355,11 @@ def test_system_prompt_and_earlier_turns_reach_the_template(condition):
     own = Renderer(processor, system="Be kind.")(text, wave, (("system", "Be brief."),))["input_ids"][0]
     assert "Be brief." in processor.tokenizer.decode(own)
     assert "Be kind." not in processor.tokenizer.decode(own)
+
+
+def test_turns_of_another_form_are_refused():
+    with pytest.raises(DataError, match=r"a: messages must be pairs \(role, text\)"):
+        Example("a", "How so?", messages=({"role": "user", "content": "Hello."},))
 
 
 def test_what_a_prompt_depends_on_is_in_the_hash():
