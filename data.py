@@ -122,11 +122,7 @@ class Example:
 
 
 def content_hash(examples: Iterable[Example], render: Any = None) -> str:
-    """SHA-256 (hex) of examples in their order: equal for equal contents, wherever the files lie.
-
-    Args:
-        render: the `Renderer` that makes prompts of them; its settings are hashed too.
-    """
+    """SHA-256 (hex) of examples in their order, wherever their files lie, and of the settings of a `Renderer`."""
     settings = json.dumps(getattr(render, "settings", None), sort_keys=True, default=repr)
     return hashlib.sha256("\n".join([settings, *(e.digest for e in examples)]).encode()).hexdigest()
 
@@ -161,9 +157,7 @@ def marks(examples: Iterable[Example]) -> frozenset[int]:
 def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], *, twins: bool = False) -> list[str]:
     """Ids of those of `ours` whose question (its text; without one, its clip) is also among `others`.
 
-    Args:
-        others: examples, or their `marks`.
-        twins: count as well an example that names one of `others` as its `twin`, or is named by one.
+    `others` may be their `marks`. With `twins`, also ids of those that name one as their `twin`, or are named by one.
     """
     known = others if isinstance(others, frozenset) else marks(others)
 
@@ -246,22 +240,17 @@ def load_examples(
     A file is JSON, JSONL, CSV or TSV, whatever its name, or plain text with a question a line. Columns are found by
     their usual names, `COLUMNS`; the others go to `meta`, in lower case. A folder gives an example for each clip in it,
     with the words of the `.txt` beside it, if there is one, and the subfolder as category. A row is a dict, an
-    `Example`, a string (a question) or a `Path` (a clip).
+    `Example`, a string (a question) or a `Path` (a clip). If its clip is not there, its text can still be used.
 
     `audio` may be a path, encoded bytes, `{"array", "sampling_rate"}` or `{"bytes", "path"}`. With `datasets`, cast the
-    column to `Audio(decode=False)`: clips are then decoded one by one, when they are needed. A row whose clip is not
-    there is kept if it has text, for the typed conditions.
+    column to `Audio(decode=False)`: clips are then decoded one by one, when they are needed.
 
     Args:
-        source: a path, or an iterable of rows.
         label: given to rows that have none. Rows that carry the *other* label are left out, so that one file can
             serve as `harmful=` and as `benign=`.
         columns: what holds what, where the names do not tell: `{"text": "my question", "audio": "my file"}`.
         audio_dir: folder of the clips; default the file's own.
         allow_outside: let rows name audio files that are not below that folder (links are followed).
-
-    Raises:
-        DataError: names file and row.
     """
     given = {what: column.strip().lower() for what, column in (columns or {}).items()}
     if unknown := sorted(given.keys() - COLUMNS.keys()):
@@ -413,8 +402,7 @@ def _cells(row: Any, where: str) -> dict[str, Any]:
     for key, value in row.items():
         value = value.item() if isinstance(value, np.generic) else value
         missing = value != value if isinstance(value, float) else type(value).__name__ in ("NAType", "NaTType")
-        if isinstance(value, str):
-            missing = not value.strip()
+        missing = missing or (isinstance(value, str) and not value.strip())
         if (column := str(key).strip().lower()) in out:
             raise DataError(f"{where}: two keys {column!r} in {list(row)}, but for upper and lower case; remove one.")
         if not _is_unicode(f"{column}{value if isinstance(value, str) else ''}"):
@@ -425,7 +413,7 @@ def _cells(row: Any, where: str) -> dict[str, Any]:
 
 def _is_unicode(text: str) -> bool:
     """Whether the text can be written as UTF-8: JSON lets half a character (a lone surrogate) through."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    return text == text.encode(errors="ignore").decode()
 
 
 def _example(
@@ -437,18 +425,17 @@ def _example(
     classes: Sequence[str],
     find: Callable[[str | Path, Mapping[str, Any], str], tuple[Path | None, Path]],
 ) -> Example:
-    """The example of a row: `fields` says which of the source's columns (`names`) holds what."""
+    """The example of a row; `fields` says which of the source's columns (`names`) holds what."""
     meta = {column: value for column, value in row.items() if column and value is not None}
-    text, audio, chat, said, name = (
-        meta.pop(fields.get(field, ""), None) for field in ("text", "audio", "messages", "label", "id")
-    )
+    wanted = ("text", "audio", "messages", "label", "id")
+    text, audio, chat, said, name = (meta.pop(fields.get(field, ""), None) for field in wanted)
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}: {fields['text']!r} must be a string, not {type(text).__name__}.")
     if text and "contextstring" in meta:  # HarmBench's
         text = f"{meta.pop('contextstring')}\n\n{text}"
-    messages, text, audio = (
-        _turns(chat, text, _encoded(audio), where) if chat is not None else ((), text, _encoded(audio))
-    )
+    audio, messages = _encoded(audio), ()
+    if chat is not None:
+        messages, text, audio = _turns(chat, text, audio, where)
     if text is None and audio is None:
         raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(row)}; a row needs one of them.")
     if isinstance(audio, (str, Path)):
@@ -548,9 +535,7 @@ def _turns(chat: Any, text: str | None, audio: Any, where: str) -> tuple[Turns, 
         text, spoken = turns.pop()[1] or None, clips.pop()
         audio = _encoded(spoken[0]) if audio is None and spoken else audio
     if any(clips) or ("user", text) in turns:
-        raise DataError(
-            f"{where}: a clip, or the question itself, in an earlier turn of 'messages'; take it out there."
-        )
+        raise DataError(f"{where}: a clip, or the question itself, in an earlier turn of 'messages'; take it out.")
     if not _is_unicode("".join([text or "", *(words for _, words in turns)])):
         raise DataError(f"{where}: 'messages' are no valid Unicode; re-export the row.")
     return tuple(turns), text, audio
@@ -567,13 +552,8 @@ def load_audio(
 
     Args:
         source: a path, encoded bytes, or `{"array": …, "sampling_rate": …}` with `[samples]` or `[samples, channels]`.
-        rate: wanted sampling rate; the processors of transformers do not resample.
         name: how errors call the clip.
-        max_seconds: longer clips raise.
-        max_bytes: larger files raise, and clips whose decoded mono samples take more.
-
-    Raises:
-        DataError: unreadable, empty, non-finite, too long or too large.
+        max_seconds, max_bytes: longer clips raise a DataError, and larger ones (the file, or mono samples as float32).
     """
     if isinstance(source, Mapping):
         wave, source_rate = _array(source, name)
@@ -676,7 +656,7 @@ def _wav_lengths(content: bytes) -> tuple[bytes | None, int, int]:
             end = at + 8 + stated + stated % 2
             if stated >= 2**31 - 2**10:
                 break
-            if stated < there - 8 and not content[end : end + 4].isalnum():  # as chunks are named
+            if stated < there - 8 and not content[end : end + 4].strip().isalnum():  # as chunks are named
                 return content[: at + 4] + b"\xff" * 4 + content[at + 8 :], stated, there
             return None, max(stated, there), there
         at += 8 + stated + stated % 2
@@ -739,17 +719,11 @@ def _sinc_kernels(up: int, down: int) -> tuple[Tensor, int]:
 def user_turn(example: Example, condition: str, instruction: str, refusal_prompt: str = "") -> str | None:
     """The text of the user's turn in a condition; `None` if the turn is audio alone.
 
-    Args:
-        instruction: goes with the audio (audio-text, text-content).
-        refusal_prompt: appended, to put the vanilla model into the refusal zone.
+    The instruction goes with the audio. The refusal prompt is appended, to put the vanilla model into the refusal zone.
     """
     question = str(example.text)
-    texts = {
-        "audio-text": instruction,
-        "text-only": question,
-        "audio-only": "",
-        "text-content": TEXT_CONTENT.format(question=question.rstrip(".?! "), instruction=instruction),
-    }
+    content = TEXT_CONTENT.format(question=question.rstrip(".?! "), instruction=instruction)
+    texts = {"audio-text": instruction, "text-only": question, "audio-only": "", "text-content": content}
     if condition not in texts:
         raise ValueError(f"Unknown condition {condition!r}; there are {CONDITIONS}.")
     return " ".join(part for part in (texts[condition], refusal_prompt) if part) or None
@@ -847,12 +821,9 @@ class Renderer:
         return {**own, "extractor": self.extractor.to_dict() if hasattr(self.extractor, "to_dict") else None}
 
     def __call__(self, text: str | None, wave: Wave | None, messages: Turns = ()) -> dict[str, Any]:
-        """Model inputs of one prompt, each tensor with a batch dimension of 1.
+        """Model inputs of one prompt, each tensor with a batch dimension of 1: earlier turns, then audio, then text.
 
-        Args:
-            text: the user's words, after the audio if there is any.
-            wave: mono float32 `[samples]` at `self.rate` Hz.
-            messages: earlier turns.
+        `wave` is mono float32, `[samples]` at `self.rate` Hz.
         """
         if wave is None:
             return self._inputs(text, None, messages)
