@@ -417,13 +417,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _example(
-    row: Mapping[str, Any],
-    number: int,
-    where: str,
-    fields: Mapping[str, str],
-    names: set[str],
-    classes: Sequence[str],
-    find: Callable[[str | Path, Mapping[str, Any], str], tuple[Path | None, Path]],
+    row: dict[str, Any], number: int, where: str, fields: dict[str, str], names: set[str], classes: Any, find: Any
 ) -> Example:
     """The example of a row; `fields` says which of the source's columns (`names`) holds what."""
     meta = {column: value for column, value in row.items() if column and value is not None}
@@ -433,7 +427,8 @@ def _example(
         raise DataError(f"{where}: {fields['text']!r} must be a string, not {type(text).__name__}.")
     if text and "contextstring" in meta:  # HarmBench's
         text = f"{meta.pop('contextstring')}\n\n{text}"
-    audio, messages = _encoded(audio), ()
+    messages: Turns = ()
+    audio = _encoded(audio)
     if chat is not None:
         messages, text, audio = _turns(chat, text, audio, where)
     if text is None and audio is None:
