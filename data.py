@@ -162,7 +162,7 @@ def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], 
     known = others if isinstance(others, frozenset) else marks(others)
 
     def sought(e: Example) -> set[int]:
-        links = {_mark("twin", e.id)} | ({_mark("id", e.meta["twin"])} if "twin" in e.meta else set())
+        links = {_mark("twin", e.id)} | ({_mark("id", twin)} if (twin := e.meta.get("twin")) else set())
         return {_marks(e)["question"]} | (links if twins else set())
 
     return [e.id for e in ours if sought(e) & known]
@@ -420,12 +420,12 @@ def _example(
     row: dict[str, Any], number: int, where: str, fields: dict[str, str], names: set[str], classes: Any, find: Any
 ) -> Example:
     """The example of a row; `fields` says which of the source's columns (`names`) holds what."""
-    meta = {column: value for column, value in row.items() if column and value is not None}
+    meta = {column: value for column, value in row.items() if column}
     wanted = ("text", "audio", "messages", "label", "id")
     text, audio, chat, said, name = (meta.pop(fields.get(field, ""), None) for field in wanted)
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}: {fields['text']!r} must be a string, not {type(text).__name__}.")
-    if text and "contextstring" in meta:  # HarmBench's
+    if text and meta.get("contextstring"):  # HarmBench's
         text = f"{meta.pop('contextstring')}\n\n{text}"
     messages: Turns = ()
     audio = _encoded(audio)
@@ -447,7 +447,7 @@ def _example(
     if not isinstance(name, (str, int)):
         raise DataError(f"{where}: 'id' must be a string or a number, not {name!r}; leave it out for 'row-{number}'.")
     if str(name).startswith("B_"):  # so the authors name a twin
-        meta.setdefault("twin", str(name)[2:])
+        meta["twin"] = meta.get("twin") or str(name)[2:]
     category = meta.get(fields.get("category", ""))
     if isinstance(category, str):
         del meta[fields["category"]]

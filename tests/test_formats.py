@@ -494,3 +494,11 @@ def test_a_file_of_20_gigabytes_is_not_read(tmp_path):
         file.truncate(20 * 2**30)  # sparse
     with pytest.raises(DataError, match=r"x.txt: 21474836480 bytes .* split it"):
         load_examples(tmp_path / "x.txt")
+
+
+def test_blank_cells_of_other_columns_stay_as_none(tmp_path):
+    (tmp_path / "x.csv").write_text("id,text,twin\na,How?,\nb,So?,a\n")
+    first, second = load_examples(tmp_path / "x.csv")
+    assert (first.meta, second.meta) == ({"twin": None}, {"twin": "a"})
+    assert shared([first], [second], twins=True) == ["a"]
+    assert shared([first], [Example("None", "Else?")], twins=True) == []
