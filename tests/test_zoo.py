@@ -13,7 +13,7 @@ from torch import nn
 from rrs import RRS, RRSConfig
 from rrs.data import load_examples
 from rrs.evaluate import log_likelihood
-from rrs.hooks import capture, expert_parameters, linear_paths, locate
+from rrs.hooks import LoRA, capture, expert_parameters, frozen, linear_paths, locate
 
 THREE = ("audio-text", "text-only", "audio-only")
 HARMFUL, BENIGN = rows("harmful", 3), rows("benign", 3)
@@ -172,6 +172,42 @@ def test_batched_answers_are_the_models_own(name):
         for inputs, answer in zip(full_inputs(rrs, condition), answers, strict=True):
             new = rrs.model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
             assert answer == zoo.TOKENIZER.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_a_repetition_penalty_reads_the_prompt_as_the_model_does(name):
+    rrs = tiny_rrs(name)
+    rrs.model.generation_config.update(repetition_penalty=1.3)
+    for condition in THREE:
+        answers = rrs.generate(HARMFUL, condition, max_new_tokens=6)
+        for inputs, answer in zip(full_inputs(rrs, condition), answers, strict=True):
+            new = rrs.model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+            assert answer == zoo.TOKENIZER.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if not name.startswith("granite")])  # it can't checkpoint
+def test_gradient_checkpointing_changes_no_gradient(name):
+    rrs = tiny_rrs(name)
+    lora = LoRA(rrs.model, linear_paths(rrs.location, rrs.config.target_modules), r=4, alpha=8)
+    for b in lora.B:
+        nn.init.normal_(b, std=0.02)
+    prompts = [rrs.read(e, "audio-text") for e in load_examples(HARMFUL)]
+
+    def gradient():
+        with frozen(rrs.model):
+            loss = rrs.reader.last_hidden(prompts)[:, 0, ::2].sum()  # no norm: that of an RMSNorm's output is constant
+            grads = torch.autograd.grad(loss, list(lora.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    lora.attach()
+    plain = gradient()
+    rrs.model.gradient_checkpointing_enable()
+    assert (gradient() - plain).abs().max() <= 1e-5 * plain.abs().max()
+    if name == "gemma3n":
+        with pytest.raises(ValueError, match="several streams"):
+            rrs.reader.represent(prompts, layers=True)
+    else:
+        assert rrs.reader.represent(prompts, layers=True).shape == (3, len(rrs.location.layers) + 1, zoo.HIDDEN)
 
 
 @pytest.mark.parametrize(
