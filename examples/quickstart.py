@@ -1,7 +1,7 @@
 """RRS end to end on a real (small) speech LM: build it, make it refuse, show what changed.
 
     python examples/quickstart.py --out out
-    python examples/quickstart.py --out out --fast   # a small part of the data: does everything run?
+    python examples/quickstart.py --out out --fast   # a smoke run on a small part of the data: does everything run?
 
 Leaves in the folder: `adapter/` (PEFT's format), `report.md` and `report.json` (the test split's table, every answer),
 `representations-*.png` (last-token vectors before and after, as in the paper's figure), and `strengths.png` (refusals
@@ -11,6 +11,7 @@ against their cost on the dev split, of which the adapter's strength was chosen)
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -21,13 +22,20 @@ from typing import Any
 import torch
 from demo_lalm import fast_dtype, load_demo
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from rrs import RRS, Example, RRSConfig, load_examples
 from rrs.data import DataError
 from rrs.evaluate import plot_representations
 
+try:
+    import resource
+except ImportError:  # Windows does not have it
+    resource = None  # type: ignore[assignment]
+
 DATA = Path(__file__).resolve().parent / "data"
 CONDITIONS = ("audio-text", "text-only", "audio-only")
+SMOKE = "This is a smoke run (--fast) on a small part of the data: its figures mean nothing."
 
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
@@ -124,13 +132,32 @@ def what_it_hears(rrs: RRS, examples: list[Example]) -> str:
     return f"What the demo LALM hears: asked to repeat {len(rates)} clips ({spoken}), its word error rate is {wer:.0%}."
 
 
+def plan(fast: bool) -> str:
+    """What will happen, and how long it takes on 2 CPU cores."""
+    text = (
+        "Builds a small speech LM (the first time from a download of 165 MB), trains it to refuse harmful questions, "
+        f"and measures its answers before and after. About {3 if fast else 12} minutes on 2 CPU cores."
+    )
+    return f"{text} {SMOKE}" if fast else text
+
+
+def cost(began: float) -> str:
+    """Seconds since `began` (of `time.perf_counter`), and the most memory that this process held at once."""
+    seconds = f"{time.perf_counter() - began:.0f} s"
+    if resource is None:
+        return seconds
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of what getrusage counts in
+    return f"{seconds}, at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for adapter, report and pictures")
-    parser.add_argument("--fast", action="store_true", help="a small part of the data: does everything run?")
+    parser.add_argument("--fast", action="store_true", help="a smoke run on a small part of the data")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = time.perf_counter()
+    print(plan(args.fast), flush=True)
 
     model, processor = load_demo(dtype=fast_dtype())
     rrs = RRS(model, processor, replace(CONFIG, seed=args.seed))
@@ -153,9 +180,11 @@ def main() -> None:
     report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
     clips = sorted((e for group in test.values() for e in group), key=lambda e: str(e.meta["voice"]))
     report.notes.append(what_it_hears(rrs, clips[:: 1 if args.fast else 7]))
+    if args.fast:
+        report.notes.append(SMOKE)
     report.save(args.out)
     try:
-        for condition in ("text-only", "audio-only"):
+        for condition in tqdm(("text-only", "audio-only"), desc="pictures", leave=False):
             panels = {stage: {} for stage in ("before", "after")}
             for group, examples in test.items():
                 prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 3]]
@@ -167,7 +196,7 @@ def main() -> None:
         print(f"no pictures: {error}")
 
     print(f"\n{report}")
-    print(f"{time.perf_counter() - began:.0f} s in all; everything is in {args.out}")
+    print(f"{cost(began)}; everything is in {args.out}")
 
 
 if __name__ == "__main__":
