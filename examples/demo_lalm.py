@@ -207,6 +207,13 @@ class DemoProcessor(Qwen2AudioProcessor):
 # Its parts
 
 
+def cache_folder(cache: str | os.PathLike | None = None) -> Path:
+    """Where downloads are kept: as given, or `$RRS_DEMO_CACHE`, or `~/.cache/rrs-demo`; made if it is not there."""
+    folder = Path(cache or os.environ.get("RRS_DEMO_CACHE") or Path.home() / ".cache" / "rrs-demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def is_intact(path: Path, sha256: str) -> bool:
     """Whether the file is there, and is the one with this sha256."""
     return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
@@ -488,16 +495,14 @@ def load_demo(
 ) -> tuple[DemoLALM, DemoProcessor]:
     """The demo LALM on the CPU, in eval mode, and its processor.
 
-    cache: folder for what is downloaded; default `$RRS_DEMO_CACHE`, else `~/.cache/rrs-demo`.
+    cache: folder for what is downloaded; see `cache_folder`.
     trained: with what `train_demo.py` trained. Without it the language model is SmolLM2 as it is: it reads what the ear
         gives it, but does not take it for speech, and can't repeat it.
     """
-    root = Path(cache or os.environ.get("RRS_DEMO_CACHE") or Path.home() / ".cache" / "rrs-demo")
-    root.mkdir(parents=True, exist_ok=True)
     weights = WEIGHTS if trained and WEIGHTS.exists() else None
     if trained and not weights:
         print(f"{WEIGHTS} is missing: the demo LALM is used as it is before its training", file=sys.stderr)
-    model, processor = assemble(root, weights)
+    model, processor = assemble(cache_folder(cache), weights)
     for parameter in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     return model, processor
