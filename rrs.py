@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections import Counter
@@ -45,7 +46,7 @@ from rrs.data import (
 )  # fmt: skip
 from rrs.evaluate import (
     AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
-    usefulness as measure_usefulness,
+    measure,
 )  # fmt: skip
 from rrs.hooks import (
     ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
@@ -1777,7 +1778,7 @@ class RRS(Runner):
             }
         some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
 
-        def measure(scale: float) -> Point:
+        def at(scale: float) -> Point:
             lora.scale = scale * present
             with self._running():
                 leads = {g: self._lead(self.reader.represent(rows)) for g, rows in prompts.items()}
@@ -1796,11 +1797,11 @@ class RRS(Runner):
 
         try:
             with self.disabled():
-                vanilla = measure(0.0)
+                vanilla = at(0.0)
                 if judge is not None:
                     excess(vanilla)
             with self._bar(0, "calibrate: scales") as bar:
-                points = _raise_scale(lambda scale: (bar.update(), measure(scale))[1], most)
+                points = _raise_scale(lambda scale: (bar.update(), at(scale))[1], most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if silent := not any(p.refused > vanilla.refused for p in points):
                 chosen = min(points, key=lambda p: abs(math.log(p.scale)))
@@ -1850,8 +1851,8 @@ class RRS(Runner):
                 if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
             cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
                 it stopped, with the same result. Answers of anything else do not match and stay unused.
-            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
-                changed, see `Report.usefulness`; 0 skips it.
+            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
+                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
             on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
         groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
@@ -1883,14 +1884,13 @@ class RRS(Runner):
                 return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
 
         report = answer_and_judge(groups, conditions, list(stages), answer, judge)
-        for condition in conditions:
-            if usefulness and (able := [(group, e) for group, e in harmless if e.has(condition)]):
-                some = able[:: -(-len(able) // usefulness)]
-                report.usefulness += measure_usefulness(report, some, condition, at, max_new_tokens, begun)
+        if usefulness:
+            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
         report.notes += notes
-        report.settings = {
+        report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
+            "command": sys.argv,
             "config": asdict(self.config),
             "versions": versions(),
             "model": {"class": type(self.model).__name__, "fingerprint": base},
