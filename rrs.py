@@ -616,16 +616,21 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    """A function's name with a hash of its code and of the numbers it is given, so that a resumed run knows an edited
+    one."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
         return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
 
-    def parts(code: Any) -> str:
-        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
+    def parts(value: Any) -> str:
+        if hasattr(value, "co_code"):
+            return repr([value.co_code, value.co_names, *map(parts, value.co_consts)])
+        return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # a set has no order
 
-    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    said = parts(code) + repr([x for x in given if isinstance(x, (str, int, float))])
+    return f"{function.__qualname__} {hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()
