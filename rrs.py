@@ -574,7 +574,8 @@ class Checkpoints:
         except OSError as error:
             message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
             raise OSError(error.errno, message) from error
-        for path in self.files()[:-2] if rank() == 0 else []:
+        files = self.files()  # on every rank: rank 0 tells them
+        for path in files[:-2] if rank() == 0 else []:
             path.unlink(missing_ok=True)
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
