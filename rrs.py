@@ -1096,16 +1096,14 @@ class Runner:
 
         Args:
             examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
-            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
+            condition: default audio-text, or text-only where the first has no audio.
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         examples = _any_examples(examples)
         if condition is None:
-            condition = next(
-                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
-            )
-        examples = self._usable(examples, condition or "text-only")
+            condition = "audio-text" if examples[0].has("audio-text") else "text-only"
+        examples = self._usable(examples, condition)
         self.readable(examples, [condition])
         begun = self.token_ids(prefix)
         with self._running():
