@@ -14,6 +14,7 @@ import torch
 from conftest import rows, tiny_qwen2_audio
 
 from rrs import RRS, RRSConfig, hooks, share_out
+from rrs.data import load_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
 HERE = Path(__file__).parent
@@ -38,6 +39,12 @@ def run(folder: Path, resume: bool = False, **changes):
     return r, report
 
 
+def targets(r: RRS) -> torch.Tensor:
+    """Where all inputs shall be, [n, hidden]."""
+    harmful, benign = load_examples(rows("harmful", 7)), load_examples(rows("benign", 6))
+    return torch.cat([i.target for c in CONDITIONS for i in r.prepare(harmful, benign, c).items])
+
+
 def launch(script: str, *args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """The script under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -51,14 +58,14 @@ SAME = """
 import sys
 from pathlib import Path
 import torch
-from test_distributed import run
+from test_distributed import run, targets
 from rrs.hooks import rank, world
 assert world() == 1  # nothing happens on import
 folder = Path(sys.argv[1])
 r, report = run(folder)
 assert world() == 2
 torch.save({
-    "directions": {c: tuple(d) for c, d in r.directions.items()},
+    "directions": {c: tuple(d) for c, d in r.directions.items()}, "targets": targets(r),
     "adapter": r.lora.tensors(), "history": r.history,
     "answers": [(a.id, a.stage, a.condition, a.response) for a in report.answers], "usefulness": report.usefulness,
 }, folder / f"rank-{rank()}.pt")
@@ -75,9 +82,10 @@ def both(tmp_path_factory):
     return (*run(alone), alone, [torch.load(folder / f"rank-{k}.pt", weights_only=False) for k in (0, 1)], folder)
 
 
-def test_delta_mask_and_move_are_the_same_bits(both):
+def test_delta_mask_and_targets_are_the_same_bits(both):
     r, _, _, ranks, _ = both
     for theirs in ranks:
+        assert torch.equal(targets(r), theirs["targets"])
         for condition in CONDITIONS:
             assert all(map(torch.equal, r.directions[condition], theirs["directions"][condition]))
 
