@@ -577,7 +577,8 @@ class Checkpoints:
         except OSError as error:
             message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
             raise OSError(error.errno, message) from error
-        for path in self.files()[:-2] if rank() == 0 else []:
+        files = self.files()  # on every rank: rank 0 tells them
+        for path in files[:-2] if rank() == 0 else []:
             path.unlink(missing_ok=True)
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -619,16 +620,21 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    """A function's name with a hash of its code and of the numbers it is given, so that a resumed run knows an edited
+    one."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
         return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
 
-    def parts(code: Any) -> str:
-        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
+    def parts(value: Any) -> str:
+        if hasattr(value, "co_code"):
+            return repr([value.co_code, value.co_names, *map(parts, value.co_consts)])
+        return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # a set has no order
 
-    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    said = parts(code) + repr([x for x in given if isinstance(x, (str, int, float))])
+    return f"{function.__qualname__} {hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()
@@ -1089,16 +1095,14 @@ class Runner:
 
         Args:
             examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
-            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
+            condition: default audio-text, or text-only where the first has no audio.
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         examples = load_examples(examples)
         if condition is None:
-            condition = next(
-                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
-            )
-        examples = self._usable(examples, condition or "text-only")
+            condition = "audio-text" if examples[0].has("audio-text") else "text-only"
+        examples = self._usable(examples, condition)
         self.readable(examples, [condition])
         begun = self.token_ids(prefix)
         with self._running():
