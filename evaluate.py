@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from rrs.data import CONDITIONS, Example, Renderer, load_examples
-from rrs.hooks import Prompt, Reader, capture, on_rank0 as first, in_rounds, locate, all_gather as merged, rank
+from .data import CONDITIONS, Example, Renderer, load_examples
+from .hooks import Prompt, Reader, capture, on_rank0 as first, in_rounds, locate, all_gather as merged, rank
 is_out_of_memory = lambda e: False
 
 if TYPE_CHECKING:
