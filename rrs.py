@@ -628,7 +628,8 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    """A function's name with a hash of its code and of the numbers and words in it, its defaults and what encloses it,
+    so that a resumed run knows an edited one."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
@@ -637,7 +638,9 @@ def describe(function: Any) -> str:
     def parts(code: Any) -> str:
         return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
 
-    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+    around = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    held = [value for value in around if isinstance(value, (str, int, float))]
+    return f"{function.__qualname__} {hashlib.sha256(f'{parts(code)} {held}'.encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()
