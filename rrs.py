@@ -65,8 +65,8 @@ from .hooks import (
 
 __version__ = "0.2.0"
 __all__ = [
-    "RRS", "Example", "RRSConfig", "Report", "TrainItem", "capture", "judge_refusals", "load_examples", "locate",
-    "make_items", "select_features",
+    "RRS", "Callback", "Example", "Objective", "Penalty", "RRSConfig", "Report", "Scorer", "Step", "TrainItem",
+    "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets",
 ]  # fmt: skip
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
