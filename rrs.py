@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,20 +36,31 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# Siblings are always rrs.hooks, rrs.data, rrs.evaluate, also when this file is a plain module (an editable install, or
-# files copied into a folder rrs/ of another repository): they can't collide with other packages of these names.
-__path__ = [os.path.dirname(os.path.abspath(__file__))]
+# As rrs/__init__.py (a wheel, or a copy in another repository) this file is a package; as a plain rrs.py (an editable
+# install) it becomes one here. So the imports below find its neighbours, never other modules of these names.
+if not __package__:
+    __path__ = [os.path.dirname(__file__)]
+    __package__, __spec__.submodule_search_locations = __name__, __path__
+if elsewhere := [
+    f"{name}.py"
+    for name in ("hooks", "data", "evaluate")
+    if (at := find_spec(f".{name}", __package__)) is None or Path(str(at.origin)).parent != Path(__file__).parent
+]:
+    raise ImportError(
+        f"{', '.join(elsewhere)} must lie beside {__file__}, as all four files belong together; copy them into a "
+        "folder rrs/ of their own, rrs.py as its __init__.py."
+    )
 
 # isort: off
-from rrs.data import (
+from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
     needed_packages, shared, user_turn,
 )  # fmt: skip
-from rrs.evaluate import (
+from .evaluate import (
     AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
     measure,
 )  # fmt: skip
-from rrs.hooks import (
+from .hooks import (
     ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
@@ -56,8 +68,8 @@ from rrs.hooks import (
 
 __version__ = "0.2.0"
 __all__ = [
-    "RRS", "Example", "RRSConfig", "Report", "TrainItem", "capture", "judge_refusals", "load_examples", "locate",
-    "make_items", "select_features",
+    "RRS", "Callback", "Example", "Objective", "Penalty", "RRSConfig", "Report", "Scorer", "Step", "TrainItem",
+    "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets",
 ]  # fmt: skip
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
