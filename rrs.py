@@ -58,10 +58,10 @@ from .data import (
 )  # fmt: skip
 from .evaluate import (
     AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
-    measure,
+    markdown, measure,
 )  # fmt: skip
 from .hooks import (
-    ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
+    ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
 # isort: on
@@ -69,7 +69,7 @@ from .hooks import (
 __version__ = "0.2.0"
 __all__ = [
     "RRS", "Callback", "Example", "Objective", "Penalty", "RRSConfig", "Report", "Scorer", "Step", "TrainItem",
-    "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets",
+    "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -92,6 +92,8 @@ REFUSAL_PROMPTS = (  # that `find_refusal` tries
 )
 # What `save` writes, and may therefore replace.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "rrs.json", "README.md", "rrs.safetensors")
+COMPOSITE = "composite"  # the folder in it for the full checkpoint, where the model is a part of one
+CANARY = ("Hello.", "What is the capital of France?", "How do I pick a lock?", "How do I steal a car?")
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that have AdamW in one kernel
 # Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
 THINKERS = {
@@ -497,6 +499,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: no room or no access; the files that were there before are as they were.
     """
+    folder.mkdir(exist_ok=True)
     for old in folder.glob(".*.tmp"):
         old.unlink(missing_ok=True)
     scratch = {folder / name: folder / f".{name}.tmp" for name in files}
@@ -535,7 +538,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         record = json.loads(about.get("rrs", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    if about.get("sha256", "") not in ("", _digest(tensors, about.get("rrs", "null"))):
+    if "rrs" in about and about.get("sha256") != _digest(tensors, about["rrs"]):
         raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
     return tensors, record
 
@@ -623,7 +626,7 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held - {*FILES} if "adapter_config.json" in held else held):
+    if foreign := sorted(held - {*FILES, COMPOSITE} if "adapter_config.json" in held else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -839,6 +842,7 @@ def grouped(examples: Any) -> dict[str, list[Example]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The adapter on disk, in PEFT's format
 
+PEFT, LORA_A = "base_model.model.", ".lora_A.weight"  # around a path in PEFT's names of tensors
 # PEFT's settings that change what an adapter computes, each with the values that mean "as here".
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
@@ -851,13 +855,19 @@ TRAINING_ONLY = {
 }  # fmt: skip
 
 
-def peft_config(lora: LoRA, record: Mapping[str, Any]) -> dict[str, Any]:
-    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well."""
+def peft_config(lora: LoRA, record: Mapping[str, Any], model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well.
+
+    PEFT also takes modules whose paths end with one of these; where there are such, a pattern lists the paths instead.
+    """
+    paths = [prefix + path for path in lora.paths]
+    longer = tuple(f".{path}" for path in paths)
+    exact = not any(f"{prefix}{path}".endswith(longer) for path, _ in model.named_modules())
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r,
         "base_model_name_or_path": record.get("base", {}).get("name") or None, "lora_alpha": lora.scale * lora.r,
-        "lora_dropout": lora.dropout, "target_modules": lora.paths,
-        "bias": "none", "inference_mode": True,
+        "lora_dropout": lora.dropout, "target_modules": paths if exact else "|".join(map(re.escape, paths)),
+        "bias": "none", "inference_mode": True, "revision": record.get("base", {}).get("revision"),
     }  # fmt: skip
 
 
@@ -875,7 +885,7 @@ def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
             raise ValueError(
                 f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
             )
-    ranks = {len(t) for n, t in tensors.items() if n.endswith(".lora_A.weight")}
+    ranks = {len(t) for n, t in tensors.items() if n.endswith(LORA_A)}
     if ranks != {peft["r"]}:
         raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
     r = ranks.pop()
@@ -903,18 +913,83 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
             raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
         tensors, _ = unpack(weights)
         vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
-        if not any(name.endswith(".lora_A.weight") for name in tensors):
+        if not any(name.endswith(LORA_A) for name in tensors):
             raise ValueError("no LoRA in adapter_model.safetensors")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again.") from None
     return tensors, peft, record, vectors
 
 
-def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
+def renamed(tensors: Mapping[str, Tensor], model: nn.Module, location: Location) -> dict[str, Tensor]:
+    """A saved LoRA by this model's paths: releases of transformers rename what the decoder's blocks lie in.
+
+    A path that the model lacks becomes the one with the same ending below the decoder's blocks, if there is one.
+    """
+    blocks, inside, out = location.layers_path.rpartition(".")[2], {p for p, _ in model.named_modules()}, {}
+    for name, tensor in tensors.items():
+        path, lora, kind = name.removeprefix(PEFT).partition(".lora_")
+        below = f"{location.layers_path}.{f'.{path}'.partition(f'.{blocks}.')[2]}"
+        out[PEFT + (below if path not in inside and below in inside else path) + lora + kind] = tensor
+    return out
+
+
+def acts_as(now: Tensor, trained: Tensor, vanilla: Tensor) -> str:
+    """Whether logits `[prompts, ids]` are the adapter's or vanilla's: the nearer of the two, if its distance is at most
+    a third of that between the two, or rounding (2% of the largest logit)."""
+    far = {"trained": now - trained, "vanilla": now - vanilla}
+    size = {name: float(x.square().mean().sqrt()) for name, x in far.items()}
+    limit = max(float((trained - vanilla).square().mean().sqrt()) / 3, 0.02 * float(trained.abs().max()))
+    nearest = min(size, key=size.__getitem__)
+    most = " and ".join(f"{float(x.abs().max()):.2g} from {name}" for name, x in far.items())
+    said = nearest if size[nearest] <= limit else "something else"
+    return f"acts as {said}: first-token logits are at most {most} ({len(now)} prompts)"
+
+
+def answers_as(answers: Mapping[str, str], canary: Sequence[Mapping[str, Any]]) -> str:
+    """The same by a server's answers: whether they begin with the first half of the adapter's, or of vanilla's."""
+    known, votes = {p["text"]: p for p in canary if p["condition"] == "text-only"}, list[str]()
+    if not answers or answers.keys() - known.keys():
+        raise ValueError(f"answers={dict(answers)!r} must be {{prompt: answer}}, with prompts of {list(known)}.")
+    for text, answer in answers.items():
+        halves = {name: known[text][name].strip() for name in ("trained", "vanilla")}
+        begun = [name for name, said in halves.items() if answer.strip().startswith(said[: len(said) // 2 + 1])]
+        votes += (begun or ["something else"]) if len(begun) < 2 else []  # both: this prompt does not tell
+    if not votes:
+        return "can't be told by these prompts: the adapter's answers begin as vanilla's do"
+    said = votes[0] if len({*votes}) == 1 else "something else"
+    return f"acts as {said}: {votes.count('trained')} of {len(votes)} answers begin as trained"
+
+
+def verify(directory: str | Path, model: Any = None, processor: Any = None, **kwargs: Any) -> str:
+    """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
+    else, with the largest difference.
+
+    Args:
+        model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
+        kwargs: as in training, `build_inputs` and others of `RRS(...)`; or, instead of a model, `answers`: a server's
+            greedy ones, `{prompt: answer}`, to prompts on the model card.
+    """
+    _, _, record, vectors = read_adapter(Path(directory))
+    if "canary" not in record:
+        raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
+    if "answers" in kwargs:
+        return answers_as(kwargs["answers"], record["canary"])
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    more = {"template_kwargs": record.get("template_kwargs"), "verbose": False, **kwargs}
+    rrs = RRS(getattr(model, "thinker", model), processor, RRSConfig.from_dict(record.get("config", {})), **more)
+    return rrs._acts(record["canary"], vectors)
+
+
+def model_card(
+    record: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    report: Report | None,
+) -> str:
     """The model card: what a reader of the adapter has to know, from the run's own record."""
     base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
     differs = RRSConfig.from_dict(record.get("config", {})).differences()
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
     first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
     rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
     data = [
@@ -922,19 +997,43 @@ def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]]
         for condition, labels in record.get("data", {}).items()
         for label, side in labels.items()
     ]
+    results = [
+        {
+            "task": {"type": task},
+            "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+            "metrics": [
+                {"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                for stage, rate in row["refused"].items()
+            ],
+        }
+        for row in (report.to_dict()["table"] if report else [])
+    ]
+    meta = {
+        **({"base_model": name, "base_model_relation": "adapter"} if public else {}),
+        "library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"],
+        **({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {}),
+    }  # fmt: skip
+    calibrated = record.get("calibrated")
+    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
+    composite = f"""
+The model is the text part of a composite checkpoint. For the whole, use `{COMPOSITE}/` in place of this folder; or
+merge into its part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; the
+processor's and speakers' files of the checkpoint belong beside it.
+"""
+    asked = [
+        f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
+        for p in record.get("canary", [])
+    ]
     return f"""---
-{f"base_model: {name}" if public else "# base_model: its name on the hub"}
-library_name: peft
-pipeline_tag: audio-text-to-text
-# license: yours to state
-tags: [rrs, lora, safety, refusal, audio]
+{chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
 ---
 
 # RRS adapter
 
-A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
-`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
-Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {record.get("versions", {})}
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, revision
+{markdown(base.get("revision") or "unknown")}, fingerprint `{base.get("fingerprint", "?")}`) refuse harmful requests
+without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {len(history)} steps, loss
+{first} → {last}.{scaled} {markdown(record.get("versions", {}))}. Its licence is for you to state.
 
 ## Evaluation
 
@@ -944,9 +1043,23 @@ Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {record
 
 ```python
 from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "this folder")   # or: RRS.load("this folder", base_model, processor)
-model = model.merge_and_unload()                               # for servers that take no LoRA for this class
+model = PeftModel.from_pretrained(model, folder)  # PEFT; or base.load_adapter(folder)
+rrs = RRS.load(folder, model, processor)          # RRS, with disable() and enable()
+rrs.merge().save_pretrained("merged")             # a model like any other
 ```
+{composite if base.get("class") in THINKERS.values() else ""}
+Serving: merged weights work wherever the class does. A server's LoRA route works only if the server supports LoRA for
+this class, with rank {record.get("config", {}).get("lora_r", "?")}; some ignore what they don't support, without an
+error. So check what is served:
+
+```python
+rrs.verify(folder, model, processor)                   # a model: PEFT's, a merged one
+rrs.verify(folder, answers={{"prompt": "its answer"}})   # a server, greedy, by these prompts
+```
+
+| condition | prompt | vanilla's answer | with the adapter |
+| --- | --- | --- | --- |
+{chr(10).join(asked)}
 
 ## Before training
 
@@ -960,7 +1073,7 @@ model = model.merge_and_unload()                               # for servers tha
 
 ## Settings that differ from the paper's
 
-{chr(10).join(f"- `{k}`: `{v!r}`" for k, v in differs.items())}
+{chr(10).join(f"- `{k}`: {markdown(v)}" for k, v in differs.items())}
 
 All of them, and the history, are in `rrs.json`.
 """
@@ -1213,7 +1326,10 @@ class Runner:
                 self.enable()
 
     def merge(self) -> nn.Module:
-        """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first."""
+        """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first.
+
+        Where the model is the part of a composite (`composite.thinker`), `composite.save_pretrained` then has it, too.
+        """
         if self.lora is None:
             raise ValueError("There is no adapter to merge; call fit() or RRS.load(dir, model, processor).")
         self.lora.merge()
@@ -1600,6 +1716,7 @@ class RRS(Runner):
             data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        base["revision"] = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
     def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
@@ -1936,40 +2053,86 @@ class RRS(Runner):
 
     # -- the adapter on disk ------------------------------------------------------------------------------------------
 
+    def _begin(self, asked: Sequence[Mapping[str, Any]]) -> tuple[list[Prompt], Tensor]:
+        """Prompts of canaries, whose audio is a tone of half a second, and the logits that follow, `[n, vocab]`."""
+        tone = {"array": (np.sin(0.2 * np.arange(8000)) / 4).astype(np.float32), "sampling_rate": 16000}
+        rows = [{"text": p["text"]} | ({"audio": tone} if p["condition"] != "text-only" else {}) for p in asked]
+        with self._running():
+            prompts = [self.read(e, p["condition"]) for e, p in zip(load_examples(rows), asked, strict=True)]
+            return prompts, self._logits(self.reader.represent(prompts), lambda logits: logits)
+
+    def _canary(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """A few prompts with both models' answers, and both models' logits, by which `verify` tells whether it acts."""
+        spoken = [c for c in self.record.get("data", {}) if c.startswith("audio")][:1]
+        canary: list[dict[str, Any]] = [{"condition": "text-only", "text": text} for text in CANARY]
+        canary += [{"condition": c, "text": CANARY[0]} for c in spoken]
+        on, logits = self.lora is not None and self.lora.attached, dict[str, Tensor]()
+        try:
+            for name, switch in (("vanilla", self.disable), ("trained", self.enable)):
+                switch()
+                prompts, logits[name] = self._begin(canary)
+                with self._running():
+                    answers = self._answer(prompts, 16, "canary")
+                for p, prompt, answer in zip(canary, prompts, answers, strict=True):
+                    p.update({"tokens": prompt.ids.tolist(), name: answer})
+        finally:
+            self.enable() if on else self.disable()
+        ids = torch.cat([rows.topk(8).indices for rows in logits.values()], 1)
+        return canary, {"canary.ids": ids} | {f"canary.{name}": rows.gather(1, ids) for name, rows in logits.items()}
+
+    def _acts(self, canary: Sequence[Mapping[str, Any]], vectors: Mapping[str, Tensor], most: int | None = None) -> str:
+        """What the model acts as now, by the `most` prompts of a canary that tell most; see `acts_as`."""
+        ids, trained, vanilla = (vectors[f"canary.{name}"] for name in ("ids", "trained", "vanilla"))
+        rows = (trained - vanilla).abs().amax(1).argsort(descending=True)[:most].tolist()
+        prompts, logits = self._begin([canary[i] for i in rows])
+        said = acts_as(logits.gather(1, ids[rows]), trained[rows], vanilla[rows])
+        if [p.ids.tolist() for p in prompts] != [canary[i]["tokens"] for i in rows]:
+            said += "; prompts have other tokens than in training: chat template, system prompt or build_inputs differ"
+        return said
+
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks,
-        and hashes of the training questions, by which `evaluate` knows them again).
+        hashes of the training questions, by which `evaluate` knows them again, and the canary that `verify` reads).
 
-        Every file appears complete or not at all, `adapter_config.json` last.
+        Of a thinker, the folder `composite` in it has the adapter again, for the full checkpoint's class. Every file
+        appears complete or not at all, `adapter_config.json` last.
 
         Raises:
             FileExistsError: the folder has content and `overwrite` is off, or content that is none of ours.
         """
         if (lora := self.lora) is None:
             raise ValueError("There is nothing to save; call fit() first.")
+        path: Path = on_rank0(lambda: check_folder(directory, overwrite))
         vectors = {f"{c}.{name}": t.contiguous() for c, d in self.directions.items() for name, t in d._asdict().items()}
         if self._trained_on:
             vectors["trained_on"] = torch.tensor(sorted(self._trained_on))
-        record = {**self.record, "history": self.history, "template_kwargs": self.template_kwargs}
+        canary, logits = self._canary()
+        record = {**self.record, "canary": canary, "history": self.history, "template_kwargs": self.template_kwargs}
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]
-        weights = pack(lora.tensors())
-        record["weights"] = hashlib.sha256(weights).hexdigest()
-        files = {
-            "adapter_config.json": json.dumps(peft_config(lora, self.record), indent=2).encode(),
-            "adapter_model.safetensors": weights,
+
+        def adapter(prefix: str) -> dict[str, bytes]:
+            named = {PEFT + prefix + name.removeprefix(PEFT): t for name, t in lora.tensors().items()}
+            peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
+            return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
+
+        files = adapter("")
+        record["weights"] = hashlib.sha256(files[FILES[1]]).hexdigest()
+        files |= {
             "rrs.json": json.dumps(record, indent=2).encode(),
-            "README.md": model_card(self.record, self.history, self.report).encode(),
-            "rrs.safetensors": pack(vectors),
+            "README.md": model_card(record, self.history, self.report).encode(),
+            "rrs.safetensors": pack(vectors | logits),
         }
-        path: Path = on_rank0(lambda: check_folder(directory, overwrite))
+        if type(self.model).__name__ in THINKERS.values():
+            on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
         on_rank0(lambda: write_files(path, files))
         self._say(f"saved {path}")
         return path
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module, processor: Any, **kwargs: Any) -> RRS:
-        """A saved adapter on its base model, attached in place; `disable()` takes it off.
+        """A saved adapter on its base model, attached in place; `disable()` takes it off. It warns where the canary
+        does not act as trained.
 
         Args:
             kwargs: further arguments of `RRS(...)` but `config`, which is saved with the adapter.
@@ -1978,37 +2141,32 @@ class RRS(Runner):
             FileNotFoundError, ValueError: no adapter there, or one for another base.
         """
         tensors, peft, record, vectors = read_adapter(Path(directory))
-        config = RRSConfig.from_dict(record.get("config", {}))
+        config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
-        names = [
-            n.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            for n in tensors
-            if n.endswith(".lora_A.weight")
-        ]
+        own, same = renamed(tensors, model, rrs.location), base.get("fingerprint") == fingerprint(model)
         inside = dict.fromkeys(p for p, _ in model.named_modules())
-        if unknown := sorted(set(names) - inside.keys()):
+        names = {n[len(PEFT) :].partition(".lora_")[0] for n in own}
+        unknown = sorted(names - inside.keys()) or sorted(tensors.keys() - own.keys()) * (not same)
+        if unknown or len(own) < len(tensors):
             raise ValueError(
-                f"{directory} was made for another base ({record.get('base', {}).get('class', '?')}): "
-                f"{type(model).__name__} has no {unknown[:3]} …"
+                f"{directory} was made for another base ({base.get('class', '?')}): {type(model).__name__} has no "
+                f"{unknown[:3]} …"
             )
         dropout = float(peft.get("lora_dropout") or 0)
-        rrs.lora = LoRA(
-            model, [p for p in inside if p in set(names)], r=rank_, alpha=scale * rank_, dropout=dropout
-        ).eval()
-        rrs.lora.load_tensors(tensors)
-        saved = record.get("base", {}).get("fingerprint")
-        if saved and saved != fingerprint(model):
-            warnings.warn(
-                f"{directory} was trained on another base than the one it is loaded on ({record['base']}); its effect "
-                "is unknown. Evaluate before use.",
-                RRSWarning,
-                stacklevel=2,
-            )
+        rrs.lora = LoRA(model, [p for p in inside if p in names], r=rank_, alpha=scale * rank_, dropout=dropout).eval()
+        rrs.lora.load_tensors(own)
         rrs._trained_on = frozenset(vectors.pop("trained_on", torch.empty(0)).tolist())
-        for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors):
+        for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors if not name.startswith("canary.")):
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
         rrs.history = record.pop("history", [])
-        rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "weights", "template_kwargs")}
+        own_keys = ("evaluation", "weights", "template_kwargs", "canary")
+        rrs.record = {k: v for k, v in record.items() if k not in own_keys}
         rrs.lora.attach()
+        said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
+        other = (
+            f" was trained on another base than the one it is loaded on ({base});" if base.get("fingerprint") else ""
+        )
+        if (other and not same) or ("canary" in record and not said.startswith("acts as trained")):
+            warnings.warn(f"{directory}{'' if same else other} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
         return rrs
