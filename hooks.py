@@ -528,12 +528,12 @@ class Reader:
         return replace(prompt, rows=rows if same_rows else prompt.rows.clone())
 
     def _inputs(self, text: str | None, wave: Any, turns: tuple[Any, ...] = ()) -> dict[str, Any]:
-        """The model's own inputs of one prompt, on its device and in its dtype."""
-        return self._on_device(
-            {**self.render(text, wave, *([turns] if turns else [])), **FIXED_INPUTS.get(type(self.model).__name__, {})}
-        )
+        """The model's own inputs of one prompt, as `render` gives them; `_on_device` takes them to the model."""
+        given = self.render(text, wave, *([turns] if turns else []))
+        return {**given, **FIXED_INPUTS.get(type(self.model).__name__, {})}
 
     def _on_device(self, value: Any) -> Any:
+        """Inputs on the model's device, numbers in its dtype."""
         if isinstance(value, Mapping):  # also within inputs: first-generation Qwen-Audio's audio_info
             return {k: self._on_device(v) for k, v in value.items()}
         if not isinstance(value, Tensor):
@@ -546,22 +546,23 @@ class Reader:
         def make() -> dict[str, Any]:
             return self._inputs(text, load and load(), turns)
 
-        inputs, audio = make(), load is not None
-        ids = inputs["input_ids"][0].cpu()
+        given, audio = make(), load is not None
+        ids = given["input_ids"][0].cpu()
         prompt, begins = Prompt(ids, audio=audio, make=make), self.exact is None
+        if self.exact is False or not (begins or audio):
+            return prompt
+        inputs = self._on_device(given)
         if begins:
             self.logit_scale = self._logit_scale(inputs, audio)
             if not all(_accepts(self.location.decoder, name) for name in ("inputs_embeds", "use_cache")):
                 return self._fall_back(prompt, "its forward takes no inputs_embeds or use_cache")
-        if self.exact is False or not (begins or audio):
-            return prompt
         seen = self._decoder_inputs(inputs)
         self._per_token = any(name in seen for name in PER_TOKEN)
         embeds = seen["inputs_embeds"][0]  # [length, hidden]
         if len(embeds) != len(ids):
             return self._fall_back(prompt, f"it sees {len(embeds)} positions for {len(ids)} token ids")
         if audio:
-            differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
+            differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).cpu().nonzero().flatten()
             if not len(differs):
                 raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
             start, end = int(differs[0]), int(differs[-1]) + 1
@@ -722,10 +723,13 @@ class Reader:
                 out = decoder(**inputs, use_cache=cache is not None)[0]
         lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
         ends = (lengths[:, None] + torch.arange(-last, 0)).clamp(min=0)
-        rows = torch.arange(len(prompts))[:, None]
+
+        def at_ends(h: Tensor) -> Tensor:  # indices on its device: from the CPU backward would copy them once more
+            return h[torch.arange(len(prompts), device=h.device)[:, None], ends.to(h.device)]
+
         if layers:
-            return torch.stack([h[rows, ends] for h in hidden()], 2)
-        return out[rows, ends] if self.scale == 1 else out[rows, ends] * self.scale
+            return torch.stack([at_ends(h) for h in hidden()], 2)
+        return at_ends(out) if self.scale == 1 else at_ends(out) * self.scale
 
     def _full(self, prompt: Prompt, last: int, layers: bool) -> Tensor:
         """One prompt's vectors where replay is not exact: the full model runs, unpadded."""
