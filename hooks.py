@@ -1193,6 +1193,11 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
 
 
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether PyTorch has AdamW as one kernel there; elsewhere it raises an error when asked for that."""
+    return device.type in ("cpu", "cuda", "mps", "xpu")
+
+
 def connect() -> None:
     """Joins the processes that torchrun started, if it did, and takes this rank's device.
 
