@@ -980,64 +980,19 @@ def verify(directory: str | Path, model: Any = None, processor: Any = None, **kw
     return rrs._acts(record["canary"], vectors)
 
 
-def model_card(
-    record: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-    report: Report | None,
-) -> str:
-    """The model card: what a reader of the adapter has to know, from the run's own record."""
-    base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
-    public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
-    differs = RRSConfig.from_dict(record.get("config", {})).differences()
-    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
-    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
-    rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
-    data = [
-        f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
-        for condition, labels in record.get("data", {}).items()
-        for label, side in labels.items()
-    ]
-    results = [
-        {
-            "task": {"type": task},
-            "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
-            "metrics": [
-                {"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
-                for stage, rate in row["refused"].items()
-            ],
-        }
-        for row in (report.to_dict()["table"] if report else [])
-    ]
-    meta = {
-        **({"base_model": name, "base_model_relation": "adapter"} if public else {}),
-        "library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"],
-        **({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {}),
-    }  # fmt: skip
-    calibrated = record.get("calibrated")
-    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
-    composite = f"""
-The model is the text part of a composite checkpoint. For the whole, use `{COMPOSITE}/` in place of this folder; or
-merge into its part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; the
-processor's and speakers' files of the checkpoint belong beside it.
-"""
-    asked = [
-        f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
-        for p in record.get("canary", [])
-    ]
-    return f"""---
-{chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
+CARD = """---
+{meta}
 ---
 
 # RRS adapter
 
-A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, revision
-{markdown(base.get("revision") or "unknown")}, fingerprint `{base.get("fingerprint", "?")}`) refuse harmful requests
-without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {len(history)} steps, loss
-{first} → {last}.{scaled} {markdown(record.get("versions", {}))}. Its licence is for you to state.
+A LoRA that is to make `{name}` (`{kind}`, revision {revision}, fingerprint `{fingerprint}`) refuse harmful requests
+without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {steps} steps, loss {loss}.{scaled}
+{versions} Its licence is for you to state.
 
 ## Evaluation
 
-{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+{report}
 
 ## Use
 
@@ -1047,36 +1002,82 @@ model = PeftModel.from_pretrained(model, folder)  # PEFT; or base.load_adapter(f
 rrs = RRS.load(folder, model, processor)          # RRS, with disable() and enable()
 rrs.merge().save_pretrained("merged")             # a model like any other
 ```
-{composite if base.get("class") in THINKERS.values() else ""}
+{composite}
 Serving: merged weights work wherever the class does. A server's LoRA route works only if the server supports LoRA for
-this class, with rank {record.get("config", {}).get("lora_r", "?")}; some ignore what they don't support, without an
-error. So check what is served:
+this class, with rank {rank}; some ignore what they don't support, without an error. So check what is served:
 
 ```python
-rrs.verify(folder, model, processor)                   # a model: PEFT's, a merged one
+rrs.verify(folder, model, processor)                     # a model: PEFT's, a merged one
 rrs.verify(folder, answers={{"prompt": "its answer"}})   # a server, greedy, by these prompts
 ```
 
 | condition | prompt | vanilla's answer | with the adapter |
 | --- | --- | --- | --- |
-{chr(10).join(asked)}
+{canary}
 
-## Before training
+## Training
 
-{chr(10).join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked."}
-
-## Data
+{preflight}
 
 | condition | side | examples | SHA-256 of their contents |
 | --- | --- | --- | --- |
-{chr(10).join(data)}
+{data}
 
-## Settings that differ from the paper's
+Settings that differ from the paper's (all of them, and the history, are in `rrs.json`):
 
-{chr(10).join(f"- `{k}`: {markdown(v)}" for k, v in differs.items())}
-
-All of them, and the history, are in `rrs.json`.
+{settings}
 """
+OF_COMPOSITE = f"""
+The model is the text part of a composite checkpoint. For the whole, use `{COMPOSITE}/` in place of this folder; or
+merge into its part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; the
+processor's and speakers' files of the checkpoint belong beside it.
+"""
+
+
+def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
+    """The model card: what a reader of the adapter has to know, from the run's own record."""
+    base, config = record.get("base", {}), record.get("config", {})
+    name = str(base.get("name") or "")
+    public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
+    meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
+    meta |= {"base_model": name, "base_model_relation": "adapter"} if public else {}
+    if report:
+        results = [
+            {
+                "task": {"type": task},
+                "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+                "metrics": [
+                    {"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                    for stage, rate in row["refused"].items()
+                ],
+            }
+            for row in report.to_dict()["table"]
+        ]
+        meta["model-index"] = [{"name": "RRS adapter", "results": results}]
+    rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
+    data = [
+        f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
+        for condition, labels in record.get("data", {}).items()
+        for label, side in labels.items()
+    ]
+    asked = [
+        f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
+        for p in record.get("canary", [])
+    ]
+    scale = record.get("calibrated", {}).get("chosen", {}).get("scale")
+    return CARD.format(
+        meta="\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items()),
+        name=markdown(name if public else "its base model"), kind=base.get("class", "?"), steps=len(history),
+        revision=markdown(base.get("revision") or "unknown"), fingerprint=base.get("fingerprint", "?"),
+        loss=" → ".join(f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else "unknown",
+        scaled=f" Calibrated: scaled by {scale:.2f}." if scale else "", versions=markdown(record.get("versions", {})),
+        report=report or "Not evaluated: its effect on safety and over-rejection is unknown.",
+        composite=OF_COMPOSITE if base.get("class") in THINKERS.values() else "", rank=config.get("lora_r", "?"),
+        canary="\n".join(asked), data="\n".join(data),
+        preflight="\n".join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked before training.",
+        settings="\n".join(f"- `{k}`: {markdown(v)}" for k, v in RRSConfig.from_dict(config).differences().items()),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1233,6 +1234,100 @@ class Runner:
         with self._running():
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def evaluate(
+        self,
+        examples: Any,
+        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
+        *,
+        judge: Judge = judge_refusals,
+        max_new_tokens: int = 64,
+        prefix: str = "",
+        stages: Mapping[str, Stage] | None = None,
+        cache: str | Path | None = None,
+        usefulness: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Report:
+        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
+
+        Args:
+            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
+            conditions: see `rrs.data.CONDITIONS`.
+            judge: `(prompts, responses) -> verdicts`.
+            max_new_tokens: per answer.
+            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
+                first token. Reported and judged is what the model adds to it.
+            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
+                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
+                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
+            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
+                it stopped, with the same result. Answers of anything else do not match and stay unused.
+            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
+                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
+            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
+        """
+        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
+        if stages is None:
+            stages = {"before": lambda _: self.disabled()}
+            if self.lora is not None and self.lora.attached:
+                stages["after"] = lambda _: nullcontext()
+        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
+        for group, rows in groups.items():
+            groups[group] = self.readable(rows, conditions, on_error)
+            if bad := len(rows) - len(groups[group]):
+                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+        notes += self._warn_of_training_data(groups)
+        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
+        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
+            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
+            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
+        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
+
+        @contextmanager
+        def at(stage: str, condition: str) -> Iterator[RRS]:
+            with self._running(), stages[stage](condition) as other:
+                yield other or self
+
+        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            with at(stage, condition) as who:
+                prompts = [who.read(e, condition).extended(begun) for e in rows]
+                state = f"{stage} {base} {who._state(given is not None)}"
+                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
+
+        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
+        if usefulness:
+            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
+        report.notes += notes
+        report.settings = {  # whatever it takes to run again
+            "max_new_tokens": max_new_tokens,
+            "prefix": prefix,
+            "command": sys.argv,
+            "config": asdict(self.config),
+            "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": base},
+            "data": {
+                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
+            },
+        }
+        if given is None and "after" in stages:
+            self.report = report
+        return report
+
+    def _state(self, steered: bool) -> str:
+        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
+        lora = self.lora if self.lora is not None and self.lora.attached else None
+        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
+        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
+        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
+
+    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Warns of examples that were trained on, or whose twins were; what it said."""
+        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
+        if not seen:
+            return []
+        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
+        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
+        return [note]
 
     def _judged(
         self,
@@ -1630,15 +1725,7 @@ class RRS(Runner):
         Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
         c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
         self._check_items(items, objective)
-        paths = linear_paths(self.location, c.target_modules, c.layers)
-        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
-        optimizer = torch.optim.AdamW(
-            lora.parameters(),
-            c.learning_rate,
-            c.betas,
-            weight_decay=c.weight_decay,
-            fused=self.reader.device.type in FUSED,
-        )
+        lora, optimizer = self._new_lora()
         per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
         steps, record = c.epochs * per_epoch, {**run, **(record or {})}
         if checkpoint_dir is not None:
@@ -1687,6 +1774,15 @@ class RRS(Runner):
                 if stop:
                     break
         return self
+
+    def _new_lora(self) -> tuple[LoRA, torch.optim.Optimizer]:
+        """A LoRA that does nothing yet, and what trains it."""
+        c, fused = self.config, self.reader.device.type in FUSED
+        paths = linear_paths(self.location, c.target_modules, c.layers)
+        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        return lora, torch.optim.AdamW(
+            lora.parameters(), c.learning_rate, c.betas, weight_decay=c.weight_decay, fused=fused
+        )
 
     def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
         """Raises ValueError for what can't be trained on, naming the item."""
@@ -1858,6 +1954,16 @@ class RRS(Runner):
 
     # -- how strongly it acts -----------------------------------------------------------------------------------------
 
+    def _dev(self, dev: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str], list[str]]:
+        """Groups that can be asked in some condition, harmful ones first, and the names of harmful and harmless ones."""
+        groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
+        groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
+        harmful, harmless = by_label(groups)
+        if not harmful or not harmless:
+            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
+        self._warn_of_training_data(groups)
+        return {g: groups[g] for g in (*harmful, *harmless)}, harmful, harmless
+
     @torch.no_grad()
     def calibrate(
         self,
@@ -1872,16 +1978,15 @@ class RRS(Runner):
     ) -> Calibration:
         """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
 
-        Divide `lora.scale` by the chosen scale to undo it. First, the scale is raised from 0.5 by thirds of an octave,
-        until refusals of harmful inputs fall or every other group is beyond its budget; counted is where the refusal
-        token is the head's first choice, which takes a forward pass of the dev set for each scale. Then the best scale
-        answers, and weaker ones, until the judged answers are within the budget, too.
+        Divide `lora.scale` by the chosen scale to undo it. The scale is raised until refusals of harmful inputs fall;
+        counted is where the refusal token is the head's first choice, one forward pass of dev for each scale. Then the
+        best scale answers, and weaker ones, until the judged answers are within the budget, too.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
             conditions: in which to ask, where an example has what they need.
             budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
-                together: one number for all groups, or one for each. 0.01 is a point. "degenerate": of all answers.
+                together: a number, or one for each group; 0.01 is a point. "degenerate": of all answers.
             judge: checks answers; `None` chooses by first tokens alone.
             max_new_tokens: per answer.
             answers: questions of each group to answer, evenly spread.
@@ -1895,21 +2000,12 @@ class RRS(Runner):
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        conditions, groups = _strings("conditions", conditions), grouped(dev)
-        groups = {
-            g: [e for e in self.readable(r, conditions) if any(map(e.has, conditions))] for g, r in groups.items()
-        }
-        harmless = {g: rows for g, rows in groups.items() if rows and rows[0].label == "benign"}
-        harmful = [g for g, rows in groups.items() if rows and rows[0].label == "harmful"]
-        if not harmful or not harmless:
-            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
-        limits, present = _budgets(budget, harmless), lora.scale
-        self._warn_of_training_data(groups)
+        conditions, present = _strings("conditions", conditions), lora.scale
+        groups, harmful, harmless = self._dev(dev, conditions)
+        limits = _budgets(budget, {g: groups[g] for g in harmless})
         with self._running():
-            prompts = {
-                g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in (*harmful, *harmless)
-            }
-        some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
+            prompts = {g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in groups}
+        some = {g: rows[:: -(-len(rows) // answers)] for g, rows in groups.items()}
 
         def at(scale: float) -> Point:
             lora.scale = scale * present
@@ -1956,100 +2052,6 @@ class RRS(Runner):
             )  # fmt: skip
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
-
-    def evaluate(
-        self,
-        examples: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        judge: Judge = judge_refusals,
-        max_new_tokens: int = 64,
-        prefix: str = "",
-        stages: Mapping[str, Stage] | None = None,
-        cache: str | Path | None = None,
-        usefulness: int = 64,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> Report:
-        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
-
-        Args:
-            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
-            conditions: see `rrs.data.CONDITIONS`.
-            judge: `(prompts, responses) -> verdicts`.
-            max_new_tokens: per answer.
-            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
-                first token. Reported and judged is what the model adds to it.
-            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
-                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
-                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
-            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
-                it stopped, with the same result. Answers of anything else do not match and stay unused.
-            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
-                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
-            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
-        """
-        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
-        if stages is None:
-            stages = {"before": lambda _: self.disabled()}
-            if self.lora is not None and self.lora.attached:
-                stages["after"] = lambda _: nullcontext()
-        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
-        for group, rows in groups.items():
-            groups[group] = self.readable(rows, conditions, on_error)
-            if bad := len(rows) - len(groups[group]):
-                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
-        notes += self._warn_of_training_data(groups)
-        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
-        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
-            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
-            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
-        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
-
-        @contextmanager
-        def at(stage: str, condition: str) -> Iterator[RRS]:
-            with self._running(), stages[stage](condition) as other:
-                yield other or self
-
-        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            with at(stage, condition) as who:
-                prompts = [who.read(e, condition).extended(begun) for e in rows]
-                state = f"{stage} {base} {who._state(given is not None)}"
-                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
-
-        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
-        if usefulness:
-            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
-        report.notes += notes
-        report.settings = {  # whatever it takes to run again
-            "max_new_tokens": max_new_tokens,
-            "prefix": prefix,
-            "command": sys.argv,
-            "config": asdict(self.config),
-            "versions": versions(),
-            "model": {"class": type(self.model).__name__, "fingerprint": base},
-            "data": {
-                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
-            },
-        }
-        if given is None and "after" in stages:
-            self.report = report
-        return report
-
-    def _state(self, steered: bool) -> str:
-        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
-        lora = self.lora if self.lora is not None and self.lora.attached else None
-        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
-        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
-        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
-
-    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
-        """Warns of examples that were trained on, or whose twins were; what it said."""
-        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
-        if not seen:
-            return []
-        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
-        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
-        return [note]
 
     # -- the adapter on disk ------------------------------------------------------------------------------------------
 
