@@ -454,7 +454,7 @@ class Reader:
         self,
         model: nn.Module,
         location: Location,
-        render: Callable[[str | None, Any], dict[str, Any]],
+        render: Callable[..., dict[str, Any]],
         max_tokens: int = 8192,
     ) -> None:
         if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
@@ -470,7 +470,7 @@ class Reader:
         self.logit_scale = 1.0  # what it multiplies the head's output with; see `_logit_scale`
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
-        self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # text -> ids before, ids after the audio
+        self._frames: dict[Any, tuple[Tensor, Tensor]] = {}  # text and turns -> ids before, ids after the audio
         self._composes = True  # is every prompt its clip and its frame, put together?
 
     @property
@@ -494,7 +494,9 @@ class Reader:
     # -- from text and audio to what the decoder sees -----------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None) -> Prompt:
+    def read(
+        self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None, turns: tuple[Any, ...] = ()
+    ) -> Prompt:
         """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text.
 
         Args:
@@ -502,31 +504,34 @@ class Reader:
             clip: `(key, load)`: a key that is equal for equal clips, and a function that returns the waveform
                 (float32 `[samples]` at the processor's rate). The clip is loaded and encoded once per key; with every
                 further text only token ids are put together, since neither tower nor projector sees the text.
+            turns: earlier ones of the conversation; `render` gets them as a third argument, if there are any.
 
         Raises:
             EmptyClip: the clip gives no audio token.
         """
         if clip is None:
-            return self._run(text, None)
-        key, load = clip
-        if self._composes and key in self._clips and text in self._frames and self.exact is not False:
-            (before, after), (ids, rows) = self._frames[text], self._clips[key]
+            return self._run(text, None, turns)
+        (key, load), frame = clip, (text, turns)
+        if self._composes and key in self._clips and frame in self._frames and self.exact is not False:
+            (before, after), (ids, rows) = self._frames[frame], self._clips[key]
             whole = torch.cat([before, ids, after])
-            return Prompt(whole, rows, len(before), True, lambda: self._inputs(text, load()))
-        prompt = self._run(text, load)
+            return Prompt(whole, rows, len(before), True, lambda: self._inputs(text, load(), turns))
+        prompt = self._run(text, load, turns)
         if prompt.rows is None:
             return prompt
         end = prompt.start + len(prompt.rows)
-        before, after = self._frames.setdefault(text, (prompt.ids[: prompt.start], prompt.ids[end:]))
+        before, after = self._frames.setdefault(frame, (prompt.ids[: prompt.start], prompt.ids[end:]))
         ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows.clone()))
         same_rows = self._close(rows, prompt.rows)
         if not same_rows or not torch.equal(torch.cat([before, ids, after]), prompt.ids):
             self._composes = False  # the ids around the audio depend on the clip, or the projected audio on the text
         return replace(prompt, rows=rows if same_rows else prompt.rows.clone())
 
-    def _inputs(self, text: str | None, wave: Any) -> dict[str, Any]:
+    def _inputs(self, text: str | None, wave: Any, turns: tuple[Any, ...] = ()) -> dict[str, Any]:
         """The model's own inputs of one prompt, on its device and in its dtype."""
-        return self._on_device({**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})})
+        return self._on_device(
+            {**self.render(text, wave, *([turns] if turns else [])), **FIXED_INPUTS.get(type(self.model).__name__, {})}
+        )
 
     def _on_device(self, value: Any) -> Any:
         if isinstance(value, Mapping):  # also within inputs: first-generation Qwen-Audio's audio_info
@@ -535,11 +540,11 @@ class Reader:
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
-    def _run(self, text: str | None, load: Callable[[], Any] | None) -> Prompt:
+    def _run(self, text: str | None, load: Callable[[], Any] | None, turns: tuple[Any, ...]) -> Prompt:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
 
         def make() -> dict[str, Any]:
-            return self._inputs(text, load and load())
+            return self._inputs(text, load and load(), turns)
 
         inputs, audio = make(), load is not None
         ids = inputs["input_ids"][0].cpu()

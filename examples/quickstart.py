@@ -36,7 +36,7 @@ CONFIG = RRSConfig(
     refusal_prompt="auto",
     refusal="auto",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
-    # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest 30% have most that do.
+    # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest 30% do most.
     keep_tokens=16,
     keep_share=0.3,
     # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange.
@@ -94,6 +94,13 @@ def what_it_hears(model: RRS, examples: list[Example]) -> str:
     return f"What the demo LALM hears: asked to repeat {len(rates)} clips ({spoken}), its word error rate is {wer:.0%}."
 
 
+def cost(began: float) -> str:
+    """Seconds since `began` (of `time.perf_counter`), and the most memory that this process held at once."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of what getrusage counts in
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return f"{time.perf_counter() - began:.0f} s, at most {peak:.1f} GiB of memory"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for adapter and report")
@@ -102,8 +109,9 @@ def main() -> None:
     args = parser.parse_args()
     began, step = time.perf_counter(), 40 if args.fast else 1
     print(
-        "Builds a small speech LM (165 MB to download once), trains it on typed questions, chooses how strongly it acts, "
-        f"and asks it new questions, typed and spoken: about {'3' if args.fast else '10'} minutes on 2 CPU cores."
+        "Builds a small speech LM (165 MB to download once), trains it on typed questions, chooses how strongly it "
+        f"acts, and asks it new ones, typed and spoken: about {3 if args.fast else 10} minutes on 2 CPU cores.",
+        flush=True,
     )
     lalm, processor = load_demo(dtype=fast_dtype())
     model = RRS(lalm, processor, replace(CONFIG, seed=args.seed))
@@ -117,27 +125,18 @@ def main() -> None:
     with sdpa_kernel(SDPBackend.MATH) if lalm.dtype == torch.bfloat16 else nullcontext():
         model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     calibration = model.calibrate(dev, ("text-only",), budget=BUDGET, answers=8 if args.fast else 60)
-    report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
+    report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=24)
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
-    report.calibration = calibration.to_dict()
-    for condition in ("text-only", "audio-only"):
-        panels = {"before": {}, "after": {}}
-        for group, rows in test.items():
-            if some := [e for e in rows if e.has(condition)][:: 1 if args.fast else 3]:
-                panels["before"][group] = model.extract(some, condition)
-                panels["after"][group] = model.extract(some, condition, vanilla=False)
-        report.add_map(condition, panels)
+    report.curve = calibration.curve()
     report.save(args.out)
     model.save(args.out / "adapter", overwrite=True)
 
     print(f"\n{report}")
-    unit = 2**20 if sys.platform != "darwin" else 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(f"{time.perf_counter() - began:.0f} s, {peak:.1f} GiB at its peak. Open {args.out / 'report.html'}")
+    print(f"{cost(began)}. Open {args.out / 'report.html'}")
     if args.fast:
         print("This was a trial run on a fortieth of the data: its figures mean nothing.")
-    print(f"Next: python examples/evaluate.py --adapter {args.out / 'adapter'} --test harmful=FILE --test hard-benign=FILE")
+    print(f"Next: python examples/evaluate.py --adapter {args.out / 'adapter'} --test harmful=… --test hard-benign=…")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_batched_answers_are_the_models_own(name):
             assert answer == zoo.TOKENIZER.decode(new, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_a_repetition_penalty_reads_the_prompt_as_the_model_does(name):
     rrs = tiny_rrs(name)
     rrs.model.generation_config.update(repetition_penalty=1.3)
