@@ -608,7 +608,8 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held - {*FILES} if "adapter_config.json" in held else held):
+    ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
+    if foreign := sorted(held - {*FILES} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -877,8 +878,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
             raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
-        if record.get("weights", "") not in ("", found := hashlib.sha256(weights.read_bytes()).hexdigest()):
-            raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
+        for name, known in record.get("sha256", {}).items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
+                raise ValueError(f"{name} is of another save than rrs.json")
         tensors, _ = unpack(weights)
         vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
         if not any(name.endswith(".lora_A.weight") for name in tensors):
@@ -1862,14 +1864,14 @@ class RRS(Runner):
         record = {**self.record, "history": self.history, "template_kwargs": self.template_kwargs}
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]
-        weights = pack(lora.tensors())
-        record["weights"] = hashlib.sha256(weights).hexdigest()
+        packed = {"adapter_model.safetensors": pack(lora.tensors()), "rrs.safetensors": pack(vectors)}
+        record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+        record["scale"] = lora.scale
         files = {
             "adapter_config.json": json.dumps(peft_config(lora, self.record), indent=2).encode(),
-            "adapter_model.safetensors": weights,
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": model_card(self.record, self.history, self.report).encode(),
-            "rrs.safetensors": pack(vectors),
+            **packed,
         }
         path: Path = on_rank0(lambda: check_folder(directory, overwrite))
         on_rank0(lambda: write_files(path, files))
@@ -1890,6 +1892,8 @@ class RRS(Runner):
         config = RRSConfig.from_dict(record.get("config", {}))
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
+        if not math.isclose(scale, record.get("scale", scale)):
+            raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
         names = [
             n.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             for n in tensors
@@ -1918,6 +1922,6 @@ class RRS(Runner):
         for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors):
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
         rrs.history = record.pop("history", [])
-        rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "weights", "template_kwargs")}
+        rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "sha256", "scale", "template_kwargs")}
         rrs.lora.attach()
         return rrs
