@@ -1058,6 +1058,8 @@ class Runner:
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
+        if not heard:
+            return [*examples]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
