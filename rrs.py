@@ -626,7 +626,8 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held - {*FILES, COMPOSITE} if "adapter_config.json" in held else held):
+    ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
+    if foreign := sorted(held - {*FILES, COMPOSITE} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -909,8 +910,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
             raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
-        if record.get("weights", "") not in ("", found := hashlib.sha256(weights.read_bytes()).hexdigest()):
-            raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
+        for name, known in record.get("sha256", {}).items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
+                raise ValueError(f"{name} is of another save than rrs.json")
         tensors, _ = unpack(weights)
         vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
         if not any(name.endswith(LORA_A) for name in tensors):
@@ -1181,6 +1183,8 @@ class Runner:
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
+        if not heard:
+            return [*examples]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
@@ -2118,12 +2122,14 @@ class RRS(Runner):
             peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
             return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
 
-        files = adapter("")
-        record["weights"] = hashlib.sha256(files[FILES[1]]).hexdigest()
+        files, extra = adapter(""), pack(vectors | logits)
+        packed = {FILES[1]: files[FILES[1]], FILES[4]: extra}
+        record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+        record["scale"] = lora.scale
         files |= {
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": model_card(record, self.history, self.report).encode(),
-            "rrs.safetensors": pack(vectors | logits),
+            "rrs.safetensors": extra,
         }
         if type(self.model).__name__ in THINKERS.values():
             on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
@@ -2147,6 +2153,8 @@ class RRS(Runner):
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
         own, same = renamed(tensors, model, rrs.location), base.get("fingerprint") == fingerprint(model)
+        if not math.isclose(scale, record.get("scale", scale)):
+            raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
         inside = dict.fromkeys(p for p, _ in model.named_modules())
         names = {n[len(PEFT) :].partition(".lora_")[0] for n in own}
         unknown = sorted(names - inside.keys()) or sorted(tensors.keys() - own.keys()) * (not same)
@@ -2162,7 +2170,7 @@ class RRS(Runner):
         for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors if not name.startswith("canary.")):
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
         rrs.history = record.pop("history", [])
-        own_keys = ("evaluation", "weights", "template_kwargs", "canary")
+        own_keys = ("evaluation", "sha256", "scale", "template_kwargs", "canary")
         rrs.record = {k: v for k, v in record.items() if k not in own_keys}
         rrs.lora.attach()
         said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
