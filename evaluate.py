@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rrs.data import CONDITIONS, Example, Renderer
-from rrs.hooks import Prompt, Reader, all_gather, locate, on_rank0, rank, world
+from .data import CONDITIONS, Example, Renderer
+from .hooks import Prompt, Reader, all_gather, locate, on_rank0, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judges

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,20 +36,31 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# Siblings are always rrs.hooks, rrs.data, rrs.evaluate, also when this file is a plain module (an editable install, or
-# files copied into a folder rrs/ of another repository): they can't collide with other packages of these names.
-__path__ = [os.path.dirname(os.path.abspath(__file__))]
+# As rrs/__init__.py (a wheel, or a copy in another repository) this file is a package; as a plain rrs.py (an editable
+# install) it becomes one here. So the imports below find its neighbours, never other modules of these names.
+if not __package__:
+    __path__ = [os.path.dirname(__file__)]
+    __package__, __spec__.submodule_search_locations = __name__, __path__
+if elsewhere := [
+    f"{name}.py"
+    for name in ("hooks", "data", "evaluate")
+    if (at := find_spec(f".{name}", __package__)) is None or Path(str(at.origin)).parent != Path(__file__).parent
+]:
+    raise ImportError(
+        f"{', '.join(elsewhere)} must lie beside {__file__}, as all four files belong together; copy them into a "
+        "folder rrs/ of their own, rrs.py as its __init__.py."
+    )
 
 # isort: off
-from rrs.data import (
+from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
     needed_packages, shared, user_turn,
 )  # fmt: skip
-from rrs.evaluate import (
+from .evaluate import (
     AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
     markdown, measure,
 )  # fmt: skip
-from rrs.hooks import (
+from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
@@ -56,8 +68,8 @@ from rrs.hooks import (
 
 __version__ = "0.2.0"
 __all__ = [
-    "RRS", "Example", "RRSConfig", "Report", "TrainItem", "capture", "judge_refusals", "load_examples", "locate",
-    "make_items", "select_features", "verify",
+    "RRS", "Callback", "Example", "Objective", "Penalty", "RRSConfig", "Report", "Scorer", "Step", "TrainItem",
+    "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -580,7 +592,8 @@ class Checkpoints:
         except OSError as error:
             message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
             raise OSError(error.errno, message) from error
-        for path in self.files()[:-2] if rank() == 0 else []:
+        files = self.files()  # on every rank: rank 0 tells them
+        for path in files[:-2] if rank() == 0 else []:
             path.unlink(missing_ok=True)
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -622,16 +635,21 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    """A function's name with a hash of its code and of the numbers it is given, so that a resumed run knows an edited
+    one."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
         return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
 
-    def parts(code: Any) -> str:
-        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
+    def parts(value: Any) -> str:
+        if hasattr(value, "co_code"):
+            return repr([value.co_code, value.co_names, *map(parts, value.co_consts)])
+        return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # a set has no order
 
-    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    said = parts(code) + repr([x for x in given if isinstance(x, (str, int, float))])
+    return f"{function.__qualname__} {hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()
@@ -1205,16 +1223,14 @@ class Runner:
 
         Args:
             examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
-            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
+            condition: default audio-text, or text-only where the first has no audio.
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         examples = load_examples(examples)
         if condition is None:
-            condition = next(
-                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
-            )
-        examples = self._usable(examples, condition or "text-only")
+            condition = "audio-text" if examples[0].has("audio-text") else "text-only"
+        examples = self._usable(examples, condition)
         self.readable(examples, [condition])
         begun = self.token_ids(prefix)
         with self._running():
