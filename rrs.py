@@ -962,124 +962,126 @@ def answers_as(answers: Mapping[str, str], canary: Sequence[Mapping[str, Any]]) 
     return f"acts as {said}: {votes.count('trained')} of {len(votes)} answers begin as trained"
 
 
-def verify(directory: str | Path, model: Any = None, processor: Any = None, **kwargs: Any) -> str:
+def verify(
+    directory: str | Path,
+    model: Any = None,
+    processor: Any = None,
+    *,
+    answers: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> str:
     """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
     else, with the largest difference.
 
     Args:
         model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
-        kwargs: as in training, `build_inputs` and others of `RRS(...)`; or, instead of a model, `answers`: a server's
-            greedy ones, `{prompt: answer}`, to prompts on the model card.
-    """
+        answers: instead of a model, greedy answers of a server, `{prompt: answer}`, to prompts on the model card.
+        kwargs: as in training, `build_inputs` and others of `RRS(...)`.
+    """  # fmt: skip
     _, _, record, vectors = read_adapter(Path(directory))
     if "canary" not in record:
         raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
-    if "answers" in kwargs:
-        return answers_as(kwargs["answers"], record["canary"])
+    if answers is not None:
+        return answers_as(answers, record["canary"])
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     more = {"template_kwargs": record.get("template_kwargs"), "verbose": False, **kwargs}
     rrs = RRS(getattr(model, "thinker", model), processor, RRSConfig.from_dict(record.get("config", {})), **more)
     return rrs._acts(record["canary"], vectors)
 
 
-CARD = """---
-{meta}
----
+def card_metadata(record: Mapping[str, Any], public: bool, report: Report | None) -> dict[str, Any]:
+    """The model card's metadata, by the hub's convention.
 
-# RRS adapter
-
-A LoRA that is to make `{name}` (`{kind}`, revision {revision}, fingerprint `{fingerprint}`) refuse harmful requests
-without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {steps} steps, loss {loss}.{scaled}
-{versions} Its licence is for you to state.
-
-## Evaluation
-
-{report}
-
-## Use
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(model, folder)  # PEFT; or base.load_adapter(folder)
-rrs = RRS.load(folder, model, processor)          # RRS, with disable() and enable()
-rrs.merge().save_pretrained("merged")             # a model like any other
-```
-{composite}
-Serving: merged weights work wherever the class does. A server's LoRA route works only if the server supports LoRA for
-this class, with rank {rank}; some ignore what they don't support, without an error. So check what is served:
-
-```python
-rrs.verify(folder, model, processor)                     # a model: PEFT's, a merged one
-rrs.verify(folder, answers={{"prompt": "its answer"}})   # a server, greedy, by these prompts
-```
-
-| condition | prompt | vanilla's answer | with the adapter |
-| --- | --- | --- | --- |
-{canary}
-
-## Training
-
-{preflight}
-
-| condition | side | examples | SHA-256 of their contents |
-| --- | --- | --- | --- |
-{data}
-
-Settings that differ from the paper's (all of them, and the history, are in `rrs.json`):
-
-{settings}
-"""
-OF_COMPOSITE = f"""
-The model is the text part of a composite checkpoint. For the whole, use `{COMPOSITE}/` in place of this folder; or
-merge into its part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; the
-processor's and speakers' files of the checkpoint belong beside it.
-"""
+    Args:
+        public: the base's name is one on the hub.
+    """
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
+    results = [
+        {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+         "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                     for stage, rate in row["refused"].items() if rate["n"]]}
+        for row in (report.rows() if report else [])
+    ]  # fmt: skip
+    meta = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
+    if public:
+        meta |= {"base_model": record["base"]["name"], "base_model_relation": "adapter"}
+    return meta | ({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {})
 
 
 def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
     """The model card: what a reader of the adapter has to know, from the run's own record."""
-    base, config = record.get("base", {}), record.get("config", {})
-    name = str(base.get("name") or "")
+    base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
-    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
-    meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
-    meta |= {"base_model": name, "base_model_relation": "adapter"} if public else {}
-    if report:
-        results = [
-            {
-                "task": {"type": task},
-                "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
-                "metrics": [
-                    {"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
-                    for stage, rate in row["refused"].items()
-                ],
-            }
-            for row in report.to_dict()["table"]
-        ]
-        meta["model-index"] = [{"name": "RRS adapter", "results": results}]
+    meta, calibrated = card_metadata(record, public, report), record.get("calibrated")
+    differs = RRSConfig.from_dict(record.get("config", {})).differences()
+    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
     rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
     data = [
         f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
         for condition, labels in record.get("data", {}).items()
         for label, side in labels.items()
     ]
-    asked = [
+    canary = [
         f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
         for p in record.get("canary", [])
     ]
-    scale = record.get("calibrated", {}).get("chosen", {}).get("scale")
-    return CARD.format(
-        meta="\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items()),
-        name=markdown(name if public else "its base model"), kind=base.get("class", "?"), steps=len(history),
-        revision=markdown(base.get("revision") or "unknown"), fingerprint=base.get("fingerprint", "?"),
-        loss=" → ".join(f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else "unknown",
-        scaled=f" Calibrated: scaled by {scale:.2f}." if scale else "", versions=markdown(record.get("versions", {})),
-        report=report or "Not evaluated: its effect on safety and over-rejection is unknown.",
-        composite=OF_COMPOSITE if base.get("class") in THINKERS.values() else "", rank=config.get("lora_r", "?"),
-        canary="\n".join(asked), data="\n".join(data),
-        preflight="\n".join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked before training.",
-        settings="\n".join(f"- `{k}`: {markdown(v)}" for k, v in RRSConfig.from_dict(config).differences().items()),
-    )  # fmt: skip
+    composite = f"""
+The base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this folder; or merge
+into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; copy the
+checkpoint's other files (processor, speakers) there.
+"""
+    return f"""---
+{chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
+---
+
+# RRS adapter
+
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, revision
+{markdown(base.get("revision") or "unknown")}, fingerprint `{base.get("fingerprint", "?")}`) refuse harmful requests
+without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {len(history)} steps, loss
+{first} → {last}.{scaled} {markdown(record.get("versions", {}))}. Its licence is for you to state.
+
+## Evaluation
+
+{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+
+## Use
+
+```python
+model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)
+adapter = RRS.load(folder, base, processor)       # RRS, with disable() and enable()
+adapter.merge().save_pretrained("merged")         # a model like any other
+```
+{composite if base.get("class") in THINKERS.values() else ""}
+Serving: merged weights work wherever the class does. A server's LoRA route needs the server to support LoRA for this
+class and this rank ({record.get("config", {}).get("lora_r", "?")}). Check what is served:
+
+```python
+rrs.verify(folder, model, processor)                           # a PEFT model, or a merged one
+rrs.verify(folder, answers={{"Hello.": "what it answers", …}})   # a server's greedy answers
+```
+
+| condition | prompt | vanilla's answer | with the adapter |
+| --- | --- | --- | --- |
+{chr(10).join(canary)}
+
+## Before training
+
+{chr(10).join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked."}
+
+## Data
+
+| condition | side | examples | SHA-256 of their contents |
+| --- | --- | --- | --- |
+{chr(10).join(data)}
+
+## Settings that differ from the paper's
+
+{chr(10).join(f"- `{k}`: {markdown(v)}" for k, v in differs.items())}
+
+All of them, and the history, are in `rrs.json`.
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1959,7 +1961,7 @@ class RRS(Runner):
     # -- how strongly it acts -----------------------------------------------------------------------------------------
 
     def _dev(self, dev: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str], list[str]]:
-        """Groups that can be asked in some condition, harmful ones first, and the names of harmful and harmless ones."""
+        """Groups that can be asked in some condition, harmful ones first, and the names of both sides' groups."""
         groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
         groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
         harmful, harmless = by_label(groups)
@@ -2174,9 +2176,8 @@ class RRS(Runner):
         rrs.record = {k: v for k, v in record.items() if k not in own_keys}
         rrs.lora.attach()
         said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
-        other = (
-            f" was trained on another base than the one it is loaded on ({base});" if base.get("fingerprint") else ""
-        )
-        if (other and not same) or ("canary" in record and not said.startswith("acts as trained")):
-            warnings.warn(f"{directory}{'' if same else other} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
+        another = "fingerprint" in base and not same
+        if another or not said.startswith(("acts as trained", "its effect")):
+            where = f" was trained on another base than the one it is loaded on ({base});" if another else ""
+            warnings.warn(f"{directory}{where} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
         return rrs

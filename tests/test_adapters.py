@@ -307,6 +307,18 @@ def test_the_system_prompt_is_saved_with_the_adapter(system, tmp_path):
     assert said.startswith(f"<|im_start|>system\n{system}<|im_end|>" if system else "<|im_start|>user")
 
 
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_qwen2_audios_own_template_has_its_system_prompt(system):
+    """Its processor brings the template of the released model, with a default that config.system replaces."""
+    processor = tf.Qwen2AudioProcessor(tiny_qwen2_audio()[1].feature_extractor, byte_tokenizer())
+    made = RRS(tiny_qwen2_audio()[0], processor, RRSConfig(system=system), verbose=False)
+    for wave in (None, tone(0.5, 1)):
+        said = processor.tokenizer.decode(made.render("hello", wave)["input_ids"][0])
+        assert said.startswith(f"<|im_start|>system\n{system or 'You are a helpful assistant.'}<|im_end|>\n")
+        assert said.endswith("hello<|im_end|>\n<|im_start|>assistant\n")
+        assert said.count("<|im_start|>system") == 1
+
+
 # -- PEFT's own adapters -----------------------------------------------------------------------------------------------
 
 
