@@ -2000,9 +2000,6 @@ class RRS(Runner):
 
         Returns:
             The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
-
-        Raises:
-            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
@@ -2024,11 +2021,12 @@ class RRS(Runner):
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
         def excess(point: Point) -> float:
-            """Judges answers at a point; by how much they are beyond the budget."""
+            """Judges answers at a point; by how much they are beyond the budget, or one question where that is more."""
             lora.scale = point.scale * present
             report = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
-            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
+            point.answers = now = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
+            least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
+            return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
 
         try:
             with self.disabled():
@@ -2052,10 +2050,10 @@ class RRS(Runner):
         self.record["calibrated"] = asdict(result)
         self._say(str(result))
         if over > 1e-9 or silent:
-            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
-                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
-                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
-            )  # fmt: skip
+            said = (
+                f"No scale stays within the budget {limits}" if over > 1e-9 else f"{self.config.refusal!r} begins no "
+            )
+            said += "" if over > 1e-9 else "answer at any scale: set config.refusal to how this adapter refuses"
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
 
