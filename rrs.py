@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,11 +40,7 @@ from tqdm.auto import tqdm
 if not __package__:
     __path__ = [os.path.dirname(__file__)]
     __package__, __spec__.submodule_search_locations = __name__, __path__
-if elsewhere := [
-    f"{name}.py"
-    for name in ("hooks", "data", "evaluate")
-    if (at := find_spec(f".{name}", __package__)) is None or Path(str(at.origin)).parent != Path(__file__).parent
-]:
+if elsewhere := [n for n in ("hooks.py", "data.py", "evaluate.py") if not Path(__file__).with_name(n).is_file()]:
     raise ImportError(
         f"{', '.join(elsewhere)} must lie beside {__file__}, as all four files belong together; copy them into a "
         "folder rrs/ of their own, rrs.py as its __init__.py."
