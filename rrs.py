@@ -40,12 +40,19 @@ from tqdm.auto import tqdm
 if not __package__:
     __path__ = [os.path.dirname(__file__)]
     __package__, __spec__.submodule_search_locations = __name__, __path__
-if elsewhere := [n for n in ("hooks.py", "data.py", "evaluate.py") if not Path(__file__).with_name(n).is_file()]:
-    raise ImportError(
-        f"{', '.join(elsewhere)} must lie beside {__file__}, as all four files belong together; copy them into a "
-        "folder rrs/ of their own, rrs.py as its __init__.py."
-    )
+HERE, SIBLINGS = Path(__file__).parent, ("hooks", "data", "evaluate")
 
+
+def _belong_together(elsewhere: Sequence[str]) -> None:
+    """Raises ImportError for modules that do not lie beside this one: parts of two copies must not mix."""
+    if elsewhere:
+        raise ImportError(
+            f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong "
+            "together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py."
+        )
+
+
+_belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file()])
 # isort: off
 from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
@@ -59,7 +66,9 @@ from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
+
 # isort: on
+_belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
 
 __version__ = "0.2.0"
 __all__ = [
@@ -649,7 +658,7 @@ def describe(function: Any) -> str:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
     """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
 
     Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
@@ -664,7 +673,7 @@ def fingerprint(model: nn.Module) -> str:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
 
-    inside = tensors(locate(model).decoder)
+    inside = tensors(decoder or locate(model).decoder)
     known = {id(t) for t in inside}
     rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
     return hashlib.sha256(b"".join([*map(digest, inside), *rest])).hexdigest()[:16]
@@ -1282,7 +1291,11 @@ class Runner:
         if both := shared([e for _, e in harmful], [e for _, e in harmless]):
             notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
             warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
-        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
+        base, begun, known = (
+            fingerprint(self.model, self.location.decoder),
+            self.token_ids(prefix),
+            AnswerCache(cache) if cache else None,
+        )
 
         @contextmanager
         def at(stage: str, condition: str) -> Iterator[RRS]:
@@ -1812,7 +1825,11 @@ class RRS(Runner):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
             data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        base = {
+            "class": type(self.model).__name__,
+            "name": name,
+            "fingerprint": fingerprint(self.model, self.location.decoder),
+        }
         base["revision"] = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
@@ -2147,7 +2164,10 @@ class RRS(Runner):
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
-        own, same = renamed(tensors, model, rrs.location), base.get("fingerprint") == fingerprint(model)
+        own, same = (
+            renamed(tensors, model, rrs.location),
+            base.get("fingerprint") == fingerprint(model, rrs.location.decoder),
+        )
         if not math.isclose(scale, record.get("scale", scale)):
             raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
         inside = dict.fromkeys(p for p, _ in model.named_modules())
