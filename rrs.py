@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,16 +40,19 @@ from tqdm.auto import tqdm
 if not __package__:
     __path__ = [os.path.dirname(__file__)]
     __package__, __spec__.submodule_search_locations = __name__, __path__
-if elsewhere := [
-    f"{name}.py"
-    for name in ("hooks", "data", "evaluate")
-    if (at := find_spec(f".{name}", __package__)) is None or Path(str(at.origin)).parent != Path(__file__).parent
-]:
-    raise ImportError(
-        f"{', '.join(elsewhere)} must lie beside {__file__}, as all four files belong together; copy them into a "
-        "folder rrs/ of their own, rrs.py as its __init__.py."
-    )
+HERE, SIBLINGS = Path(__file__).parent, ("hooks", "data", "evaluate")
 
+
+def _belong_together(elsewhere: Sequence[str]) -> None:
+    """Raises ImportError for modules that do not lie beside this one: parts of two copies must not mix."""
+    if elsewhere:
+        raise ImportError(
+            f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong "
+            "together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py."
+        )
+
+
+_belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file()])
 # isort: off
 from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
@@ -64,7 +66,9 @@ from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
     connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
+
 # isort: on
+_belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
 
 __version__ = "0.2.0"
 __all__ = [
@@ -537,7 +541,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         record = json.loads(about.get("rrs", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    if "rrs" in about and about.get("sha256") != _digest(tensors, about["rrs"]):
+    if about.keys() & {"rrs", "sha256"} and about.get("sha256") != _digest(tensors, about.get("rrs", "null")):
         raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
     return tensors, record
 
@@ -625,7 +629,8 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held - {*FILES, COMPOSITE} if "adapter_config.json" in held else held):
+    ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
+    if foreign := sorted(held - {*FILES, COMPOSITE} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -652,7 +657,7 @@ def describe(function: Any) -> str:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
     """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
 
     Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
@@ -667,7 +672,7 @@ def fingerprint(model: nn.Module) -> str:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
 
-    inside = tensors(locate(model).decoder)
+    inside = tensors(decoder or locate(model).decoder)
     known = {id(t) for t in inside}
     rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
     return hashlib.sha256(b"".join([*map(digest, inside), *rest])).hexdigest()[:16]
@@ -908,8 +913,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
             raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
-        if record.get("weights", "") not in ("", found := hashlib.sha256(weights.read_bytes()).hexdigest()):
-            raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
+        for name, known in record.get("sha256", {}).items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
+                raise ValueError(f"{name} is of another save than rrs.json")
         tensors, _ = unpack(weights)
         vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
         if not any(name.endswith(LORA_A) for name in tensors):
@@ -959,70 +965,75 @@ def answers_as(answers: Mapping[str, str], canary: Sequence[Mapping[str, Any]]) 
     return f"acts as {said}: {votes.count('trained')} of {len(votes)} answers begin as trained"
 
 
-def verify(directory: str | Path, model: Any = None, processor: Any = None, **kwargs: Any) -> str:
+def verify(
+    directory: str | Path,
+    model: Any = None,
+    processor: Any = None,
+    *,
+    answers: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> str:
     """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
     else, with the largest difference.
 
     Args:
         model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
-        kwargs: as in training, `build_inputs` and others of `RRS(...)`; or, instead of a model, `answers`: a server's
-            greedy ones, `{prompt: answer}`, to prompts on the model card.
-    """
+        answers: instead of a model, greedy answers of a server, `{prompt: answer}`, to prompts on the model card.
+        kwargs: as in training, `build_inputs` and others of `RRS(...)`.
+    """  # fmt: skip
     _, _, record, vectors = read_adapter(Path(directory))
     if "canary" not in record:
         raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
-    if "answers" in kwargs:
-        return answers_as(kwargs["answers"], record["canary"])
+    if answers is not None:
+        return answers_as(answers, record["canary"])
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     more = {"template_kwargs": record.get("template_kwargs"), "verbose": False, **kwargs}
     rrs = RRS(getattr(model, "thinker", model), processor, RRSConfig.from_dict(record.get("config", {})), **more)
     return rrs._acts(record["canary"], vectors)
 
 
-def model_card(
-    record: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-    report: Report | None,
-) -> str:
+def card_metadata(record: Mapping[str, Any], public: bool, report: Report | None) -> dict[str, Any]:
+    """The model card's metadata, by the hub's convention.
+
+    Args:
+        public: the base's name is one on the hub.
+    """
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
+    results = [
+        {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+         "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                     for stage, rate in row["refused"].items() if rate["n"]]}
+        for row in (report.rows() if report else [])
+    ]  # fmt: skip
+    meta = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
+    if public:
+        meta |= {"base_model": record["base"]["name"], "base_model_relation": "adapter"}
+    return meta | ({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {})
+
+
+def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
     """The model card: what a reader of the adapter has to know, from the run's own record."""
     base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
+    meta, calibrated = card_metadata(record, public, report), record.get("calibrated")
     differs = RRSConfig.from_dict(record.get("config", {})).differences()
-    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
     first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
     rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
     data = [
         f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
         for condition, labels in record.get("data", {}).items()
         for label, side in labels.items()
     ]
-    results = [
-        {
-            "task": {"type": task},
-            "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
-            "metrics": [
-                {"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
-                for stage, rate in row["refused"].items()
-            ],
-        }
-        for row in (report.to_dict()["table"] if report else [])
-    ]
-    meta = {
-        **({"base_model": name, "base_model_relation": "adapter"} if public else {}),
-        "library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"],
-        **({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {}),
-    }  # fmt: skip
-    calibrated = record.get("calibrated")
-    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
-    composite = f"""
-The model is the text part of a composite checkpoint. For the whole, use `{COMPOSITE}/` in place of this folder; or
-merge into its part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; the
-processor's and speakers' files of the checkpoint belong beside it.
-"""
-    asked = [
+    canary = [
         f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
         for p in record.get("canary", [])
     ]
+    composite = f"""
+The base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this folder; or merge
+into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; copy the
+checkpoint's other files (processor, speakers) there.
+"""
     return f"""---
 {chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
 ---
@@ -1041,24 +1052,22 @@ without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19
 ## Use
 
 ```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(model, folder)  # PEFT; or base.load_adapter(folder)
-rrs = RRS.load(folder, model, processor)          # RRS, with disable() and enable()
-rrs.merge().save_pretrained("merged")             # a model like any other
+model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)
+adapter = RRS.load(folder, base, processor)       # RRS, with disable() and enable()
+adapter.merge().save_pretrained("merged")         # a model like any other
 ```
 {composite if base.get("class") in THINKERS.values() else ""}
-Serving: merged weights work wherever the class does. A server's LoRA route works only if the server supports LoRA for
-this class, with rank {record.get("config", {}).get("lora_r", "?")}; some ignore what they don't support, without an
-error. So check what is served:
+Serving: merged weights work wherever the class does. A server's LoRA route needs the server to support LoRA for this
+class and this rank ({record.get("config", {}).get("lora_r", "?")}). Check what is served:
 
 ```python
-rrs.verify(folder, model, processor)                   # a model: PEFT's, a merged one
-rrs.verify(folder, answers={{"prompt": "its answer"}})   # a server, greedy, by these prompts
+rrs.verify(folder, model, processor)                           # a PEFT model, or a merged one
+rrs.verify(folder, answers={{"Hello.": "what it answers", …}})   # a server's greedy answers
 ```
 
 | condition | prompt | vanilla's answer | with the adapter |
 | --- | --- | --- | --- |
-{chr(10).join(asked)}
+{chr(10).join(canary)}
 
 ## Before training
 
@@ -1179,6 +1188,8 @@ class Runner:
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
+        if not heard:
+            return [*examples]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
@@ -1232,6 +1243,104 @@ class Runner:
         with self._running():
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def evaluate(
+        self,
+        examples: Any,
+        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
+        *,
+        judge: Judge = judge_refusals,
+        max_new_tokens: int = 64,
+        prefix: str = "",
+        stages: Mapping[str, Stage] | None = None,
+        cache: str | Path | None = None,
+        usefulness: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Report:
+        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
+
+        Args:
+            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
+            conditions: see `rrs.data.CONDITIONS`.
+            judge: `(prompts, responses) -> verdicts`.
+            max_new_tokens: per answer.
+            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
+                first token. Reported and judged is what the model adds to it.
+            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
+                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
+                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
+            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
+                it stopped, with the same result. Answers of anything else do not match and stay unused.
+            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
+                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
+            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
+        """
+        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
+        if stages is None:
+            stages = {"before": lambda _: self.disabled()}
+            if self.lora is not None and self.lora.attached:
+                stages["after"] = lambda _: nullcontext()
+        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
+        for group, rows in groups.items():
+            groups[group] = self.readable(rows, conditions, on_error)
+            if bad := len(rows) - len(groups[group]):
+                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+        notes += self._warn_of_training_data(groups)
+        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
+        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
+            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
+            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
+        base, begun, known = (
+            fingerprint(self.model, self.location.decoder),
+            self.token_ids(prefix),
+            AnswerCache(cache) if cache else None,
+        )
+
+        @contextmanager
+        def at(stage: str, condition: str) -> Iterator[RRS]:
+            with self._running(), stages[stage](condition) as other:
+                yield other or self
+
+        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            with at(stage, condition) as who:
+                prompts = [who.read(e, condition).extended(begun) for e in rows]
+                state = f"{stage} {base} {who._state(given is not None)}"
+                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
+
+        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
+        if usefulness:
+            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
+        report.notes += notes
+        report.settings = {  # whatever it takes to run again
+            "max_new_tokens": max_new_tokens,
+            "prefix": prefix,
+            "command": sys.argv,
+            "config": asdict(self.config),
+            "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": base},
+            "data": {
+                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
+            },
+        }
+        if given is None and "after" in stages:
+            self.report = report
+        return report
+
+    def _state(self, steered: bool) -> str:
+        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
+        lora = self.lora if self.lora is not None and self.lora.attached else None
+        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
+        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
+        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
+
+    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Warns of examples that were trained on, or whose twins were; what it said."""
+        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
+        if not seen:
+            return []
+        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
+        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
+        return [note]
 
     def _judged(
         self,
@@ -1629,15 +1738,7 @@ class RRS(Runner):
         Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
         c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
         self._check_items(items, objective)
-        paths = linear_paths(self.location, c.target_modules, c.layers)
-        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
-        optimizer = torch.optim.AdamW(
-            lora.parameters(),
-            c.learning_rate,
-            c.betas,
-            weight_decay=c.weight_decay,
-            fused=has_fused_adamw(self.reader.device),
-        )
+        lora, optimizer = self._new_lora()
         per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
         steps, record = c.epochs * per_epoch, {**run, **(record or {})}
         if checkpoint_dir is not None:
@@ -1687,6 +1788,15 @@ class RRS(Runner):
                     break
         return self
 
+    def _new_lora(self) -> tuple[LoRA, torch.optim.Optimizer]:
+        """A LoRA that does nothing yet, and what trains it."""
+        c, fused = self.config, has_fused_adamw(self.reader.device)
+        paths = linear_paths(self.location, c.target_modules, c.layers)
+        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        return lora, torch.optim.AdamW(
+            lora.parameters(), c.learning_rate, c.betas, weight_decay=c.weight_decay, fused=fused
+        )
+
     def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
         """Raises ValueError for what can't be trained on, naming the item."""
         if not items:
@@ -1714,7 +1824,11 @@ class RRS(Runner):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
             data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        base = {
+            "class": type(self.model).__name__,
+            "name": name,
+            "fingerprint": fingerprint(self.model, self.location.decoder),
+        }
         base["revision"] = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
@@ -1857,6 +1971,16 @@ class RRS(Runner):
 
     # -- how strongly it acts -----------------------------------------------------------------------------------------
 
+    def _dev(self, dev: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str], list[str]]:
+        """Groups that can be asked in some condition, harmful ones first, and the names of both sides' groups."""
+        groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
+        groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
+        harmful, harmless = by_label(groups)
+        if not harmful or not harmless:
+            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
+        self._warn_of_training_data(groups)
+        return {g: groups[g] for g in (*harmful, *harmless)}, harmful, harmless
+
     @torch.no_grad()
     def calibrate(
         self,
@@ -1871,16 +1995,15 @@ class RRS(Runner):
     ) -> Calibration:
         """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
 
-        Divide `lora.scale` by the chosen scale to undo it. First, the scale is raised from 0.5 by thirds of an octave,
-        until refusals of harmful inputs fall or every other group is beyond its budget; counted is where the refusal
-        token is the head's first choice, which takes a forward pass of the dev set for each scale. Then the best scale
-        answers, and weaker ones, until the judged answers are within the budget, too.
+        Divide `lora.scale` by the chosen scale to undo it. The scale is raised until refusals of harmful inputs fall;
+        counted is where the refusal token is the head's first choice, one forward pass of dev for each scale. Then the
+        best scale answers, and weaker ones, until the judged answers are within the budget, too.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
             conditions: in which to ask, where an example has what they need.
             budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
-                together: one number for all groups, or one for each. 0.01 is a point. "degenerate": of all answers.
+                together: a number, or one for each group; 0.01 is a point. "degenerate": of all answers.
             judge: checks answers; `None` chooses by first tokens alone.
             max_new_tokens: per answer.
             answers: questions of each group to answer, evenly spread.
@@ -1888,27 +2011,15 @@ class RRS(Runner):
 
         Returns:
             The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
-
-        Raises:
-            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        conditions, groups = _strings("conditions", conditions), grouped(dev)
-        groups = {
-            g: [e for e in self.readable(r, conditions) if any(map(e.has, conditions))] for g, r in groups.items()
-        }
-        harmless = {g: rows for g, rows in groups.items() if rows and rows[0].label == "benign"}
-        harmful = [g for g, rows in groups.items() if rows and rows[0].label == "harmful"]
-        if not harmful or not harmless:
-            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
-        limits, present = _budgets(budget, harmless), lora.scale
-        self._warn_of_training_data(groups)
+        conditions, present = _strings("conditions", conditions), lora.scale
+        groups, harmful, harmless = self._dev(dev, conditions)
+        limits = _budgets(budget, {g: groups[g] for g in harmless})
         with self._running():
-            prompts = {
-                g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in (*harmful, *harmless)
-            }
-        some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
+            prompts = {g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in groups}
+        some = {g: rows[:: -(-len(rows) // answers)] for g, rows in groups.items()}
 
         def at(scale: float) -> Point:
             lora.scale = scale * present
@@ -1921,11 +2032,12 @@ class RRS(Runner):
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
         def excess(point: Point) -> float:
-            """Judges answers at a point; by how much they are beyond the budget."""
+            """Judges answers at a point; by how much they are beyond the budget, or one question where that is more."""
             lora.scale = point.scale * present
             report = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
-            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
+            point.answers = now = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
+            least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
+            return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
 
         try:
             with self.disabled():
@@ -1949,106 +2061,12 @@ class RRS(Runner):
         self.record["calibrated"] = asdict(result)
         self._say(str(result))
         if over > 1e-9 or silent:
-            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
-                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
-                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
-            )  # fmt: skip
+            said = (
+                f"No scale stays within the budget {limits}" if over > 1e-9 else f"{self.config.refusal!r} begins no "
+            )
+            said += "" if over > 1e-9 else "answer at any scale: set config.refusal to how this adapter refuses"
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
-
-    def evaluate(
-        self,
-        examples: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        judge: Judge = judge_refusals,
-        max_new_tokens: int = 64,
-        prefix: str = "",
-        stages: Mapping[str, Stage] | None = None,
-        cache: str | Path | None = None,
-        usefulness: int = 64,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> Report:
-        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
-
-        Args:
-            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
-            conditions: see `rrs.data.CONDITIONS`.
-            judge: `(prompts, responses) -> verdicts`.
-            max_new_tokens: per answer.
-            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
-                first token. Reported and judged is what the model adds to it.
-            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
-                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
-                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
-            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
-                it stopped, with the same result. Answers of anything else do not match and stay unused.
-            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
-                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
-            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
-        """
-        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
-        if stages is None:
-            stages = {"before": lambda _: self.disabled()}
-            if self.lora is not None and self.lora.attached:
-                stages["after"] = lambda _: nullcontext()
-        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
-        for group, rows in groups.items():
-            groups[group] = self.readable(rows, conditions, on_error)
-            if bad := len(rows) - len(groups[group]):
-                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
-        notes += self._warn_of_training_data(groups)
-        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
-        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
-            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
-            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
-        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
-
-        @contextmanager
-        def at(stage: str, condition: str) -> Iterator[RRS]:
-            with self._running(), stages[stage](condition) as other:
-                yield other or self
-
-        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            with at(stage, condition) as who:
-                prompts = [who.read(e, condition).extended(begun) for e in rows]
-                state = f"{stage} {base} {who._state(given is not None)}"
-                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
-
-        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
-        if usefulness:
-            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
-        report.notes += notes
-        report.settings = {  # whatever it takes to run again
-            "max_new_tokens": max_new_tokens,
-            "prefix": prefix,
-            "command": sys.argv,
-            "config": asdict(self.config),
-            "versions": versions(),
-            "model": {"class": type(self.model).__name__, "fingerprint": base},
-            "data": {
-                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
-            },
-        }
-        if given is None and "after" in stages:
-            self.report = report
-        return report
-
-    def _state(self, steered: bool) -> str:
-        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
-        lora = self.lora if self.lora is not None and self.lora.attached else None
-        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
-        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
-        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
-
-    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
-        """Warns of examples that were trained on, or whose twins were; what it said."""
-        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
-        if not seen:
-            return []
-        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
-        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
-        return [note]
 
     # -- the adapter on disk ------------------------------------------------------------------------------------------
 
@@ -2115,12 +2133,14 @@ class RRS(Runner):
             peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
             return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
 
-        files = adapter("")
-        record["weights"] = hashlib.sha256(files[FILES[1]]).hexdigest()
+        files, extra = adapter(""), pack(vectors | logits)
+        packed = {FILES[1]: files[FILES[1]], FILES[4]: extra}
+        record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+        record["scale"] = lora.scale
         files |= {
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": model_card(record, self.history, self.report).encode(),
-            "rrs.safetensors": pack(vectors | logits),
+            "rrs.safetensors": extra,
         }
         if type(self.model).__name__ in THINKERS.values():
             on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
@@ -2143,7 +2163,12 @@ class RRS(Runner):
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
-        own, same = renamed(tensors, model, rrs.location), base.get("fingerprint") == fingerprint(model)
+        own, same = (
+            renamed(tensors, model, rrs.location),
+            base.get("fingerprint") == fingerprint(model, rrs.location.decoder),
+        )
+        if not math.isclose(scale, record.get("scale", scale)):
+            raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
         inside = dict.fromkeys(p for p, _ in model.named_modules())
         names = {n[len(PEFT) :].partition(".lora_")[0] for n in own}
         unknown = sorted(names - inside.keys()) or sorted(tensors.keys() - own.keys()) * (not same)
@@ -2159,13 +2184,12 @@ class RRS(Runner):
         for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors if not name.startswith("canary.")):
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
         rrs.history = record.pop("history", [])
-        own_keys = ("evaluation", "weights", "template_kwargs", "canary")
+        own_keys = ("evaluation", "sha256", "scale", "template_kwargs", "canary")
         rrs.record = {k: v for k, v in record.items() if k not in own_keys}
         rrs.lora.attach()
         said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
-        other = (
-            f" was trained on another base than the one it is loaded on ({base});" if base.get("fingerprint") else ""
-        )
-        if (other and not same) or ("canary" in record and not said.startswith("acts as trained")):
-            warnings.warn(f"{directory}{'' if same else other} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
+        another = "fingerprint" in base and not same
+        if another or not said.startswith(("acts as trained", "its effect")):
+            where = f" was trained on another base than the one it is loaded on ({base});" if another else ""
+            warnings.warn(f"{directory}{where} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
         return rrs

@@ -77,7 +77,7 @@ def test_refusal_steering(model):
     delta = torch.stack([every_layer(model, e, refusal_prompt=model.config.refusal_prompt) for e in HARMFUL]).mean(0)
     delta = delta - torch.stack([every_layer(model, e) for e in BENIGN]).mean(0)
     before = model.extract(BENIGN, SPOKEN, all_layers=True)
-    with extend.refusal_steering(model, HARMFUL, BENIGN, SPOKEN, block=-2, scale=2.0):
+    with extend.refusal_steering(model, HARMFUL, BENIGN, SPOKEN, block=1, scale=2.0):
         steered = model.extract(BENIGN, SPOKEN, all_layers=True)
         answers = model.generate(BENIGN, SPOKEN, max_new_tokens=4)
     torch.testing.assert_close(steered[:, :2], before[:, :2], rtol=1e-4, atol=1e-4)  # below block 1
@@ -259,6 +259,7 @@ def test_peft_report(model, tmp_path):
 
 def test_own_generate_report():
     def generate(text, audio):
+        assert text.endswith("?")
         assert audio["sampling_rate"] == 16000
         return "I'm sorry, I can't help with that." if text.startswith("harmful") else "It is a lake in the north."
 
