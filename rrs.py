@@ -1226,6 +1226,8 @@ class Runner:
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
+        if isinstance(examples, str) and not os.path.exists(examples):
+            examples = [examples]  # a question
         examples = load_examples(examples)
         if condition is None:
             condition = "audio-text" if examples[0].has("audio-text") else "text-only"
