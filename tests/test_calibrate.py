@@ -123,7 +123,7 @@ def test_answers_of_another_scale_are_not_reused(drawn, tmp_path):
 def test_an_adapter_that_refuses_with_other_words_is_left_as_it_is(drawn, monkeypatch):
     before = drawn.lora.scale
     monkeypatch.setattr(RRS, "refusal_token", 3)  # the first choice nowhere
-    with pytest.warns(rrs.RRSWarning, match="is the first choice nowhere"):
+    with pytest.warns(rrs.RRSWarning, match="begins no answer at any scale"):
         found = drawn.calibrate(DEV, TEXT, judge=None)
     assert [found.chosen.scale] == scales(3)
     assert drawn.lora.scale == pytest.approx(before)

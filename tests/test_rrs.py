@@ -229,7 +229,7 @@ def test_extract_along_is_the_full_models(tiny, harmful):
 
 def test_extract_says_what_is_lacking(tiny, harmful):
     r = RRS(*tiny, verbose=False)
-    with pytest.raises(ValueError, match=r"audio-only: 1 of 6 examples lack what it needs: \['harmful-0'\]"):
+    with pytest.raises(ValueError, match=r"audio-only: 1 of 6 examples have no clip: harmful-0"):
         r.extract([{**harmful[0], "audio": None}, *harmful[1:]], "audio-only")
     with pytest.raises(ValueError, match="condition='audio' is unknown"):
         r.extract(harmful, "audio")
@@ -547,7 +547,7 @@ def test_one_side_without_examples(tiny, harmful):
     with pytest.raises(ValueError, match="no benign examples"):
         r.fit(harmful, [])
     silent = [{"text": "no audio here", "label": "benign"}]
-    with pytest.raises(ValueError, match="audio-text: 1 of 1 examples lack what it needs"):
+    with pytest.raises(ValueError, match="audio-text: 1 of 1 examples have no clip"):
         r.fit(harmful, silent)
 
 
@@ -885,7 +885,7 @@ def test_what_a_condition_lacks_is_counted(tiny, harmful):
     report = r.evaluate(rows_, max_new_tokens=2)
     assert {"group": "harmful", "condition": "audio-only", "ids": ["harmful-0"]} in report.skipped
     assert "1 harmful examples lack what audio-only needs" in str(report)
-    with pytest.raises(ValueError, match=r"audio-only: 1 of 6 examples lack .*harmful-0"):
+    with pytest.raises(ValueError, match=r"audio-only: 1 of 6 examples have no clip: harmful-0"):
         r.generate(rows_, "audio-only")
 
 
