@@ -1,7 +1,6 @@
-"""Everything that attaches to a model: find its parts, capture and steer vectors, replay the decoder, add a LoRA.
+"""What attaches to a model: find its parts, capture and steer vectors, replay the decoder, add a LoRA.
 
-Nothing here edits a module. Hooks are put on inside context managers (or by `LoRA.attach`) and come off again; then
-the model is bit-identical to before.
+Nothing here edits a module: all of it is hooks and flags, and once they are off the model is bit-identical to before.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from transformers.utils.versions import require_version
 # ---------------------------------------------------------------------------------------------------------------------
 # Where things are
 
-# Attribute names that transformers' decoders use. Only an exact match on a direct child counts; anything else is an
-# error that lists what was seen, because a wrong layer trains without complaint and protects nothing.
+# Names of a decoder's own children in transformers. Nothing else is guessed: a wrong layer trains without complaint and
+# protects nothing.
 LAYER_LISTS = ("layers", "h", "blocks")
 FINAL_NORMS = ("norm", "norm_f", "ln_f", "final_layernorm", "final_layer_norm")
 
@@ -58,19 +57,12 @@ NEEDS = {"VibeVoiceAsrForConditionalGeneration": "5.23"}
 
 @dataclass(frozen=True)
 class Location:
-    """The parts of a LALM that RRS needs, each with its dotted path in the model.
+    """The parts of a LALM that RRS needs, each with its dotted path in the model."""
 
-    Attributes:
-        decoder: the LLM without its head: embeddings in, final-norm output `[batch, length, hidden]` out.
-        layers: the decoder's blocks; LoRA touches linears below here and nothing else.
-        norm: the decoder's final norm.
-        head: the output embedding (`lm_head`).
-    """
-
-    decoder: nn.Module
-    layers: nn.ModuleList
-    norm: nn.Module
-    head: nn.Module
+    decoder: nn.Module  # the LLM without its head: embeddings in, final-norm output `[batch, length, hidden]` out
+    layers: nn.ModuleList  # its blocks; LoRA touches linears below here and nothing else
+    norm: nn.Module  # its final norm
+    head: nn.Module  # the output embedding (`lm_head`)
     decoder_path: str
     layers_path: str
     norm_path: str
@@ -79,7 +71,8 @@ class Location:
     @property
     def head_weight(self) -> Tensor:
         """The head's matrix `[vocab, hidden]`; row i is the direction of token i."""
-        return weight_of(self.head)
+        weight: Any = self.head.weight
+        return weight
 
 
 def locate(
@@ -87,16 +80,10 @@ def locate(
 ) -> Location:
     """Find decoder, blocks, final norm and head of a Hugging Face (multimodal) language model.
 
-    A path given by hand always wins. Otherwise the model's own accessors are asked (`get_decoder`,
-    `get_output_embeddings`), and each answer is checked.
-
-    Args:
-        model: any loaded model, e.g. `Qwen2AudioForConditionalGeneration`.
-        decoder, norm, head: dotted paths, as in `model.named_modules()`.
+    `decoder`, `norm` and `head` are dotted paths. Where they are not given, the model's own accessors are asked.
 
     Raises:
-        ValueError: a part is missing or ambiguous (the message lists the candidates and the argument that decides), or
-            the model is wrapped, e.g. by PEFT (the message says how to unwrap it).
+        ValueError: a part is missing or ambiguous, or the class can't be served; the message says what to do.
         ImportError: the class needs a newer transformers.
     """
     name = type(model).__name__
@@ -108,22 +95,24 @@ def locate(
         require_version(f"transformers>={NEEDS[name]}", f"RRS can't make {name} repeatable before.")
     paths = {id(module): path for path, module in model.named_modules()}  # first name wins, as in state_dict
 
+    def ending(*names: str) -> list[str]:
+        return [path for path in paths.values() if path.rpartition(".")[2] in names]
+
     def given(argument: str, path: str) -> nn.Module:
         try:
             return model.get_submodule(path)
         except AttributeError:
-            same = [p for p in paths.values() if p.rpartition(".")[2] == path.rpartition(".")[2]]
-            near = same or [p for p in paths.values() if p and p.count(".") < 2]
+            near = ending(path.rpartition(".")[2]) or [p for p in paths.values() if p.count(".") < 2]
             raise ValueError(f"{argument}={path!r} is not a module of {name}; close: {near}") from None
 
     # Head: the matrix whose rows are the tokens' directions.
+    heads = ending("lm_head")
     head_module = given("head", head) if head else _ask(model, "get_output_embeddings")
-    named = [p for p in paths.values() if p.rpartition(".")[2] == "lm_head"]
-    if head_module is None and len(named) == 1:  # e.g. Nemotron-H-Omni: the head sits on the inner causal LM
-        head_module = model.get_submodule(named[0])
+    if head_module is None and len(heads) == 1:  # e.g. Nemotron-H-Omni: the head sits on the inner causal LM
+        head_module = model.get_submodule(heads[0])
     if not isinstance(getattr(head_module, "weight", None), Tensor) or id(head_module) not in paths:
         raise ValueError(
-            f"{name} names no output embedding with a weight matrix; modules called lm_head: {named}. "
+            f"{name} names no output embedding with a weight matrix; modules called lm_head: {heads}. "
             "Load the class with a language-model head, or pass head='path.to.head'."
         )
 
@@ -133,36 +122,29 @@ def locate(
         inner = _ask(decoder_module, "get_decoder")  # a causal LM: step inside, the head is not part of the decoder
         decoder_module = None if inner is decoder_module else inner
     if decoder_module is None or id(decoder_module) not in paths:
-        owners = [p for p, m in model.named_modules() if _children(m, LAYER_LISTS, nn.ModuleList)]
         raise ValueError(
-            f"{name} does not tell where its decoder is. Modules that own a list of blocks: {owners}. "
-            "Pass decoder='path' for the one that feeds the head."
+            f"{name} does not tell where its decoder is. Lists of blocks: {ending(*LAYER_LISTS)}. Pass decoder='path' "
+            "for the module that owns the one that feeds the head."
         )
+    children = dict(decoder_module.named_children())
 
-    def only_child(names: Sequence[str], kind: type, what: str, then: str) -> Any:
-        found = _children(decoder_module, names, kind)
+    def only(names: Sequence[str], argument: str) -> Any:
+        found = [child for key, child in children.items() if key in names]
         if len(found) != 1:
             raise ValueError(
-                f"{what} of {paths[id(decoder_module)]!r} ({type(decoder_module).__name__}): expected exactly one of "
-                f"{list(names)}, found {list(found)} among {[n for n, _ in decoder_module.named_children()]}. {then}"
+                f"{paths[id(decoder_module)]!r} ({type(decoder_module).__name__}) must have exactly one of {names}; "
+                f"it has {list(children)}. Pass {argument}='path'."
             )
-        return next(iter(found.values()))
+        return found[0]
 
-    layers = only_child(
-        LAYER_LISTS, nn.ModuleList, "The list of blocks", "Pass decoder='path' for the module that owns them."
-    )
-    norm_module = given("norm", norm) if norm else only_child(FINAL_NORMS, nn.Module, "The norm", "Pass norm='path'.")
-    parts: list[Any] = [decoder_module, layers, norm_module, head_module]
+    norm_module = given("norm", norm) if norm else only(FINAL_NORMS, "norm")
+    parts: list[Any] = [decoder_module, only(LAYER_LISTS, "decoder"), norm_module, head_module]
     return Location(*parts, *(paths[id(part)] for part in parts))
 
 
 def _ask(model: nn.Module, accessor: str) -> nn.Module | None:
     method = getattr(model, accessor, None)
     return method() if callable(method) else None
-
-
-def _children(module: nn.Module, names: Sequence[str], kind: type) -> dict[str, nn.Module]:
-    return {name: child for name, child in module.named_children() if name in names and isinstance(child, kind)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,15 +221,13 @@ def capture(
 
     Args:
         modules: dotted path(s) in `model`.
-        where: `"input"` records the first tensor argument, as it is before other hooks change it; `"output"` the output
-            (its first tensor, if it is a tuple).
+        where: the first tensor argument (`"input"`; before other hooks change it), or the first tensor put out.
         position: keep `tensor[:, position]` only; `None` keeps all positions.
-        stop: end the pass once all `modules` are recorded. Run the model in the last statement of the `with`: what
-            stands behind it is skipped.
+        stop: end the `with` once all `modules` are recorded, so the pass must be its last statement.
 
     Yields:
-        `{path: [one tensor per forward pass]}`, still attached to the autograd graph. Run `backward()` inside the
-        `with`: gradient checkpointing needs the hooks once more, and without them gives wrong gradients.
+        `{path: [one tensor per forward pass]}`, on the autograd graph. Run `backward()` inside the `with`: gradient
+        checkpointing runs the hooks once more.
 
     Raises:
         ValueError: a path that does not exist, or a module that carries no tensor there.
@@ -271,16 +251,13 @@ def capture(
     def keep_input(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
 
-    def keep_output(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        keep(path, output)
-
     with _hooks(end) as handles:
         for path in paths:
             if where == "input":
                 hook: Any = partial(keep_input, path)
                 handles.append(known[path].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             else:
-                handles.append(known[path].register_forward_hook(partial(keep_output, path)))
+                handles.append(known[path].register_forward_hook(lambda _m, _a, out, path=path: keep(path, out)))
         yield record
 
 
@@ -309,10 +286,8 @@ def steer(
     Args:
         vector: `[hidden]`, added to hidden states `[batch, length, hidden]`; or a function from old to new ones, e.g.
             `lambda h: h - (h @ v)[..., None] * v` to take a unit direction out.
-        layer: a decoder block by number (its output; -1 is the last), a module by its path (its output), or `None` for
-            what the head multiplies.
-        position: tokens of the prompt, as in `prompt[position]`, padding not counted; generated ones stay. `None` moves
-            all tokens, generated ones too.
+        layer: output of a block (a number, -1 is the last) or of a module (its path); `None`: what the head multiplies.
+        position: only tokens `prompt[position]`, padding not counted; `None`: all tokens, generated ones too.
         scale: factor of the vector, or of the change that the function makes.
         location: of a model that `locate` needs help with.
 
@@ -339,9 +314,6 @@ def steer(
         new = h + (scale * (vector if isinstance(vector, Tensor) else vector(h) - h)).to(h)
         return new if position is None else torch.where(_of_prompts(h, mask[0], position), new, h)
 
-    def move_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (moved(args[0]), *args[1:])
-
     def move_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         return moved(output) if isinstance(output, Tensor) else (moved(output[0]), *output[1:])
 
@@ -349,7 +321,7 @@ def steer(
         if position is not None:
             handles.append(place.decoder.register_forward_pre_hook(note_mask, with_kwargs=True))
         if layer is None:
-            handles.append(place.head.register_forward_pre_hook(move_input))
+            handles.append(place.head.register_forward_pre_hook(lambda _module, args: (moved(args[0]), *args[1:])))
         else:
             handles.append(block.register_forward_hook(move_output))
         yield
@@ -359,9 +331,9 @@ def _of_prompts(h: Tensor, mask: Any, position: int | slice) -> Tensor:
     """Where hidden states `[…, batch, length, hidden]` are at a position of their prompts: `[batch, length, 1]`."""
     batch, length = h.shape[-3:-1]
     chosen = torch.zeros(batch, length, 1, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        mask = torch.ones(batch, length if length > 1 else 0)  # nothing is padded; a single token is a generated one
-    if mask.shape[1] == length:  # else the prompts are in a cache, and these tokens are generated
+    if not isinstance(mask, Tensor) or mask.dim() != 2:  # nothing is padded
+        mask = torch.ones(batch, length)
+    if mask.shape[1] == length > 1:  # else the prompts are in a cache, and these tokens are generated
         for row, real in zip(chosen, mask.cpu().bool(), strict=True):
             row[real.nonzero().flatten()[position]] = True
     return chosen.to(h.device)
@@ -389,21 +361,13 @@ READS_PROMPT: dict[str, Any] = {
 
 @dataclass(eq=False)
 class Prompt:
-    """One prompt as the decoder sees it: token ids, and rows that replace their embeddings where the audio is.
+    """One prompt as the decoder sees it: token ids, and rows that replace their embeddings where the audio is."""
 
-    Attributes:
-        ids: token ids `[length]`, on the CPU; placeholders at the audio positions.
-        rows: decoder-input rows `[n, hidden]` that are no token embeddings: the projected audio. Prompts share them.
-        start: position of the first row.
-        audio: whether the prompt has audio.
-        make: makes the model's own inputs, where the full model has to run; `None` if the ids are all there is.
-    """
-
-    ids: Tensor
-    rows: Tensor | None = None
-    start: int = 0
+    ids: Tensor  # [length], on the CPU; placeholders at the audio positions
+    rows: Tensor | None = None  # [n, hidden], the projected audio; prompts share it
+    start: int = 0  # position of the first row
     audio: bool = False
-    make: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
+    make: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)  # the model's own inputs
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -415,14 +379,12 @@ class Prompt:
     def extended(self, tokens: Sequence[int]) -> Prompt:
         """The prompt with token ids appended: an answer that has already begun."""
         more = torch.tensor(tokens, dtype=self.ids.dtype)
+        tails = {"input_ids": more} | {name: torch.full_like(more, fill) for name, fill in PER_TOKEN_INPUTS.items()}
 
         def make() -> dict[str, Any]:
             own = self.inputs()
-            tails = {name: torch.full_like(more, fill) for name, fill in PER_TOKEN_INPUTS.items()}
-            for name, tail in {"input_ids": more, **tails}.items():
-                if name in own:
-                    own[name] = torch.cat([own[name], tail[None].to(own[name])], dim=1)
-            return own
+            longer = {k: torch.cat([own[k], tail[None].to(own[k])], 1) for k, tail in tails.items() if k in own}
+            return {**own, **longer}
 
         return replace(self, ids=torch.cat([self.ids, more]), make=make)
 
@@ -464,7 +426,7 @@ class Reader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoder's activations (and of its weights, unless they are quantised)."""
+        """Of the decoder's activations."""
         return next(p.dtype for p in self.location.decoder.parameters() if p.is_floating_point())
 
     @property
@@ -481,10 +443,8 @@ class Reader:
         """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text.
 
         Args:
-            text: the text of the turn; `None` for audio alone.
-            clip: `(key, load)`: a key that is equal for equal clips, and a function that returns the waveform
-                (float32 `[samples]` at the processor's rate). Each clip is loaded and encoded once: neither tower nor
-                projector sees the text, so that with another text only token ids are put together.
+            clip: `(key, load)`: equal for equal clips, and what returns the waveform (float32 `[samples]`). Each is
+                encoded once: towers don't see the text, so with another text only token ids are put together.
             turns: earlier ones of the conversation; `render` gets them as a third argument, if there are any.
 
         Raises:
@@ -579,15 +539,6 @@ class Reader:
             self.scale, off = self.scale * factor, scaled
         return off
 
-    def _fall_back(self, prompt: Prompt, why: str) -> Prompt:
-        self.exact = False
-        warnings.warn(
-            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
-            "for every prompt instead: correct, but slower.",
-            stacklevel=5,
-        )
-        return prompt
-
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
         seen: dict[str, Tensor] = {}
@@ -618,45 +569,38 @@ class Reader:
         return record[path][0]
 
     def _logit_scale(self, inputs: Mapping[str, Any], audio: bool) -> float:
-        """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 where it does nothing of
-        the kind, and for a soft cap, which leaves small logits as they are."""
-        known, path = inspect.signature(self.model.forward).parameters, self.location.head_path
-        few = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 for anything else, such as
+        a soft cap, which leaves small logits as they are."""
+        path = self.location.head_path
+        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         with self.own_lora(audio), capture(self.model, path, position=-1) as record:
-            logits = getattr(self.model(**inputs, **few), "logits", None)
-        head = record[path][0][0].float()
-        if not isinstance(logits, Tensor) or logits.shape[-1:] != head.shape:
-            return 1.0
-        true = logits[0, -1].float()
-        factor = float(true @ head / (head @ head))
-        scaled = abs(factor - 1) > self.tolerance >= _difference(factor * head, true)
-        return factor if scaled else 1.0
+            out = self.model(**inputs, **few)
+        head, true = record[path][0][0].float(), out.logits[0, -1].float()
+        factor = float(true @ head / (head @ head)) if true.shape == head.shape else 1.0
+        return factor if abs(factor - 1) > self.tolerance >= _difference(factor * head, true) else 1.0
 
     @contextmanager
     def own_lora(self, audio: bool) -> Iterator[None]:
         """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
-        named = type(self.model).__name__ in OWN_AUDIO_LORA
-        layers = [m for m in self.model.modules() if named and hasattr(m, "_disable_adapters")]
-        # PEFT's enable_adapters() would change requires_grad as well.
-        with _setting(layers, "_disable_adapters", not audio):
+        has, switch = type(self.model).__name__ in OWN_AUDIO_LORA, "_disable_adapters"
+        # PEFT's enable_adapters() would change requires_grad, too.
+        with _setting([m for m in self.model.modules() if has and hasattr(m, switch)], switch, not audio):
             yield
 
     @torch.no_grad()
     def _embed(self, ids: Tensor) -> dict[str, Tensor]:
         """Decoder inputs of token ids `[batch, length]`: `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN."""
-        embedding = _ask(self.model, "get_input_embeddings")
+        embedding: Any = _ask(self.model, "get_input_embeddings")
         if embedding is None or self._per_token:
             return self._decoder_inputs({"input_ids": ids.to(self.device)})
-        return {"inputs_embeds": embedding(ids.clamp(max=len(weight_of(embedding)) - 1).to(self.device))}
+        return {"inputs_embeds": embedding(ids.clamp(max=len(embedding.weight) - 1).to(self.device))}
 
     @torch.no_grad()
     def collate(self, prompts: Sequence[Prompt], skip: int = 0, side: str = "left") -> dict[str, Tensor]:
         """Padded decoder inputs: `inputs_embeds` `[batch, length, hidden]`, `attention_mask` `[batch, length]`, and
         PER_TOKEN `[batch, length, …]` where the decoder takes them.
 
-        Args:
-            skip: leave out this many leading positions.
-            side: where the padding goes; generation needs it on the left.
+        `skip` leading positions are left out. The padding goes to `side`; generation needs it on the left.
         """
         ids, mask = _padded([prompt.ids[skip:] for prompt in prompts], side)
         inputs, starts, mask = self._embed(ids), mask.argmax(1).tolist(), mask.to(self.device)
@@ -670,26 +614,23 @@ class Reader:
     # -- from what the decoder sees to vectors ------------------------------------------------------------------------
 
     def _replay(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
-        """The last `last` positions' vectors from cached decoder inputs; see `last_hidden`.
+        """`last_hidden` from cached decoder inputs.
 
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
-        prompts of the batch begin with (system prompt, opening of the turn) runs once and is shared through the
-        key-value cache, gradients included: on short questions that is more than half of all positions.
+        prompts begin with runs once, gradients included: on short questions more than half of all positions.
         """
         decoder = self.location.decoder
         hooked = bool(decoder._forward_pre_hooks)  # such as that of `steer`; they see whole prompts and their mask
         with self.own_lora(prompts[0].audio), self._checkpointing() as recomputes:
             whole = hooked or recomputes or not self.share_prefix  # what is recomputed has no cache
-            shared, cache = (0, None) if whole else self._shared(prompts, last)
-            inputs: dict[str, Any] = self.collate(prompts, shared, side="right")
+            shared, cache = (0, {}) if whole else self._shared(prompts, last)
+            inputs = self.collate(prompts, shared, side="right")
             if not hooked:
                 del inputs["attention_mask"]
-            if cache is not None:
-                inputs[_cache_name(decoder)] = cache
             with self._blocks(layers) as blocks:
-                out = decoder(**inputs, use_cache=cache is not None)[0]
-        ends = torch.tensor([len(prompt) - shared for prompt in prompts])[:, None] + torch.arange(-last, 0)
-        ends = ends.clamp(min=0)
+                out = decoder(**inputs, **cache, use_cache=bool(cache))[0]
+        lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
+        ends = (lengths[:, None] + torch.arange(-last, 0)).clamp(min=0)
 
         def at_ends(h: Tensor) -> Tensor:  # indices on its device: from the CPU backward would copy them once more
             return h[torch.arange(len(prompts), device=h.device)[:, None], ends.to(h.device)]
@@ -706,35 +647,35 @@ class Reader:
             h = torch.stack([each[:, -last:] for each in blocks()], 2)
         return torch.cat([h[:, :1]] * (last - h.shape[1]) + [h], 1)
 
-    def _shared(self, prompts: Sequence[Prompt], last: int) -> tuple[int, Cache | None]:
-        """How many leading token ids all prompts share, and their key-value cache, repeated for each prompt.
+    def _shared(self, prompts: Sequence[Prompt], last: int) -> tuple[int, dict[str, Any]]:
+        """How many leading token ids all prompts share, and the decoder's argument that has their keys and values.
 
-        At least `last` positions stay for each. Where the cache can't be repeated, nothing is shared from then on.
+        At least `last` positions stay for each prompt. Where that can't be had, nothing is shared from then on.
         """
         longest = min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts)
         ids = torch.stack([p.ids[: max(0, longest)] for p in prompts])
-        length = int((ids == ids[0]).all(0).cumprod(0).sum()) if len(prompts) > 1 else 0
-        if not length:
-            return 0, None
-        out = self.location.decoder(**self._embed(ids[:1, :length]), use_cache=True)
-        cache = getattr(out, _cache_name(self.location.decoder), None)
+        length = int((ids == ids[0]).all(0).cumprod(0).sum())
+        if not length or len(prompts) == 1:
+            return 0, {}
+        decoder = self.location.decoder
+        renamed = "cache" in inspect.signature(decoder.forward).parameters  # transformers 5.24
+        name = "cache" if renamed else "past_key_values"
+        cache = getattr(decoder(**self._embed(ids[:1, :length]), use_cache=True), name, None)
         # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
         if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
             self.share_prefix = False
-            return 0, None
+            return 0, {}
         cache.batch_repeat_interleave(len(prompts))
-        return length, cache
+        return length, {name: cache}
 
     @contextmanager
     def _checkpointing(self) -> Iterator[bool]:
-        """Makes `model.gradient_checkpointing_enable()` act in the passes inside the `with`, and says whether it does.
+        """Makes `model.gradient_checkpointing_enable()` act inside the `with`, and says whether it does.
 
-        Modules look at it in training mode only. Those that have the setting are in it meanwhile; their children, such
-        as dropouts, are not.
+        Modules that have the setting look at it in training mode only; their children, such as dropouts, stay in eval.
         """
-        modules: list[Any] = []
-        if torch.is_grad_enabled():
-            modules = [m for m in self.location.decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+        on = torch.is_grad_enabled()
+        modules = [m for m in self.location.decoder.modules() if on and getattr(m, "gradient_checkpointing", False)]
         with _setting(modules, "training", True):
             yield bool(modules)
 
@@ -745,9 +686,8 @@ class Reader:
 
         def seen() -> list[Tensor]:
             if outputs[paths[0]][-1].dim() != 3:  # Gemma 3n
-                kind = type(self.location.decoder).__name__
                 raise ValueError(
-                    f"Blocks of {kind} give several streams, not [batch, length, hidden]; use layers=False."
+                    "This model's blocks give several streams, not [batch, length, hidden]; use layers=False."
                 )
             return [first[paths[0]][-1], *(outputs[path][-1] for path in paths)]
 
@@ -757,12 +697,8 @@ class Reader:
     def last_hidden(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
         """What the head multiplies at the last `last` positions of each prompt, `[batch, last, hidden]`.
 
-        One forward pass; gradients reach an attached `LoRA` if they are enabled. A prompt with fewer positions repeats
-        its first one.
-
-        Args:
-            layers: `[batch, last, blocks + 1, hidden]` instead: what goes into the first block, then what each block
-                gives, before the final norm.
+        One forward pass; gradients reach an attached `LoRA`. A prompt with fewer positions repeats its first one.
+        `layers`: what goes into the first block, then what each block gives, `[batch, last, blocks + 1, hidden]`.
         """
         if self.exact is False:
             return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
@@ -773,11 +709,7 @@ class Reader:
 
     def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> Iterator[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
-        positions allow.
-
-        Args:
-            settings: of answers; some can be had one by one only, see `generation_inputs`.
-        """
+        positions allow; one by one where answers with these `settings` need it."""
         single = settings is not None and self._one_by_one(settings)
         batch: list[int] = []
         for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
@@ -803,15 +735,12 @@ class Reader:
 
         Args:
             progress: called with the number of prompts done, batch by batch.
-            last: the last `last` positions instead, `[n, last, hidden]`.
-            layers: every block instead, as in `last_hidden`: `[n, blocks + 1, hidden]`, or with `last`
-                `[n, last, blocks + 1, hidden]`.
+            last, layers: as in `last_hidden`, `[n, last, blocks + 1, hidden]`; without one of them, without its axis.
         """
         shape = [len(self.location.layers) + 1] if layers else []
         out = torch.zeros(len(prompts), last or 1, *shape, self.location.head_weight.shape[1])
-        batches = list(self.batches(prompts))
-        for i, batch in enumerate(batches):
-            if i % world() == rank():
+        for number, batch in enumerate(self.batches(prompts)):
+            if number % world() == rank():
                 out[batch] = self.last_hidden([prompts[i] for i in batch], last or 1, layers).float().cpu()
             if progress:
                 progress(len(batch))
@@ -829,12 +758,10 @@ class Reader:
     def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
         """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.
 
-        Args:
-            vanilla: past all hooks on the head, such as steering ones.
+        `vanilla`: past all hooks on the head, such as steering ones.
         """
         head = self.location.head.forward if vanilla else self.location.head
-        logits = head(h.to(self.device, self.dtype)).float()
-        return logits if self.logit_scale == 1 else logits * self.logit_scale
+        return head(h.to(self.device, self.dtype)).float() * self.logit_scale
 
     def _one_by_one(self, settings: GenerationConfig) -> bool:
         """Whether answers are the model's own only from its own inputs, a prompt at a time."""
@@ -842,8 +769,7 @@ class Reader:
         return reads or not (self.exact and self.from_embeddings)
 
     def generation_inputs(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
-        """What `model.generate` starts from, so that answers are the model's own; for prompts of one of the
-        `batches(prompts, settings)`.
+        """What `model.generate` starts from, so that answers are the model's own; for one of `batches(…, settings)`.
 
         If `input_ids` are among them, generate() returns the prompts' ids in front of the new ones, else these alone.
         """
@@ -873,11 +799,6 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max()) if a.shape == b.shape else math.inf
 
 
-def _cache_name(module: nn.Module) -> str:
-    """What a module's forward calls its key-value cache: transformers renamed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
@@ -897,18 +818,16 @@ def attached(model: nn.Module) -> list[LoRA]:
 class LoRA(nn.Module):
     """Low-rank updates `W + (α/r)·B·A` on named linears of a model, added by forward hooks.
 
-    The model's own modules, parameter names and flags stay as they are: after `detach()` it is vanilla, bit for bit. A
-    and B are float32 (the penalty needs it) and are cast to the activations' dtype for the matmul.
+    The model's own modules, names and flags stay as they are. A and B are float32, as the penalty needs it, and
+    cast to the activations' dtype for the matmul.
 
     Args:
-        model: the model that holds the linears.
-        paths: their exact dotted paths.
+        paths: exact dotted paths of linears in `model`.
         r, alpha, dropout: as in LoRA (Hu et al. 2021); the update is scaled by `alpha / r`.
         seed: of A's initialisation (Kaiming uniform, as in PEFT); B starts at zero, so training starts at vanilla.
 
     Attributes:
-        key: what dropout's masks derive from, with module and shape; no global random numbers. Set it to something new,
-            e.g. the step, before each forward pass in training.
+        key: what dropout's masks derive from, with module and shape. Set it anew before each forward pass in training.
     """
 
     def __init__(
@@ -928,11 +847,7 @@ class LoRA(nn.Module):
             self.B.append(nn.Parameter(torch.zeros(module.out_features, r, device=device)))
 
     def attach(self) -> LoRA:
-        """Adds the update to every forward pass of the model. `detach()` undoes it.
-
-        Raises:
-            ValueError: another LoRA is on one of the linears; the two would add up.
-        """
+        """Adds the update to every forward pass. A ValueError if another LoRA is on a linear: both would act."""
         self.detach()
         if any(attached(module) for module in self._modules_by_path.values()):
             raise ValueError(ANOTHER_LORA)
@@ -972,10 +887,7 @@ class LoRA(nn.Module):
         return x * keep.div_(1 - self.dropout)
 
     def penalty(self) -> Tensor:
-        """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term, with its gradient.
-
-        Through the r×r Gram matrices, exact, BA never formed: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`.
-        """
+        """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term, by r×r Gram matrices: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`."""
         squares = [((a @ a.T) * (b.T @ b)).sum() for a, b in zip(self.A, self.B, strict=True)]
         return self.scale**2 * torch.stack([s.to(squares[0].device) for s in squares]).sum()  # maybe of several devices
 
@@ -984,7 +896,7 @@ class LoRA(nn.Module):
         """Adds the update to the model's weights, and is zero and detached. It can't be undone; keep a saved copy."""
         self._check_finite(self.tensors())
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
-        weights = {path: weight_of(getattr(m, "base_layer", m)) for path, m in self._modules_by_path.items()}
+        weights = {path: getattr(m, "base_layer", m).weight for path, m in self._modules_by_path.items()}
         for path, weight in weights.items():  # codes instead of numbers: integers, 4-bit blocks, unscaled float8
             if not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
                 raise ValueError(f"{path} is quantised; load the model unquantised to merge.")
@@ -995,8 +907,8 @@ class LoRA(nn.Module):
 
     def _parameters_by_name(self) -> dict[str, nn.Parameter]:
         """By PEFT's names, A before B."""
-        ab = {path: {"A": a, "B": b} for path, a, b in zip(self.paths, self.A, self.B, strict=True)}
-        return {f"base_model.model.{path}.lora_{k}.weight": p for path, pair in ab.items() for k, p in pair.items()}
+        names = [f"base_model.model.{path}.lora_{k}.weight" for path in self.paths for k in "AB"]
+        return dict(zip(names, [p for pair in zip(self.A, self.B, strict=True) for p in pair], strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by PEFT's names, `base_model.model.{path}.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`."""
@@ -1043,12 +955,11 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, float] = (0.0, 1.0)) -> list[str]:
     """Paths of the linears below the decoder's blocks whose last path component is one of `names`, exactly.
 
-    Only in blocks whose middle lies within `layers`, shares of the decoder's depth. A name without a match stands for
-    the names in `SAME_AS`. Mixtures of experts keep an MLP's weights in 3-D parameters; there, and only there, the
-    names of its projections may match nothing.
+    `layers`: only blocks whose middle lies within these shares of the depth. A name without a match stands for those in
+    `SAME_AS`; where experts keep an MLP in 3-D parameters, names of its projections may match nothing.
 
     Raises:
-        ValueError: a name that matches nothing; the message lists the names that exist.
+        ValueError: a name that matches nothing, or no block within `layers`.
     """
     linears = {  # nn.Linear, its subclasses and quantised stand-ins, all of which carry both sizes
         path: path.rpartition(".")[2]
@@ -1083,13 +994,6 @@ def expert_parameters(location: Location) -> list[str]:
     return [f"{location.layers_path}.{path}" for path, p in mlps.items() if p.dim() == 3]
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """A module's weight matrix."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices and processes: torchrun starts the same script N times. Each rank does a share of the work and all of them get
 # all of its results, so that nothing but the time differs from a single process. Alone, all this does nothing.
@@ -1104,11 +1008,7 @@ def best_device() -> torch.device:
 
 
 def connect() -> None:
-    """Joins the processes that torchrun started, if it did, and takes this rank's device.
-
-    Raises:
-        ValueError: a process group is there, but can't move what lies on the CPU.
-    """
+    """Joins the processes that torchrun started, if it did, and takes this rank's device."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         device, backend = best_device().type, "gloo"
         if device != "cpu":
@@ -1151,15 +1051,14 @@ def all_gather(own: dict[Any, T]) -> dict[Any, T]:
 
 def on_rank0(compute: Callable[[], T]) -> T:
     """What `compute()` gives on rank 0, on all of them; an error there is an error everywhere. For files."""
-    if world() == 1:
-        return compute()
     result: list[Any] = [None, None]
     if rank() == 0:
         try:
-            result = [compute(), None]
+            result[0] = compute()
         except Exception as error:  # raised below, on every rank
-            result = [None, error]
-    dist.broadcast_object_list(result)
+            result[1] = error
+    if world() > 1:
+        dist.broadcast_object_list(result)
     if result[1] is not None:
         raise result[1]
     return result[0]  # type: ignore[no-any-return]
