@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,16 +40,19 @@ from tqdm.auto import tqdm
 if not __package__:
     __path__ = [os.path.dirname(__file__)]
     __package__, __spec__.submodule_search_locations = __name__, __path__
-if elsewhere := [
-    f"{name}.py"
-    for name in ("hooks", "data", "evaluate")
-    if (at := find_spec(f".{name}", __package__)) is None or Path(str(at.origin)).parent != Path(__file__).parent
-]:
-    raise ImportError(
-        f"{', '.join(elsewhere)} must lie beside {__file__}, as all four files belong together; copy them into a "
-        "folder rrs/ of their own, rrs.py as its __init__.py."
-    )
+HERE, SIBLINGS = Path(__file__).parent, ("hooks", "data", "evaluate")
 
+
+def _belong_together(elsewhere: Sequence[str]) -> None:
+    """Raises ImportError for modules that do not lie beside this one: parts of two copies must not mix."""
+    if elsewhere:
+        raise ImportError(
+            f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong "
+            "together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py."
+        )
+
+
+_belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file()])
 # isort: off
 from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
@@ -64,7 +66,9 @@ from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
+
 # isort: on
+_belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
 
 __version__ = "0.2.0"
 __all__ = [
@@ -538,7 +542,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         record = json.loads(about.get("rrs", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    if "rrs" in about and about.get("sha256") != _digest(tensors, about["rrs"]):
+    if about.keys() & {"rrs", "sha256"} and about.get("sha256") != _digest(tensors, about.get("rrs", "null")):
         raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
     return tensors, record
 
@@ -626,7 +630,8 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held - {*FILES, COMPOSITE} if "adapter_config.json" in held else held):
+    ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
+    if foreign := sorted(held - {*FILES, COMPOSITE} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -653,7 +658,7 @@ def describe(function: Any) -> str:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
     """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
 
     Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
@@ -668,7 +673,7 @@ def fingerprint(model: nn.Module) -> str:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
 
-    inside = tensors(locate(model).decoder)
+    inside = tensors(decoder or locate(model).decoder)
     known = {id(t) for t in inside}
     rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
     return hashlib.sha256(b"".join([*map(digest, inside), *rest])).hexdigest()[:16]
@@ -909,8 +914,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
             raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
-        if record.get("weights", "") not in ("", found := hashlib.sha256(weights.read_bytes()).hexdigest()):
-            raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
+        for name, known in record.get("sha256", {}).items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
+                raise ValueError(f"{name} is of another save than rrs.json")
         tensors, _ = unpack(weights)
         vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
         if not any(name.endswith(LORA_A) for name in tensors):
@@ -960,124 +966,126 @@ def answers_as(answers: Mapping[str, str], canary: Sequence[Mapping[str, Any]]) 
     return f"acts as {said}: {votes.count('trained')} of {len(votes)} answers begin as trained"
 
 
-def verify(directory: str | Path, model: Any = None, processor: Any = None, **kwargs: Any) -> str:
+def verify(
+    directory: str | Path,
+    model: Any = None,
+    processor: Any = None,
+    *,
+    answers: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> str:
     """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
     else, with the largest difference.
 
     Args:
         model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
-        kwargs: as in training, `build_inputs` and others of `RRS(...)`; or, instead of a model, `answers`: a server's
-            greedy ones, `{prompt: answer}`, to prompts on the model card.
-    """
+        answers: instead of a model, greedy answers of a server, `{prompt: answer}`, to prompts on the model card.
+        kwargs: as in training, `build_inputs` and others of `RRS(...)`.
+    """  # fmt: skip
     _, _, record, vectors = read_adapter(Path(directory))
     if "canary" not in record:
         raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
-    if "answers" in kwargs:
-        return answers_as(kwargs["answers"], record["canary"])
+    if answers is not None:
+        return answers_as(answers, record["canary"])
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     more = {"template_kwargs": record.get("template_kwargs"), "verbose": False, **kwargs}
     rrs = RRS(getattr(model, "thinker", model), processor, RRSConfig.from_dict(record.get("config", {})), **more)
     return rrs._acts(record["canary"], vectors)
 
 
-CARD = """---
-{meta}
----
+def card_metadata(record: Mapping[str, Any], public: bool, report: Report | None) -> dict[str, Any]:
+    """The model card's metadata, by the hub's convention.
 
-# RRS adapter
-
-A LoRA that is to make `{name}` (`{kind}`, revision {revision}, fingerprint `{fingerprint}`) refuse harmful requests
-without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {steps} steps, loss {loss}.{scaled}
-{versions} Its licence is for you to state.
-
-## Evaluation
-
-{report}
-
-## Use
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(model, folder)  # PEFT; or base.load_adapter(folder)
-rrs = RRS.load(folder, model, processor)          # RRS, with disable() and enable()
-rrs.merge().save_pretrained("merged")             # a model like any other
-```
-{composite}
-Serving: merged weights work wherever the class does. A server's LoRA route works only if the server supports LoRA for
-this class, with rank {rank}; some ignore what they don't support, without an error. So check what is served:
-
-```python
-rrs.verify(folder, model, processor)                     # a model: PEFT's, a merged one
-rrs.verify(folder, answers={{"prompt": "its answer"}})   # a server, greedy, by these prompts
-```
-
-| condition | prompt | vanilla's answer | with the adapter |
-| --- | --- | --- | --- |
-{canary}
-
-## Training
-
-{preflight}
-
-| condition | side | examples | SHA-256 of their contents |
-| --- | --- | --- | --- |
-{data}
-
-Settings that differ from the paper's (all of them, and the history, are in `rrs.json`):
-
-{settings}
-"""
-OF_COMPOSITE = f"""
-The model is the text part of a composite checkpoint. For the whole, use `{COMPOSITE}/` in place of this folder; or
-merge into its part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; the
-processor's and speakers' files of the checkpoint belong beside it.
-"""
+    Args:
+        public: the base's name is one on the hub.
+    """
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
+    results = [
+        {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+         "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                     for stage, rate in row["refused"].items() if rate["n"]]}
+        for row in (report.rows() if report else [])
+    ]  # fmt: skip
+    meta = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
+    if public:
+        meta |= {"base_model": record["base"]["name"], "base_model_relation": "adapter"}
+    return meta | ({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {})
 
 
 def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
     """The model card: what a reader of the adapter has to know, from the run's own record."""
-    base, config = record.get("base", {}), record.get("config", {})
-    name = str(base.get("name") or "")
+    base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
-    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
-    meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
-    meta |= {"base_model": name, "base_model_relation": "adapter"} if public else {}
-    if report:
-        results = [
-            {
-                "task": {"type": task},
-                "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
-                "metrics": [
-                    {"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
-                    for stage, rate in row["refused"].items()
-                ],
-            }
-            for row in report.to_dict()["table"]
-        ]
-        meta["model-index"] = [{"name": "RRS adapter", "results": results}]
+    meta, calibrated = card_metadata(record, public, report), record.get("calibrated")
+    differs = RRSConfig.from_dict(record.get("config", {})).differences()
+    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
     rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
     data = [
         f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
         for condition, labels in record.get("data", {}).items()
         for label, side in labels.items()
     ]
-    asked = [
+    canary = [
         f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
         for p in record.get("canary", [])
     ]
-    scale = record.get("calibrated", {}).get("chosen", {}).get("scale")
-    return CARD.format(
-        meta="\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items()),
-        name=markdown(name if public else "its base model"), kind=base.get("class", "?"), steps=len(history),
-        revision=markdown(base.get("revision") or "unknown"), fingerprint=base.get("fingerprint", "?"),
-        loss=" → ".join(f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else "unknown",
-        scaled=f" Calibrated: scaled by {scale:.2f}." if scale else "", versions=markdown(record.get("versions", {})),
-        report=report or "Not evaluated: its effect on safety and over-rejection is unknown.",
-        composite=OF_COMPOSITE if base.get("class") in THINKERS.values() else "", rank=config.get("lora_r", "?"),
-        canary="\n".join(asked), data="\n".join(data),
-        preflight="\n".join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked before training.",
-        settings="\n".join(f"- `{k}`: {markdown(v)}" for k, v in RRSConfig.from_dict(config).differences().items()),
-    )  # fmt: skip
+    composite = f"""
+The base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this folder; or merge
+into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; copy the
+checkpoint's other files (processor, speakers) there.
+"""
+    return f"""---
+{chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
+---
+
+# RRS adapter
+
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, revision
+{markdown(base.get("revision") or "unknown")}, fingerprint `{base.get("fingerprint", "?")}`) refuse harmful requests
+without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {len(history)} steps, loss
+{first} → {last}.{scaled} {markdown(record.get("versions", {}))}. Its licence is for you to state.
+
+## Evaluation
+
+{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+
+## Use
+
+```python
+model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)
+adapter = RRS.load(folder, base, processor)       # RRS, with disable() and enable()
+adapter.merge().save_pretrained("merged")         # a model like any other
+```
+{composite if base.get("class") in THINKERS.values() else ""}
+Serving: merged weights work wherever the class does. A server's LoRA route needs the server to support LoRA for this
+class and this rank ({record.get("config", {}).get("lora_r", "?")}). Check what is served:
+
+```python
+rrs.verify(folder, model, processor)                           # a PEFT model, or a merged one
+rrs.verify(folder, answers={{"Hello.": "what it answers", …}})   # a server's greedy answers
+```
+
+| condition | prompt | vanilla's answer | with the adapter |
+| --- | --- | --- | --- |
+{chr(10).join(canary)}
+
+## Before training
+
+{chr(10).join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked."}
+
+## Data
+
+| condition | side | examples | SHA-256 of their contents |
+| --- | --- | --- | --- |
+{chr(10).join(data)}
+
+## Settings that differ from the paper's
+
+{chr(10).join(f"- `{k}`: {markdown(v)}" for k, v in differs.items())}
+
+All of them, and the history, are in `rrs.json`.
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1181,6 +1189,8 @@ class Runner:
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
+        if not heard:
+            return [*examples]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
@@ -1281,7 +1291,11 @@ class Runner:
         if both := shared([e for _, e in harmful], [e for _, e in harmless]):
             notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
             warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
-        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
+        base, begun, known = (
+            fingerprint(self.model, self.location.decoder),
+            self.token_ids(prefix),
+            AnswerCache(cache) if cache else None,
+        )
 
         @contextmanager
         def at(stage: str, condition: str) -> Iterator[RRS]:
@@ -1811,7 +1825,11 @@ class RRS(Runner):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
             data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        base = {
+            "class": type(self.model).__name__,
+            "name": name,
+            "fingerprint": fingerprint(self.model, self.location.decoder),
+        }
         base["revision"] = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
@@ -1955,7 +1973,7 @@ class RRS(Runner):
     # -- how strongly it acts -----------------------------------------------------------------------------------------
 
     def _dev(self, dev: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str], list[str]]:
-        """Groups that can be asked in some condition, harmful ones first, and the names of harmful and harmless ones."""
+        """Groups that can be asked in some condition, harmful ones first, and the names of both sides' groups."""
         groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
         groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
         harmful, harmless = by_label(groups)
@@ -1994,9 +2012,6 @@ class RRS(Runner):
 
         Returns:
             The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
-
-        Raises:
-            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
@@ -2018,11 +2033,12 @@ class RRS(Runner):
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
         def excess(point: Point) -> float:
-            """Judges answers at a point; by how much they are beyond the budget."""
+            """Judges answers at a point; by how much they are beyond the budget, or one question where that is more."""
             lora.scale = point.scale * present
             report = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
-            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
+            point.answers = now = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
+            least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
+            return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
 
         try:
             with self.disabled():
@@ -2046,10 +2062,10 @@ class RRS(Runner):
         self.record["calibrated"] = asdict(result)
         self._say(str(result))
         if over > 1e-9 or silent:
-            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
-                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
-                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
-            )  # fmt: skip
+            said = (
+                f"No scale stays within the budget {limits}" if over > 1e-9 else f"{self.config.refusal!r} begins no "
+            )
+            said += "" if over > 1e-9 else "answer at any scale: set config.refusal to how this adapter refuses"
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
 
@@ -2118,12 +2134,14 @@ class RRS(Runner):
             peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
             return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
 
-        files = adapter("")
-        record["weights"] = hashlib.sha256(files[FILES[1]]).hexdigest()
+        files, extra = adapter(""), pack(vectors | logits)
+        packed = {FILES[1]: files[FILES[1]], FILES[4]: extra}
+        record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+        record["scale"] = lora.scale
         files |= {
             "rrs.json": json.dumps(record, indent=2).encode(),
             "README.md": model_card(record, self.history, self.report).encode(),
-            "rrs.safetensors": pack(vectors | logits),
+            "rrs.safetensors": extra,
         }
         if type(self.model).__name__ in THINKERS.values():
             on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
@@ -2146,7 +2164,12 @@ class RRS(Runner):
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
-        own, same = renamed(tensors, model, rrs.location), base.get("fingerprint") == fingerprint(model)
+        own, same = (
+            renamed(tensors, model, rrs.location),
+            base.get("fingerprint") == fingerprint(model, rrs.location.decoder),
+        )
+        if not math.isclose(scale, record.get("scale", scale)):
+            raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
         inside = dict.fromkeys(p for p, _ in model.named_modules())
         names = {n[len(PEFT) :].partition(".lora_")[0] for n in own}
         unknown = sorted(names - inside.keys()) or sorted(tensors.keys() - own.keys()) * (not same)
@@ -2162,13 +2185,12 @@ class RRS(Runner):
         for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors if not name.startswith("canary.")):
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
         rrs.history = record.pop("history", [])
-        own_keys = ("evaluation", "weights", "template_kwargs", "canary")
+        own_keys = ("evaluation", "sha256", "scale", "template_kwargs", "canary")
         rrs.record = {k: v for k, v in record.items() if k not in own_keys}
         rrs.lora.attach()
         said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
-        other = (
-            f" was trained on another base than the one it is loaded on ({base});" if base.get("fingerprint") else ""
-        )
-        if (other and not same) or ("canary" in record and not said.startswith("acts as trained")):
-            warnings.warn(f"{directory}{'' if same else other} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
+        another = "fingerprint" in base and not same
+        if another or not said.startswith(("acts as trained", "its effect")):
+            where = f" was trained on another base than the one it is loaded on ({base});" if another else ""
+            warnings.warn(f"{directory}{where} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
         return rrs

@@ -62,9 +62,14 @@ def renamed(folder: Any, old: str, new: str) -> None:
     tensors, _ = rrs.unpack(folder / "adapter_model.safetensors")
     assert all(f".{old}." in name for name in tensors)
     weights = rrs.pack({name.replace(f".{old}.", f".{new}."): t for name, t in tensors.items()})
+    put_weights(folder, weights)
+
+
+def put_weights(folder: Any, weights: bytes) -> None:
+    """Other weights, as if they had been saved."""
     (folder / "adapter_model.safetensors").write_bytes(weights)
     record = json.loads((folder / "rrs.json").read_text())
-    record["weights"] = hashlib.sha256(weights).hexdigest()
+    record["sha256"]["adapter_model.safetensors"] = hashlib.sha256(weights).hexdigest()
     (folder / "rrs.json").write_text(json.dumps(record))
 
 
@@ -149,8 +154,8 @@ def test_a_server_is_verified_by_its_answers(folder):
 
 def test_load_warns_where_the_adapter_does_not_act_as_trained(folder):
     quietly(lambda: RRS.load(folder, *tiny_qwen2_audio(), verbose=False))
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 9 * settings["lora_alpha"]}))
+    tensors, _ = rrs.unpack(folder / "adapter_model.safetensors")
+    put_weights(folder, rrs.pack({name: 3 * t for name, t in tensors.items()}))
     with pytest.warns(RRSWarning, match=r"acts as something else: .*\(2 prompts\)\. Evaluate"):
         RRS.load(folder, *tiny_qwen2_audio(), verbose=False)
 
@@ -307,6 +312,18 @@ def test_the_system_prompt_is_saved_with_the_adapter(system, tmp_path):
     assert said.startswith(f"<|im_start|>system\n{system}<|im_end|>" if system else "<|im_start|>user")
 
 
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_qwen2_audios_own_template_has_its_system_prompt(system):
+    """Its processor brings the template of the released model, with a default that config.system replaces."""
+    processor = tf.Qwen2AudioProcessor(tiny_qwen2_audio()[1].feature_extractor, byte_tokenizer())
+    made = RRS(tiny_qwen2_audio()[0], processor, RRSConfig(system=system), verbose=False)
+    for wave in (None, tone(0.5, 1)):
+        said = processor.tokenizer.decode(made.render("hello", wave)["input_ids"][0])
+        assert said.startswith(f"<|im_start|>system\n{system or 'You are a helpful assistant.'}<|im_end|>\n")
+        assert said.endswith("hello<|im_end|>\n<|im_start|>assistant\n")
+        assert said.count("<|im_start|>system") == 1
+
+
 # -- PEFT's own adapters -----------------------------------------------------------------------------------------------
 
 
@@ -419,10 +436,7 @@ def test_any_flipped_bit_is_refused(folder):
 def test_numbers_that_are_none_are_refused(folder, value):
     tensors, _ = rrs.unpack(folder / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = value
-    weights = rrs.pack(tensors)
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    record = json.loads((folder / "rrs.json").read_text())
-    (folder / "rrs.json").write_text(json.dumps({**record, "weights": hashlib.sha256(weights).hexdigest()}))
+    put_weights(folder, rrs.pack(tensors))
     with pytest.raises(ValueError, match="NaN or infinite"):
         RRS.load(folder, *tiny_qwen2_audio(), verbose=False)
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -433,7 +447,7 @@ def test_numbers_that_are_none_are_refused(folder, value):
 
 def test_save_writes_inside_a_folder_that_is_there(trained, tmp_path, monkeypatch):
     """A mount point can be written in, but neither renamed nor removed."""
-    (tmp_path / ".rrs.json.tmp").write_text("left by a killed run")
+    (tmp_path / ".left.safetensors.tmp").write_text("left by a killed run")
     kept = tmp_path.stat().st_ino
     monkeypatch.setattr(shutil, "rmtree", None)
     assert trained[0].save(tmp_path) == tmp_path

@@ -148,11 +148,11 @@ def test_a_rank_that_dies_ends_the_run_with_its_error(tmp_path):
 def test_every_prompt_is_run_once(world):
     batches = [list("abcd"), list("ef")]
     parts = [part for k in range(world) for part in share_out(batches, k, world)]
-    assert "".join(x for _, rows in parts for x in rows) == "abcdef"
-    for (batch, first), rows in parts:
-        assert rows == batches[batch][first : first + len(rows)]
+    assert "".join(x for _, part in parts for x in part) == "abcdef"
+    for (batch, first), part in parts:
+        assert part == batches[batch][first : first + len(part)]
     assert len({place for place, _ in parts}) == len(parts)  # no two share dropout's masks
-    shares = [sum(len(rows) for _, rows in share_out(batches, k, world)) for k in range(world)]
+    shares = [sum(len(part) for _, part in share_out(batches, k, world)) for k in range(world)]
     assert max(shares) - min(shares) <= 1
 
 
