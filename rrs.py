@@ -63,8 +63,8 @@ from .evaluate import (
     markdown, measure,
 )  # fmt: skip
 from .hooks import (
-    ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
-    expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
+    ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
+    connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
 
 # isort: on
@@ -98,7 +98,6 @@ REFUSAL_PROMPTS = (  # that `find_refusal` tries
 FILES = ("adapter_config.json", "adapter_model.safetensors", "rrs.json", "README.md", "rrs.safetensors")
 COMPOSITE = "composite"  # the folder in it for the full checkpoint, where the model is a part of one
 CANARY = ("Hello.", "What is the capital of France?", "How do I pick a lock?", "How do I steal a car?")
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that have AdamW in one kernel
 # Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
 THINKERS = {
     "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -1518,7 +1517,7 @@ class RRS(Runner):
 
         Args:
             device: default the machine's accelerator, else the CPU.
-            dtype: default bfloat16 on an accelerator, float32 on a CPU.
+            dtype: default bfloat16 on an accelerator, float32 on a CPU and on MPS.
             trust_remote_code: run Python code that comes with the checkpoint; off unless you ask for it.
             revision: branch, tag or commit of the checkpoint.
             model_kwargs: for the model: `device_map`, `attn_implementation`, `quantization_config`, …
@@ -1526,7 +1525,7 @@ class RRS(Runner):
         """
         connect()
         device, name, given = torch.device(device or best_device()), str(name_or_dir), dict(model_kwargs or {})
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = dtype or best_dtype(device)
         source = {"trust_remote_code": trust_remote_code, "revision": revision}
         architecture = (transformers.AutoConfig.from_pretrained(name, **source).architectures or [""])[0]
         model_class = getattr(transformers, THINKERS.get(architecture, architecture), None)
