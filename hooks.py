@@ -1007,6 +1007,16 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Of a model's weights: bfloat16, but float32 on the CPU and MPS, which are slow in bfloat16."""
+    return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether PyTorch has AdamW as one kernel there; elsewhere it raises an error when asked for that."""
+    return device.type in ("cpu", "cuda", "mps", "xpu")
+
+
 def connect() -> None:
     """Joins the processes that torchrun started, if it did, and takes this rank's device."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
