@@ -1790,7 +1790,7 @@ class RRS(Runner):
 
     def _new_lora(self) -> tuple[LoRA, torch.optim.Optimizer]:
         """A LoRA that does nothing yet, and what trains it."""
-        c, fused = self.config, self.reader.device.type in FUSED
+        c, fused = self.config, has_fused_adamw(self.reader.device)
         paths = linear_paths(self.location, c.target_modules, c.layers)
         lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
         return lora, torch.optim.AdamW(
