@@ -27,12 +27,10 @@ from rrs.hooks import (
     Prompt,
     Reader,
     all_gather,
-    all_reduce_max,
     attached,
     best_device,
     capture,
     frozen,
-    in_rounds,
     linear_paths,
     locate,
     lock,
@@ -306,38 +304,20 @@ def test_lora_merge_equals_adapter(tiny):
     assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
 
 
-def test_a_merge_that_was_broken_off_goes_on(tiny, monkeypatch):
+def test_a_merge_that_was_broken_off_goes_on(tiny):
     rrs = RRS(*tiny, verbose=False)
     inputs = next(full_inputs(rrs, "audio-text"))
     lora = lora_on(rrs.model).eval().attach()
-    adapted, seen = rrs.model(**inputs).logits, []
-
-    def third_fails(module):
-        seen.append(module)
-        if len(seen) == 3:
-            raise torch.OutOfMemoryError
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rrs.hooks._is_conv1d", third_fails)
-        with pytest.raises(torch.OutOfMemoryError):
-            lora.merge()
+    adapted, third = rrs.model(**inputs).logits, lora.B[2].data
+    lora.B[2].data = third[:, :1]
+    with pytest.raises(RuntimeError):
+        lora.merge()
+    lora.B[2].data = third
     assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
     lora.merge()
     assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
-
-
-def test_lora_on_transposed_linears():
-    """GPT-2's Conv1D stores [in, out]."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)).eval()
-    lora = LoRA(model, linear_paths(locate(model), ("c_attn",)), r=2, alpha=2)
-    nn.init.normal_(lora.B[0])
-    ids = torch.arange(5)[None]
-    lora.eval().attach()
-    adapted = model(ids).logits
     lora.merge()
-    assert torch.allclose(model(ids).logits, adapted, atol=1e-5)
+    assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
 
 
 @pytest.mark.parametrize(("scaling", "capped"), [(8.0, False), (0.25, False), (1.0, True)])
@@ -563,15 +543,6 @@ def test_gradient_checkpointing_acts_and_changes_nothing(tiny, snapshot):
     assert gradients(rrs, prompts)[1] == 2 * len(prompts)
 
 
-def test_reentrant_checkpointing_is_refused(tiny):
-    rrs = RRS(*tiny, verbose=False)
-    prompts = prompts_of(rrs, "text-only")
-    rrs.model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match='"use_reentrant": False'):
-        rrs.reader.last_hidden(prompts)
-    rrs.reader.represent(prompts)  # no gradients, no checkpointing
-
-
 # -- flags, locks, interrupts, wrappers --------------------------------------------------------------------------------
 
 
@@ -583,25 +554,6 @@ def test_frozen_restores_every_flag(tiny, snapshot):
     with frozen(model), frozen(model):
         assert not any(m.training for m in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
-    assert_same(before, snapshot(model))
-
-
-def test_what_an_interrupt_left_is_taken_back_at_the_next_use(tiny, snapshot, monkeypatch):
-    """Ctrl-C in the middle of undoing."""
-    model, _ = tiny
-    model.train()
-    before = snapshot(model)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    changed = frozen(model), capture(model, "lm_head"), steer(model, VECTOR, layer=0)
-    with pytest.raises(KeyboardInterrupt), changed[0], changed[1], changed[2]:
-        monkeypatch.setattr("rrs.hooks.reversed", interrupted, raising=False)
-    monkeypatch.undo()
-    assert snapshot(model)["hooks"] > 0
-    with pytest.warns(UserWarning, match="taken back"), frozen(model):
-        pass
     assert_same(before, snapshot(model))
 
 
@@ -671,8 +623,6 @@ def test_a_lora_of_no_numbers_is_refused(tiny):
 
 def test_alone_collectives_do_nothing():
     assert all_gather({"a": 1}) == {"a": 1}
-    assert all_reduce_max(3) == 3
     assert on_rank0(lambda: 5) == 5
-    assert list(in_rounds([[0, 1], [2]])) == [([0, 1], 2), ([2], 1)]
     assert best_device() == torch.device("cpu") or torch.accelerator.is_available()
     assert torch.equal(torch.rand(2, generator=seeded(1, "a")), torch.rand(2, generator=seeded(1, "a")))
