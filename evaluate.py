@@ -1330,7 +1330,7 @@ def answer_and_judge(
             for (group, e), response, verdict in zip(rows, responses, verdicts, strict=True):
                 answered = Answer(group, condition, stage, e.id, e.text, response, str(verdict))
                 audio = None if condition.startswith("text") else e.audio
-                more = {"category": e.category, "cluster": e.cluster, "label": e.label, "audio": audio}
+                more: dict[str, Any] = {"category": e.category, "cluster": e.cluster, "label": e.label, "audio": audio}
                 report.answers.append(replace(answered, **more, rule=getattr(verdict, "rule", "")))
     return report
 

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +69,9 @@ from .hooks import (
 
 # isort: on
 _belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __version__ = "0.2.0"
 __all__ = [
@@ -193,7 +196,7 @@ class RRSConfig:
             setattr(self, name, _strings(name, getattr(self, name)))
         for f in fields(self):
             if type(f.default) in (int, float):
-                setattr(self, f.name, _number(f.name, getattr(self, f.name), type(f.default)))
+                setattr(self, f.name, _number(f.name, getattr(self, f.name), int if type(f.default) is int else float))
         for name in ("betas", "layers"):  # JSON has lists only
             if not isinstance(value := getattr(self, name), Sequence) or len(value) != 2:
                 raise ValueError(f"{name}={value!r} must be two numbers.")
@@ -522,7 +525,7 @@ def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
     sha = hashlib.sha256(record.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+        sha.update(tensor.clone().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return sha.hexdigest()
 
 
@@ -666,7 +669,7 @@ def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
 
     def digest(value: Tensor) -> bytes:
         value = value.to(torch.bfloat16) if value.is_floating_point() else value
-        raw = value.contiguous().cpu().flatten().view(torch.uint8).numpy() if value.numel() else b""
+        raw = value.cpu().clone().flatten().view(torch.uint8).numpy().data if value.numel() else b""
         return hashlib.sha256(f"{list(value.shape)}".encode() + hashlib.sha256(raw).digest()).digest()
 
     def tensors(module: nn.Module) -> list[Tensor]:
@@ -829,7 +832,7 @@ def grouped(examples: Any) -> dict[str, list[Example]]:
     if not isinstance(examples, Mapping):
         loaded = load_examples(examples)
         examples = {str(label): [e for e in loaded if e.label == label] for label in {e.label: 0 for e in loaded}}
-    groups = {}
+    groups = dict[str, list[Example]]()
     for group, rows in examples.items():
         own = group if group in ("harmful", "benign") else None
         loaded = [replace(e, label=e.label or own) for e in load_examples(rows)]
@@ -1019,7 +1022,9 @@ def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]]
     differs = RRSConfig.from_dict(record.get("config", {})).differences()
     first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
     scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
-    rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
+    rates: list[dict[str, Any]] = [
+        {k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])
+    ]
     data = [
         f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
         for condition, labels in record.get("data", {}).items()
@@ -1234,7 +1239,7 @@ class Runner:
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
-        if isinstance(examples, str) and not (os.path.exists(examples) or Path(examples).suffix[1:].isalnum()):
+        if isinstance(examples, str) and not (os.path.exists(examples) or Path(examples).suffix[1:].isalpha()):
             examples = [examples]  # no file, and not named like one: a question
         examples = load_examples(examples)
         if condition is None:
@@ -1299,7 +1304,7 @@ class Runner:
         )
 
         @contextmanager
-        def at(stage: str, condition: str) -> Iterator[RRS]:
+        def at(stage: str, condition: str) -> Iterator[Any]:
             with self._running(), stages[stage](condition) as other:
                 yield other or self
 
@@ -1405,13 +1410,13 @@ class Runner:
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 
-    def disable(self) -> RRS:
+    def disable(self) -> Self:
         """Takes the adapter off, in place: the model is vanilla, bit for bit. `enable()` puts it back."""
         if self.lora is not None:
             self.lora.detach()
         return self
 
-    def enable(self) -> RRS:
+    def enable(self) -> Self:
         """Puts the adapter back on, in place. `disable()` takes it off."""
         if self.lora is None:
             raise ValueError("There is no adapter yet; call fit() or RRS.load(dir, model, processor).")
@@ -1742,15 +1747,15 @@ class RRS(Runner):
         self._check_items(items, objective)
         lora, optimizer = self._new_lora()
         per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
-        steps, record = c.epochs * per_epoch, {**run, **(record or {})}
+        steps, about = c.epochs * per_epoch, {**run, **(record or {})}
         if checkpoint_dir is not None:
             checkpoints = Checkpoints(checkpoint_dir, {**run, **self._how(items, objective, penalty)})
             saved = checkpoints.load(lora, optimizer)
-            history, record = saved.get("history", history), saved.get("record", record)
+            history, about = saved.get("history", history), saved.get("record", about)
             steps = len(history) if saved.get("stopped") else steps
         lengths = self._lengths(items) if c.group_by_length else None
         self._say_plan(items, steps, lora)
-        with self._training(lora, record, history), self._bar(steps, "train", len(history)) as bar:
+        with self._training(lora, about, history), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
                 # -------------------------------------------------------------------------- a single training step
                 optimizer.param_groups[0]["lr"] = rate = c.learning_rate * (1 - step / (c.epochs * per_epoch))
@@ -1783,7 +1788,7 @@ class RRS(Runner):
                 stop = any([callback(state) is True for callback in callbacks])
                 lora.train()
                 if checkpoints and (stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps):
-                    checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": record, "stopped": stop})
+                    checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": about, "stopped": stop})
                 if (step + 1) % per_epoch == 0:
                     self._check_divergence(history, per_epoch)
                 if stop:
@@ -1836,7 +1841,11 @@ class RRS(Runner):
 
     def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
         """What else a resumed run shares: dtype, functions, and the targets' norm, which another processor changes."""
-        norm = f"{sum(float(item.target.float().norm()) for item in items):.4g}"
+        total = 0.0
+        for i, item in enumerate(items, 1):  # negated, permuted or weighted ones differ, too
+            flat = item.target.float().flatten()
+            total += i * item.weight * float((flat + torch.linspace(1, 2, len(flat))).norm())
+        norm = f"{total:.4g}"
         return {"dtype": str(self.reader.dtype), "how": [*map(describe, (objective, penalty))], "targets": norm}
 
     def _lengths(self, items: Sequence[TrainItem]) -> list[int]:
@@ -1946,7 +1955,7 @@ class RRS(Runner):
         try:
             if "auto" in (config.refusal_prompt, config.refusal):
                 found = self.find_refusal(harmful)
-                own = {"refusal_prompt": found.prompt, "refusal": found.words}
+                own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
                 self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
                 extra["refusal"] = asdict(found)
             differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
