@@ -1,4 +1,4 @@
-"""Examples in, model inputs out: manifests, audio decoding, resampling, and the three input conditions."""
+"""Examples in, model inputs out: manifests, audio decoding, resampling, and the input conditions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from torch import Tensor
 
 Wave: TypeAlias = npt.NDArray[np.float32]
 Label: TypeAlias = Literal["harmful", "benign"]
+Turns: TypeAlias = tuple[tuple[str, str], ...]
+"""Turns of a conversation: `(role, text)` each, with the roles system, user and assistant."""
 
 CONDITIONS = ("audio-text", "text-only", "audio-only", "text-content")
 """What the model is given: the spoken question with a text instruction; the question typed; the spoken question alone;
@@ -33,8 +36,7 @@ the question typed in the paper's second form, `TEXT_CONTENT`."""
 
 TEXT_CONTENT = "The audio content is: {question}. {instruction}"
 
-
-# What one clip may take: files claim and compress what they like, so both are checked before memory is taken.
+# Limits of one file, checked before memory is taken: files claim and compress what they like.
 MAX_SECONDS, MAX_BYTES = 3600.0, 2**30
 
 
@@ -64,7 +66,13 @@ class Example:
     """`"harmful"` (should be refused) or `"benign"` (should be answered)."""
     category: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Whatever else the row held (twin, voice, …)."""
+    """Whatever else the row held (twin, voice, …); under `missing_clip` the path of a clip that was not found."""
+    messages: Turns = ()
+    """Earlier turns, before the question. A system prompt among them replaces the renderer's."""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(turn, tuple) and len(turn) == 2 for turn in self.messages):
+            raise DataError(f"{self.id}: messages must be pairs (role, text).")
 
     def has(self, condition: str) -> bool:
         """Whether the example holds what `condition` needs: text, audio."""
@@ -98,9 +106,7 @@ class Example:
                     while chunk := file.read(2**20):
                         digest.update(chunk)
             except OSError as error:
-                raise DataError(
-                    f"{self.id}: audio file {self.audio} can't be read ({error}); check the path."
-                ) from None
+                raise DataError(f"{self.id}: {self.audio} can't be read ({error}); check the path.") from None
         elif isinstance(self.audio, Mapping) and "array" in self.audio:
             array = np.asarray(self.audio["array"])
             digest.update(f"{self.audio.get('sampling_rate')} {array.dtype} {array.shape}".encode() + array.tobytes())
@@ -111,17 +117,29 @@ class Example:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of all that training and evaluation use of the example."""
-        return hashlib.sha256(json.dumps([self.id, self.text, self.label, self.audio_hash]).encode()).hexdigest()
+        used = [self.id, self.text, self.label, self.audio_hash, self.messages]
+        return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
-def content_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 (hex) of examples in their order: equal for equal contents, wherever the files lie."""
-    return hashlib.sha256("\n".join(e.digest for e in examples).encode()).hexdigest()
+def content_hash(examples: Iterable[Example], render: Any = None) -> str:
+    """SHA-256 (hex) of examples in their order, wherever their files lie, and of the settings of a `Renderer`."""
+    settings = json.dumps(getattr(render, "settings", None), sort_keys=True, default=repr)
+    return hashlib.sha256("\n".join([settings, *(e.digest for e in examples)]).encode()).hexdigest()
 
 
-def marks(examples: Iterable[Example]) -> frozenset[int]:
-    """What `shared` knows examples by, to be kept without them: 64-bit hashes of their questions, ids and twins."""
-    return frozenset(mark for e in examples for mark in _marks(e).values())
+def lacking(examples: Sequence[Example], condition: str) -> str:
+    """How many examples can't be used in a condition, which, and what they lack; `""` if all can."""
+    out = [f"{e.id} ({e.meta.get('missing_clip', 'none given')})" for e in examples if not e.has(condition)]
+    what = "text" if condition.startswith("text") else "clip"
+    return f"{condition}: {len(out)} of {len(examples)} examples have no {what}: {_some(out)}" if out else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _mark(what: str, value: object) -> int:
+    return int.from_bytes(hashlib.sha256(f"{what} {value}".encode()).digest()[:8], "little", signed=True)
 
 
 def _marks(e: Example) -> dict[str, int]:
@@ -131,26 +149,23 @@ def _marks(e: Example) -> dict[str, int]:
     return {what: _mark(what, value) for what, value in known.items() if value is not None}
 
 
-def _mark(what: str, value: object) -> int:
-    return int.from_bytes(hashlib.sha256(f"{what} {value}".encode()).digest()[:8], "little", signed=True)
+def marks(examples: Iterable[Example]) -> frozenset[int]:
+    """What `shared` knows examples by, to be kept without them: 64-bit hashes of their questions, ids and twins."""
+    return frozenset(mark for e in examples for mark in _marks(e).values())
 
 
 def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], *, twins: bool = False) -> list[str]:
     """Ids of those of `ours` whose question (its text; without one, its clip) is also among `others`.
 
-    Args:
-        others: examples, or their `marks`.
-        twins: count as well an example that names one of `others` as its `twin`, or is named by one.
+    `others` may be their `marks`. With `twins`, also ids of those that name one as their `twin`, or are named by one.
     """
     known = others if isinstance(others, frozenset) else marks(others)
 
-    def among(e: Example) -> bool:
-        own = _marks(e)
-        if own["question"] in known or not twins:
-            return own["question"] in known
-        return _mark("twin", e.id) in known or ("twin" in own and _mark("id", e.meta["twin"]) in known)
+    def sought(e: Example) -> set[int]:
+        links = {_mark("twin", e.id)} | ({_mark("id", twin)} if (twin := e.meta.get("twin")) else set())
+        return {_marks(e)["question"]} | (links if twins else set())
 
-    return [e.id for e in ours if among(e)]
+    return [e.id for e in ours if sought(e) & known]
 
 
 def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -158,181 +173,153 @@ def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) ->
 
     Twins, and whatever asks the same question (`Example.cluster`), stay together.
     """
+    other = {"harmful": "benign", "benign": "harmful", None: None}
     parent: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    other = {"harmful": "benign", "benign": "harmful"}
 
     def root(key: tuple[Any, ...]) -> tuple[Any, ...]:
         while parent.setdefault(key, key) != key:
             key = parent[key]
         return key
 
-    def own(e: Example) -> tuple[Any, ...]:
-        return "id", e.label, e.id  # two files may number their rows alike
-
-    for e in examples:
-        twin = ("id", other.get(e.label or ""), str(e.meta["twin"])) if e.meta.get("twin") else own(e)
+    for e in examples:  # ids count within a label: two files may number their rows alike
+        twin = (other[e.label], str(e.meta.get("twin"))) if e.meta.get("twin") else (e.label, e.id)
         for key in (twin, ("question", e.cluster)):
-            parent[root(own(e))] = root(key)
+            parent[root((e.label, e.id))] = root(key)
     families: dict[tuple[Any, ...], list[Example]] = {}
     for e in examples:
-        families.setdefault(root(own(e)), []).append(e)
-    order = sorted(families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest())
-    lacking = {label: share * sum(e.label == label for e in examples) for label in ("harmful", "benign", None)}
-    held = set[tuple[Any, ...]]()
-    for family in order:
-        if any(lacking[e.label] > 0 for e in family):
+        families.setdefault(root((e.label, e.id)), []).append(e)
+    still = {label: share * sum(e.label == label for e in examples) for label in other}
+    held = set[int]()
+    for family in sorted(
+        families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest()
+    ):
+        if any(still[e.label] > 0 for e in family):
+            held |= {id(e) for e in family}
             for e in family:
-                lacking[e.label] -= 1
-                held.add(own(e))
+                still[e.label] -= 1
     if len(held) == len(examples):
         raise DataError(f"{len(examples)} examples in {len(families)} families of twins are too few to hold some out.")
-    return [e for e in examples if own(e) not in held], [e for e in examples if own(e) in held]
+    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
 
 
-class Format(NamedTuple):
-    """How the rows of a public data set become examples: column names, in lower case."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and rows to examples
 
-    needs: str
-    """Columns that tell the format, separated by spaces."""
-    text: str = ""
-    audio: str = ""
-    label: Label | None = None
-    """Of every row; only for sets that hold one kind. A column `label` wins."""
-    category: str = "category"
-    id: str = "id"
-    harmful: tuple[str, str] | None = None
-    """`(column, prefix)`: rows whose column begins with it are harmful, all others benign."""
-    context: str = ""
-    """Column whose text goes before the question."""
-    subfolder: str = ""
-    """Where clips lie that are not at `audio` itself, in terms of other columns."""
+COLUMNS = {
+    "id": "id index behaviorid question_id",
+    "text": "text prompt goal forbidden_prompt question behavior query transcription transcript sentence",
+    "audio": "audio path audio_path audio_file audio_name file_name",
+    "label": "label",
+    "category": "category category_name semanticcategory scenario task_name type",
+    "messages": "messages conversation conversations",
+}
+"""What the data sets of the field call their columns. The first name that is there is taken."""
 
+RIVALS = {"text", "prompt", "goal", "forbidden_prompt"}  # of two of these, nobody can tell which is the question
+HARMFUL = ("goal target", "prompt target audio", "forbidden_prompt", "functionalcategory", "category_name instruction")
+"""Columns of sets whose rows are all harmful: AdvBench, the same spoken, StrongREJECT, HarmBench, FigStep."""
 
-FORMATS = {
-    "rrs": Format("text audio", "text", "audio"),  # ours; JALMBench
-    "text": Format("text", "text"),
-    "audio": Format("audio", "", "audio"),
-    "or-bench": Format("prompt", "prompt"),  # hard-benign and toxic files look alike: no label
-    "authors": Format("prompt path", "prompt", "path"),
-    "voicebench": Format("prompt audio", "prompt", "audio"),
-    "advbench": Format("goal target", "goal", label="harmful"),
-    "advbench-audio": Format("prompt target audio", "prompt", "audio", "harmful"),
-    "xstest": Format("prompt type focus", "prompt", category="type", harmful=("type", "contrast_")),
-    "figstep": Format("question instruction category_name", "question", label="harmful", category="category_name"),
-    # JailbreakBench's harmful and benign files have the same columns: no label
-    "jailbreakbench": Format("goal target behavior category", "goal", id="index"),
-    "strongreject": Format("forbidden_prompt", "forbidden_prompt", label="harmful"),
-    "harmbench": Format(
-        "behavior functionalcategory", "behavior", label="harmful", category="semanticcategory", id="behaviorid",
-        context="contextstring",
-    ),
-    "sarsteer": Format("question audio_file scenario", "question", "audio_file", category="scenario"),
-    "air-bench": Format(
-        "question path answer_gt", "question", "path", category="task_name", subfolder="{task_name}_{dataset_name}"
-    ),
+LABELS: dict[str, Label] = {
+    "harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign", "harmless": "benign",
 }  # fmt: skip
-"""What `load_examples` knows, by the argument `format`. The one whose columns include all others' that fit wins."""
-
-LABELS: dict[Any, Label] = {"harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign"}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
+COULD_BE = "Pass columns={'text': 'the column with the question'}, or the lines as a list if each is a question."
 
 
 def load_examples(
-    source: Any, label: Label | None = None, *, format: str | None = None, allow_outside: bool = False
+    source: Any,
+    label: Label | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    audio_dir: str | Path | None = None,
+    allow_outside: bool = False,
 ) -> list[Example]:
-    """Examples from a file, a folder of audio, a list of `Example`s, or any iterable of dicts (`datasets` included).
+    """Examples from a file, a folder of clips, or any iterable of rows (of `datasets` and pandas too).
 
-    Files are recognised by content: JSON, JSONL, CSV or TSV whose columns fit one of `FORMATS`, or plain text with a
-    question a line. Audio paths are relative to the file's folder. A folder gives one example for each audio file in
-    it, with the words of the `.txt` beside it, if there is one, and the subfolder as category.
+    A file is JSON, JSONL, CSV or TSV, whatever its name, or plain text with a question a line. Columns are found by
+    their usual names, `COLUMNS`; the others go to `meta`, in lower case. A folder gives an example for each clip in it,
+    with the words of the `.txt` beside it, if there is one, and the subfolder as category. A row is a dict, an
+    `Example`, a string (a question) or a `Path` (a clip). If its clip is not there, its text can still be used.
 
     `audio` may be a path, encoded bytes, `{"array", "sampling_rate"}` or `{"bytes", "path"}`. With `datasets`, cast the
     column to `Audio(decode=False)`: clips are then decoded one by one, when they are needed.
 
     Args:
-        source: a path, or an iterable of `Example` or dict.
         label: given to rows that have none. Rows that carry the *other* label are left out, so that one file can
             serve as `harmful=` and as `benign=`.
-        format: a name of `FORMATS`, "lines" (plain text) or "folder", where the content alone does not decide.
-        allow_outside: let a manifest name audio files that are not below its own folder (links are followed).
-
-    Raises:
-        DataError: names file and row; for an ambiguous file, what it could be.
+        columns: what holds what, where the names do not tell: `{"text": "my question", "audio": "my file"}`.
+        audio_dir: folder of the clips; default the file's own.
+        allow_outside: let rows name audio files that are not below that folder (links are followed).
     """
-    if format not in (None, "lines", "folder", *FORMATS):
-        raise DataError(f"format={format!r} is unknown; there are {['lines', 'folder', *FORMATS]}.")
+    given = {what: column.strip().lower() for what, column in (columns or {}).items()}
+    if unknown := sorted(given.keys() - COLUMNS.keys()):
+        raise DataError(f"columns={unknown} are unknown; there are {sorted(COLUMNS)}.")
+    name, folder, classes = "examples", None, ()
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        name, folder = str(path), path if path.is_dir() else path.parent
-        rows = _read_folder(path, format, allow_outside) if path.is_dir() else _read_file(path, format)
-    elif isinstance(source, Mapping) or not isinstance(source, Iterable):
-        raise DataError(f"Examples must be a path or an iterable of dicts, not {type(source).__name__}.")
+        path, name = Path(source), str(source)
+        folder = path if path.is_dir() else path.parent
+        rows = _read_folder(path, allow_outside) if path.is_dir() else _read_file(path, set(given.values()))
+    elif isinstance(source, Mapping):
+        rows = [source]
+    elif isinstance(source, Iterable):
+        table: Any = source
+        rows = list(table.to_dict("records") if hasattr(table, "iterrows") else table)  # pandas
+        rows = [{"text": r} if isinstance(r, str) else {"audio": r} if isinstance(r, Path) else r for r in rows]
+        numbered = (getattr(source, "features", None) or {}).get(given.get("label", "label"))  # `datasets` count labels
+        classes = getattr(numbered, "names", ())
     else:
-        rows, folder, name = list(source), None, "examples"
+        raise DataError(f"Examples must be a path or an iterable of dicts, not {type(source).__name__}.")
+    rows = [row if isinstance(row, Example) else _cells(row, f"{name}, row {i}") for i, row in enumerate(rows, 1)]
+    names = {key for row in rows if not isinstance(row, Example) for key in row}
+    fields = _fields(names, given, name) if names else {}
+    find = partial(_find, Path(audio_dir) if audio_dir else folder, allow_outside)
+    examples, seen = list[Example](), dict[str, int]()
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, (Example, Mapping)):
-            raise DataError(
-                f"{name}, row {i}: expected an object with 'text' and/or 'audio', got {type(row).__name__}."
-            )
-    columns = {str(key).lower() for row in rows if isinstance(row, Mapping) for key in row}
-    kind = _format(columns, name, format if format in FORMATS else None) if columns else FORMATS["rrs"]
-    examples = [
-        row if isinstance(row, Example) else _example(row, kind, f"{name}, row {i}", i, folder, allow_outside)
-        for i, row in enumerate(rows, 1)
-    ]
-    seen: dict[str, int] = {}
-    for i, example in enumerate(examples, 1):
-        if example.id in seen:
-            raise DataError(
-                f"{name}: rows {seen[example.id]} and {i} have the same id {example.id!r}; ids must differ."
-            )
-        seen[example.id] = i
-    if label:
-        examples = [e if e.label else replace(e, label=label) for e in examples if e.label in (None, label)]
+        e = row if isinstance(row, Example) else _example(row, i, f"{name}, row {i}", fields, names, classes, find)
+        if seen.setdefault(e.id, i) != i:
+            raise DataError(f"{name}: rows {seen[e.id]} and {i} have the same id {e.id!r}; ids must differ.")
+        if label is None or e.label in (None, label):
+            examples.append(e if e.label or label is None else replace(e, label=label))
     if not examples:
-        held = f": its rows are all of the other label; pass the file with the {label} ones" if seen and label else ""
+        held = f": its rows are all of the other label; pass the file with the {label} ones" if seen else ""
         raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it{held}.")
+    if absent := [f"{e.id} ({e.meta['missing_clip']})" for e in examples if "missing_clip" in e.meta]:
+        said = f"{name}: {len(absent)} of {len(examples)} clips are not there: {_some(absent)}. These rows can only be "
+        warnings.warn(f"{said}typed; correct the paths, or pass audio_dir='their folder'.", DataWarning, stacklevel=2)
     return examples
 
 
-def _fits(columns: set[str]) -> list[str]:
-    """Formats whose columns are all there, without those that another such format includes."""
-    fit = {name: set(f.needs.split()) for name, f in FORMATS.items() if set(f.needs.split()) <= columns}
-    return [name for name, needs in fit.items() if not any(needs < other for other in fit.values())]
+def _fields(names: set[str], given: Mapping[str, str], where: str) -> dict[str, str]:
+    """Which column holds what: `{field: column}`."""
+    if missing := sorted(set(given.values()) - names):
+        raise DataError(f"{where}: there are no columns {missing}, only {sorted(names)}; correct columns=.")
+    found = dict(given)
+    for what, known in COLUMNS.items():
+        column = next((c for c in known.split() if c in names and c not in found.values()), None)
+        if column and what not in given:
+            found[what] = column
+    if not found.keys() & {"text", "audio", "messages"}:
+        words = f"text: {COLUMNS['text']}; audio: {COLUMNS['audio']}"
+        raise DataError(f"{where}, row 1: neither 'text' nor 'audio' in {sorted(names)}, nor ({words}). {COULD_BE}")
+    if len(rivals := sorted(RIVALS & names)) > 1 and "text" not in given:
+        raise DataError(f"{where}: {rivals} could each be the question; pass columns={{'text': {rivals[0]!r}}}.")
+    return found
 
 
-def _format(columns: set[str], name: str, wanted: str | None) -> Format:
-    if wanted:
-        if missing := sorted(set(FORMATS[wanted].needs.split()) - columns):
-            raise DataError(f"{name}: format={wanted!r} needs the columns {missing} too; it has {sorted(columns)}.")
-        return FORMATS[wanted]
-    fit = _fits(columns)
-    if not fit:
-        known = "; ".join(f"{key}: {f.needs.replace(' ', ', ')}" for key, f in FORMATS.items())
-        raise DataError(
-            f"{name}, row 1: neither 'text' nor 'audio' in {sorted(columns)}, nor the columns of a known set "
-            f"({known}). Rename the column with the question to 'text'."
-        )
-    if len(fit) > 1:
-        could = " or ".join(f"{key!r} (columns {FORMATS[key].needs.replace(' ', ', ')})" for key in fit)
-        raise DataError(f"{name} could be {could}; decide with load_examples(..., format={fit[0]!r}).")
-    return FORMATS[fit[0]]
-
-
-def _read_folder(path: Path, format: str | None, allow_outside: bool) -> list[Any]:
+def _read_folder(path: Path, allow_outside: bool) -> list[Any]:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     clips = [p for p in files if p.suffix.lower() in AUDIO_SUFFIXES]
     tables = [p.name for p in files if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")]
-    if not clips or (tables and format != "folder"):
+    if not clips or tables:
         what = f"could be a folder of {len(clips)} clips or what {tables} list" if clips else "holds no audio files"
-        fix = ", or pass format='folder' for the clips" if clips else f" ({', '.join(AUDIO_SUFFIXES)})"
-        raise DataError(f"{path} {what}; pass the path of a manifest{fix}.")
+        raise DataError(f"{path} {what}; pass the path of a manifest, or the clips: list(Path(…).rglob('*.wav')).")
     rows = []
     for clip in clips:
         words, place = clip.with_suffix(".txt"), clip.relative_to(path)
         text = None
         if words.is_file():
-            text = _read_text(_checked_path(words.relative_to(path), str(path), path, allow_outside)).strip()
+            text = _read_text(_inside(path, words.relative_to(path), str(path), allow_outside)).strip()
         category = place.parent.as_posix() if place.parent.name else None
         rows.append({"id": place.with_suffix("").as_posix(), "text": text, "audio": str(place), "category": category})
     return rows
@@ -340,145 +327,213 @@ def _read_folder(path: Path, format: str | None, allow_outside: bool) -> list[An
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
+        return _checked_size(path, str(path), remedy="split it").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read as UTF-8 text ({error}); save it as UTF-8.") from None
 
 
-def _read_file(path: Path, format: str | None) -> list[Any]:
+def _read_file(path: Path, wanted: set[str]) -> list[Any]:
+    """The clip; or the rows of JSON, JSONL, a table; or of plain text, one for each line."""
+    suffix = path.suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return [{"audio": path.name}]
     content = _read_text(path)
-    if format != "lines":
-        if content.lstrip()[:1] in ("[", "{") or path.suffix.lower() in (".json", ".jsonl"):
-            return _read_json(path, content)
-        if (rows := _read_table(path, content, format)) is not None:
-            return rows
-        if path.suffix.lower() in (".csv", ".tsv") and len(content.splitlines()) > 1:
-            raise DataError(
-                f"{path} is no table that can be read: no column is known, or quotes do not match. Rename the column "
-                "with the question to 'text' and repair the quotes, or pass format='lines' if each line is a question."
-            )
-    return [{"text": line.strip()} for line in content.splitlines() if line.strip()]
-
-
-def _read_json(path: Path, content: str) -> list[Any]:
     if content.lstrip().startswith("["):
         return list(_json(content, str(path)))
-    lines = enumerate(content.split("\n"), 1)  # not splitlines(): U+2028 and the like may stand in a JSON string
-    return [_json(line, f"{path}, line {number}", "; one object a line") for number, line in lines if line.strip()]
+    if content.lstrip().startswith("{") or suffix in (".json", ".jsonl"):
+        numbered = enumerate(content.split("\n"), 1)  # not splitlines(): U+2028 and the like may be in a JSON string
+        return [_json(line, f"{path}, line {i}", "; one object a line") for i, line in numbered if line.strip()]
+    delimiters = ",\t;"
+    if content[:4].lower() == "sep=":  # what Excel writes
+        delimiters, content = content[4:5], content.partition("\n")[2]
+    lines = [line for line in content.splitlines() if line.strip()]
+    first = lines[0].strip() if lines else "?"
+    known = {*wanted, *COLUMNS["text"].split(), *COLUMNS["audio"].split()}
+    for delimiter in delimiters:
+        names = [name.strip(' "') for name in first.split(delimiter)]
+        if known & {name.lower() for name in names} and first[-1] not in ".?!":
+            return _read_table(path, content, delimiter)
+        alike = len(lines) > 1 and len(names) > 1 and len({line.count(delimiter) for line in lines}) == 1
+        if alike and all(len(name.split()) <= 2 for name in names):
+            raise DataError(f"{path} could be a table with unknown columns {names}, or plain text. {COULD_BE}")
+    if suffix in (".csv", ".tsv") and lines:
+        raise DataError(f"{path} is no table that can be read: {first[:99]!r} names no known column. {COULD_BE}")
+    return [{"text": line.strip()} for line in lines]
 
 
 def _json(text: str, where: str, remedy: str = "") -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(out := dict(pairs)) < len(pairs):
+            raise DataError(f"{where}: a key stands twice in {[key for key, _ in pairs][:20]}; remove one.")
+        return out
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
-        where += "" if remedy else f", line {error.lineno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg}){remedy}.") from None
+        line = "" if remedy else f", line {error.lineno}"
+        raise DataError(f"{where}{line}: not valid JSON ({error.msg}){remedy}.") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
         raise DataError(f"{where}: not JSON that can be read ({error}){remedy}.") from None
 
 
-def _read_table(path: Path, content: str, format: str | None) -> list[Any] | None:
-    """Rows of a CSV or TSV with known columns; `None` for plain text."""
-    for delimiter in ",\t;":
-        try:
-            records = [r for r in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True) if r]
-        except csv.Error:  # prose with stray quotes
-            continue
-        names = [name.strip() for name in records[0]] if records else []
-        if not all(re.fullmatch(r"[\w.:/-]*( [\w.:/-]+)?", name) for name in names):
-            continue
-        uneven = [i for i, record in enumerate(records) if len(record) != len(names)]
-        if _fits({name.lower() for name in names}) or (format and len(names) > 1):
-            if uneven:
-                raise DataError(
-                    f"{path}, row {uneven[0]}: {len(records[uneven[0]])} fields, but {len(names)} columns {names}; put "
-                    "quotes around fields that hold commas, or pass format='lines' if this is plain text."
-                )
-            return [dict(zip(names, record, strict=True)) for record in records[1:]]
-        if len(names) > 1 and len(records) > 1 and not uneven:
-            raise DataError(
-                f"{path} could be a table with the columns {names}, none of which is known, or plain text with a "
-                "question a line. Rename the column with the question to 'text', or pass format='lines'."
-            )
-    return None
+def _read_table(path: Path, content: str, delimiter: str) -> list[Any]:
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    remedy = "put quotes around fields that hold quotes or commas, and double quotes inside them"
+    try:
+        header, *records = [record for record in reader if record]
+    except csv.Error as error:  # also a field of more than 131,072 characters, as a quote that is never closed gives
+        raise DataError(f"{path}, line {reader.line_num}: not a table that can be read ({error}); {remedy}.") from None
+    names = [name.strip().lower() for name in header]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise DataError(f"{path}: the columns {twice} stand twice; rename or remove one.")
+    for i, record in enumerate(records, 1):
+        if len(record) != len(names):
+            raise DataError(f"{path}, row {i}: {len(record)} fields, but {len(names)} columns {names}; {remedy}.")
+    return [dict(zip(names, record, strict=True)) for record in records]
+
+
+def _cells(row: Any, where: str) -> dict[str, Any]:
+    """A row by column, in lower case, with Python's types; `None` for NaN, pandas' NA and blanks."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected an object with 'text' or 'audio', got {type(row).__name__}.")
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        missing = value != value if isinstance(value, float) else type(value).__name__ in ("NAType", "NaTType")
+        missing = missing or (isinstance(value, str) and not value.strip())
+        if (column := str(key).strip().lower()) in out:
+            raise DataError(f"{where}: two keys {column!r} in {list(row)}, but for upper and lower case; remove one.")
+        if not _is_unicode(f"{column}{value if isinstance(value, str) else ''}"):
+            raise DataError(f"{where}: {column!r} is no valid Unicode; re-export the row.")
+        out[column] = None if missing else value
+    return out
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON lets half a character (a lone surrogate) through."""
+    return text == text.encode(errors="ignore").decode()
 
 
 def _example(
-    row: Mapping[str, Any], kind: Format, where: str, number: int, folder: Path | None, allow_outside: bool
+    row: dict[str, Any], number: int, where: str, fields: dict[str, str], names: set[str], classes: Any, find: Any
 ) -> Example:
-    columns = {str(key).lower(): key for key in row}
-    rest = {key: row[key] for key in row}
-
-    def take(column: str) -> Any:
-        # No name, no column: pandas writes its index under an empty one.
-        value = rest.pop(columns[column]) if column and column in columns else None
-        return None if isinstance(value, str) and not value.strip() else value
-
-    text, audio, name = take(kind.text), take(kind.audio), take(kind.id)
-    if name is not None and not isinstance(name, (str, int)):
-        raise DataError(
-            f"{where}: {kind.id!r} must be a string or a number, not {name!r}; leave it out for 'row-{number}'."
-        )
+    """The example of a row; `fields` says which of the source's columns (`names`) holds what."""
+    meta = {column: value for column, value in row.items() if column}
+    wanted = ("text", "audio", "messages", "label", "id")
+    text, audio, chat, said, name = (meta.pop(fields.get(field, ""), None) for field in wanted)
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: {kind.text!r} must be a string, not {type(text).__name__}.")
-    if text and kind.context and (context := take(kind.context)):
-        text = f"{context}\n\n{text}"
-    label: Label | None = kind.label
-    if kind.harmful:
-        column, prefix = kind.harmful
-        if column not in columns:
-            raise DataError(f"{where}: no {column!r}, which tells the label; add it.")
-        label = "harmful" if str(row[columns[column]]).startswith(prefix) else "benign"
-    if (given := take("label")) is not None:
-        if not isinstance(given, str) or given not in LABELS:
-            raise DataError(
-                f"{where}: label {given!r} is neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe'); rename the "
-                "column if it is no label."
-            )
-        label = LABELS[given]
-    if hasattr(audio, "get_all_samples"):  # what `datasets` decodes to
-        samples = audio.get_all_samples()
-        audio = {"array": samples.data.numpy().T, "sampling_rate": samples.sample_rate}
-    elif isinstance(audio, Mapping) and (not audio or ("array" not in audio and audio.keys() & {"bytes", "path"})):
-        audio = audio.get("bytes") or audio.get("path") or None
+        raise DataError(f"{where}: {fields['text']!r} must be a string, not {type(text).__name__}.")
+    if text and meta.get("contextstring"):  # HarmBench's
+        text = f"{meta.pop('contextstring')}\n\n{text}"
+    messages: Turns = ()
+    audio = _encoded(audio)
+    if chat is not None:
+        messages, text, audio = _turns(chat, text, audio, where)
     if text is None and audio is None:
-        raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(columns)}; a row needs one of them.")
-    try:
-        f"{name}{text}".encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: 'id' or 'text' is no valid Unicode ({error.reason}); re-export the row.") from None
+        raise DataError(f"{where}: neither 'text' nor 'audio' in {sorted(row)}; a row needs one of them.")
     if isinstance(audio, (str, Path)):
-        if kind.subfolder and folder is not None and not os.path.exists(folder / audio):
-            with suppress(KeyError):  # the row lacks one of the columns
-                audio = Path(kind.subfolder.format_map({c: row[key] for c, key in columns.items()}), audio)
-        audio = _checked_path(audio, where, folder, allow_outside)
+        if name is None and Path(audio).stem == str(audio):  # neither folder nor ending: the authors' rows
+            name = str(audio)
+        audio, place = find(audio, row, where)
+        if audio is None:
+            meta["missing_clip"] = str(place)
+        if audio is None and text is None:
+            raise DataError(f"{where}: {place} does not exist, or is no ordinary file; correct the path or audio_dir=.")
     elif audio is not None and not isinstance(audio, (bytes, Mapping)):
         raise DataError(f"{where}: 'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
-    category = take(kind.category) if isinstance(row.get(columns.get(kind.category, "")), str) else None
-    for name_ in ("question", "twin", "voice"):  # read from `meta` by these names, however the column is spelt
-        if (column := columns.get(name_, name_)) != name_ and column in rest:
-            rest[name_] = rest.pop(column)
-    return Example(f"row-{number}" if name is None else str(name), text, audio, label, category, rest)
+    name = int(name) if isinstance(name, float) and name.is_integer() else f"row-{number}" if name is None else name
+    if not isinstance(name, (str, int)):
+        raise DataError(f"{where}: 'id' must be a string or a number, not {name!r}; leave it out for 'row-{number}'.")
+    if str(name).startswith("B_"):  # so the authors name a twin
+        meta["twin"] = meta.get("twin") or str(name)[2:]
+    category = meta.get(fields.get("category", ""))
+    if isinstance(category, str):
+        del meta[fields["category"]]
+    said = classes[said] if isinstance(said, int) and 0 <= said < len(classes) else said
+    label = LABELS.get(str(said).strip().lower())
+    if said is None and {"prompt", "type", "focus"} <= names:  # XSTest
+        label = "harmful" if str(row.get("type")).startswith("contrast_") else "benign"
+    elif said is None and not {"goal", "behavior"} <= names:  # JailbreakBench's files of both kinds look alike
+        label = "harmful" if any(set(known.split()) <= names for known in HARMFUL) else None
+    elif said is not None and label is None:
+        words = "neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe')"
+        raise DataError(f"{where}: label {said!r} is {words}; rename the column if it is no label.")
+    return Example(str(name), text, audio, label, category if isinstance(category, str) else None, meta, messages)
 
 
-def _checked_path(name: str | Path, where: str, folder: Path | None, allow_outside: bool) -> Path:
-    """The path that a row or a folder names; neither can lead to files outside its folder unless that is allowed."""
+def _find(folder: Path | None, allow_outside: bool, name: str | Path, row: Mapping[str, Any], where: str) -> Any:
+    """`(file of a clip, or None; where it should be)`.
+
+    Names may lack their ending, have backslashes between folders, or compose their accents in another way.
+    """
+    folders = [Path()]
+    if "task_name" in row and "dataset_name" in row:  # AIR-Bench's clips lie in a folder for each
+        folders.append(Path(f"{row['task_name']}_{row['dataset_name']}"))
+    endings = ("",) if Path(name).suffix.lower() in AUDIO_SUFFIXES else ("", *AUDIO_SUFFIXES)
+    plain = str(name).replace("\\", "/")
+    forms = dict.fromkeys([str(name), plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))])
+    for path in (place / f"{form}{ending}" for place in folders for form in forms for ending in endings):
+        path = _inside(folder, path, where, allow_outside)
+        if path.is_file():
+            return path, path
+    return None, (folder or Path()) / folders[-1] / name
+
+
+def _inside(folder: Path | None, name: str | Path, where: str, allow_outside: bool) -> Path:
+    """The path that a row or a folder names; it can't lead outside its folder unless that is allowed."""
     path = Path(name) if folder is None else folder / name
     try:
-        inside = folder is None or allow_outside or path.resolve().is_relative_to(folder.resolve())
-        exists = path.is_file()
+        real, roots = path.resolve(), [] if folder is None else [folder.resolve()]
+        path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name of 10,000 characters
         raise DataError(f"{where}: the path {str(name)[:200]!r} can't be followed ({error}); correct it.") from None
-    if not inside:
+    for root in roots[:1]:  # files in the hub's cache are links from `snapshots/…` to `blobs`
+        roots += [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
+    if roots and not allow_outside and not any(real.is_relative_to(root) for root in roots):
         raise DataError(
             f"{where}: {str(name)!r} lies outside the manifest's folder {folder}. Move it there; or, if you "
             "trust the manifest, pass load_examples(path, label, allow_outside=True) instead of the path."
         )
-    if not exists:
-        raise DataError(f"{where}: the file {path} does not exist, or is no ordinary file; correct the path.")
     return path
+
+
+def _encoded(audio: Any) -> Any:
+    """Audio as `datasets` gives it, as a path, bytes or an array."""
+    if hasattr(audio, "get_all_samples"):  # a decoder
+        samples = audio.get_all_samples()
+        return {"array": samples.data.numpy().T, "sampling_rate": samples.sample_rate}
+    if isinstance(audio, Mapping) and (not audio or ("array" not in audio and audio.keys() & {"bytes", "path"})):
+        data, path = audio.get("bytes"), audio.get("path")
+        # libsndfile tells an MP3 with padding before its first frame by the file's ending, which bytes do not have.
+        if data and str(path).lower().endswith(".mp3") and (frame := re.search(rb"ID3|\xff[\xe0-\xff]", data)):
+            return data[frame.start() :]
+        return data or path or None
+    return audio
+
+
+def _turns(chat: Any, text: str | None, audio: Any, where: str) -> tuple[Turns, str | None, Any]:
+    """Earlier turns, question and clip. The question is the chat's last user turn, if no other column holds it."""
+    turns, clips = list[tuple[str, str]](), list[list[Any]]()
+    for turn in chat if isinstance(chat, (list, tuple, np.ndarray)) else [chat]:
+        turn = turn if isinstance(turn, Mapping) else {}
+        role, content = ROLES.get(str(turn.get("role", turn.get("from")))), turn.get("content", turn.get("value"))
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if role is None or not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+            raise DataError(f"{where}: 'messages' must be a list of {{'role': {sorted(ROLES)}, 'content': …}}.")
+        clips.append([part.get("audio", part) for part in parts if part.get("type") == "audio"])
+        turns.append((role, "\n".join(str(part["text"]) for part in parts if part.get("text"))))
+    while text is None and audio is None and turns and turns[-1][0] == "assistant":  # the answer to the question
+        turns.pop(), clips.pop()
+    if text is None and turns and turns[-1][0] == "user":
+        text, spoken = turns.pop()[1] or None, clips.pop()
+        audio = _encoded(spoken[0]) if audio is None and spoken else audio
+    if any(clips) or ("user", text) in turns:
+        raise DataError(f"{where}: a clip, or the question itself, in an earlier turn of 'messages'; take it out.")
+    if not _is_unicode("".join([text or "", *(words for _, words in turns)])):
+        raise DataError(f"{where}: 'messages' are no valid Unicode; re-export the row.")
+    return tuple(turns), text, audio
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,42 +547,19 @@ def load_audio(
 
     Args:
         source: a path, encoded bytes, or `{"array": …, "sampling_rate": …}` with `[samples]` or `[samples, channels]`.
-        rate: wanted sampling rate; the processors of transformers do not resample.
         name: how errors call the clip.
-        max_seconds: longer clips raise.
-        max_bytes: larger files raise, and clips whose decoded mono samples take more.
-
-    Raises:
-        DataError: unreadable, empty, non-finite, too long or too large.
+        max_seconds, max_bytes: longer clips raise a DataError, and larger ones (the file, or mono samples as float32).
     """
     if isinstance(source, Mapping):
-        if not {"array", "sampling_rate"} <= source.keys():
-            raise DataError(f"{name}: an audio dict needs 'array' and 'sampling_rate', it has {list(source)}.")
-        try:
-            wave, source_rate = np.asarray(source["array"]), int(source["sampling_rate"])
-        except (TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{name}: 'array' and 'sampling_rate' must be numbers ({error}).") from None
-        if wave.dtype.kind not in "iuf":
-            raise DataError(f"{name}: 'array' must hold integers or floats, not {wave.dtype}.")
-        if wave.ndim == 2 and 0 < wave.shape[0] < wave.shape[1]:  # torchaudio's: the mean would be over time
-            raise DataError(f"{name}: 'array' is {list(wave.shape)}, expected [samples, channels]; transpose it.")
-        # A list of ints, in JSON say, becomes int64 whatever its samples' width; as a share of 2^63 it would be silent.
-        if wave.dtype == np.int64 and wave.any() and wave.min() >= -(2**31) and wave.max() < 2**31:
-            raise DataError(
-                f"{name}: 'array' holds integers of unknown width (int64, as from a list); pass "
-                "np.asarray(array, np.int16) if that is the samples' width, or floats in [-1, 1]: 16-bit PCM / 32768."
-            )
-        if wave.dtype.kind in "iu":
-            full = (int(np.iinfo(wave.dtype).max) + 1) / (2 if wave.dtype.kind == "u" else 1)
-            wave = wave / full - (wave.dtype.kind == "u")  # unsigned samples are centred on half of their range
+        wave, source_rate = _array(source, name)
         seconds = len(wave) / max(1, source_rate) if wave.ndim else 0.0
     else:
         name = f"{name} ({source})" if isinstance(source, (str, Path)) else name
         try:
             wave, source_rate, seconds = _decode(source, name, max_seconds, max_bytes)
+        except DataError:
+            raise
         except (soundfile.LibsndfileError, OSError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(
                 f"{name}: can't be decoded as audio ({error}); re-encode it (or a video's sound) as WAV, FLAC or OGG."
             ) from None
@@ -537,108 +569,142 @@ def load_audio(
         wave = wave.mean(axis=1)
     if wave.ndim != 1 or not len(wave):
         raise DataError(f"{name}: no samples (shape {list(wave.shape)}); re-export the clip.")
-    if source_rate <= 0 or rate <= 0:
-        raise DataError(f"{name}: sampling rates must be positive, got {source_rate} and {rate} Hz.")
     if not 1_000 <= source_rate <= 1_000_000:
-        raise DataError(f"{name}: a sampling rate of {source_rate} Hz is no audio's; correct the clip's header.")
+        raise DataError(f"{name}: a rate of {source_rate} Hz: must be positive and sound's; correct the clip's header.")
     with np.errstate(over="ignore"):
-        wave = wave.astype(np.float32)
-    if not np.isfinite(wave).all():
+        wave = wave.astype(np.float32, copy=False)
+    high, low = float(wave.max()), float(wave.min())
+    if not math.isfinite(high - low):
         raise DataError(f"{name}: NaN or infinite samples; re-export the clip.")
-    peak = float(np.abs(wave).max())
+    peak = max(high, -low)
     if peak > 8:  # overshoot of resampling or of lossy codecs stays far below
         raise DataError(f"{name}: its peak is {peak:g}, expected floats in [-1, 1]; divide PCM values by 32768.")
     if peak < 1e-4:  # -80 dB: silence, channels that cancel out, or integers that were scaled twice
         warnings.warn(f"{name}: silent, its peak is {peak:.0e}; export it again, or leave it out.", DataWarning, 2)
-    flat = np.abs(wave) >= max(0.99, peak - 1e-4)
-    if (flat[:-2] & flat[1:-1] & flat[2:]).mean() > 0.01 if len(wave) > 2 else False:
+    level = max(0.99, peak - 1e-4)
+    flat = (wave >= level) | (wave <= -level)
+    if len(wave) > 2 and (flat[:-2] & flat[1:-1] & flat[2:]).mean() > 0.01:
         warnings.warn(f"{name}: clipped, its peaks are cut off flat; record it at a lower level.", DataWarning, 2)
     return resample(wave, source_rate, rate)
 
 
+def _array(source: Mapping[str, Any], name: str) -> tuple[npt.NDArray[Any], int]:
+    """The samples and the rate of an audio dict; integers become floats in [-1, 1]."""
+    if not {"array", "sampling_rate"} <= source.keys():
+        raise DataError(f"{name}: an audio dict needs 'array' and 'sampling_rate', it has {list(source)}.")
+    try:
+        wave, rate = np.asarray(source["array"]), int(source["sampling_rate"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name}: 'array' and 'sampling_rate' must be numbers ({error}).") from None
+    if wave.dtype.kind not in "iuf":
+        raise DataError(f"{name}: 'array' must hold integers or floats, not {wave.dtype}.")
+    if wave.ndim == 2 and 0 < wave.shape[0] < wave.shape[1]:  # torchaudio's: the mean would be over time
+        raise DataError(f"{name}: 'array' is {list(wave.shape)}, expected [samples, channels]; transpose it.")
+    # A list of ints, in JSON say, becomes int64 whatever its samples' width; as a share of 2^63 it would be silent.
+    if wave.dtype == np.int64 and wave.any() and wave.min() >= -(2**31) and wave.max() < 2**31:
+        raise DataError(
+            f"{name}: 'array' holds integers of unknown width (int64, as from a list); pass "
+            "np.asarray(array, np.int16) if that is the samples' width, or floats in [-1, 1]: 16-bit PCM / 32768."
+        )
+    if wave.dtype.kind in "iu":
+        full = (int(np.iinfo(wave.dtype).max) + 1) / (2 if wave.dtype.kind == "u" else 1)
+        wave = wave / full - (wave.dtype.kind == "u")  # unsigned samples are centred on half of their range
+    return wave, rate
+
+
 def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple[Wave, int, float]:
-    """Mono samples, their rate, and the seconds that the file claims to hold or turned out to hold.
+    """Mono samples, their rate, and the seconds that were read; warns where the file states another length.
 
     In blocks, with the channels averaged at once: memory is taken for what is there, never for what a header claims.
     """
     if isinstance(source, bytes) and len(source) > max_bytes:
         raise DataError(f"{name}: {len(source)} bytes are more than max_bytes={max_bytes}; cut the clip.")
-    encoded = io.BytesIO(source) if isinstance(source, bytes) else str(_checked_size(source, name, max_bytes))
+    content = source if isinstance(source, bytes) else _checked_size(source, name, max_bytes).read_bytes()
+    wav, stated_bytes, there = _wav_lengths(content)
+    encoded = io.BytesIO(wav) if wav else io.BytesIO(source) if isinstance(source, bytes) else str(source)
     with soundfile.SoundFile(encoded) as file:
         limit = min(max_seconds * file.samplerate, max_bytes / 4)
         blocks, total, size = [], 0, max(1, 2**20 // file.channels)
         while total <= limit and len(block := file.read(size, dtype="float32", always_2d=True)):
             blocks.append(block.mean(axis=1))
             total += len(block)
-        seconds = total / max(1, file.samplerate)
-        if max_seconds * file.samplerate >= total > limit:
-            raise DataError(f"{name}: {seconds:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
-        return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate, seconds
+        rate, stated = file.samplerate, total * stated_bytes / there if there else file.frames
+        whole = file.format != "OGG" or (content[content.rfind(b"OggS") + 5 :] or b"\0")[0] & 4  # marks the last page
+    seconds = total / max(1, rate)
+    if max_seconds * rate >= total > limit:
+        raise DataError(f"{name}: {seconds:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
+    if total <= limit and (not whole or abs(stated - total) > rate / 20):
+        states = f"its header states {stated / rate:.2f} s" if whole else "its end is missing"
+        warnings.warn(f"{name}: damaged: {states}, {seconds:.2f} s are there; export it again.", DataWarning, 3)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate, seconds
 
 
-def _checked_size(path: str | Path, name: str, max_bytes: int = MAX_BYTES) -> Path:
+def _wav_lengths(content: bytes) -> tuple[bytes | None, int, int]:
+    """Of a WAV `(repaired, bytes of samples stated, bytes there)`; zeros for no WAV, or a stream of unknown length.
+
+    Repaired is a file that states less than there is, e.g. 0, as programs leave it that can't go back to the header.
+    """
+    at = 12
+    while content[:4] + content[8:12] == b"RIFFWAVE" and at + 8 < min(len(content), 2**20):
+        stated, there = int.from_bytes(content[at + 4 : at + 8], "little"), len(content) - at - 8
+        if content[at : at + 4] == b"data":
+            end = at + 8 + stated + stated % 2
+            if stated >= 2**31 - 2**10:
+                break
+            if stated < there - 8 and not content[end : end + 4].strip().isalnum():  # as chunks are named
+                return content[: at + 4] + b"\xff" * 4 + content[at + 8 :], stated, there
+            return None, max(stated, there), there
+        at += 8 + stated + stated % 2
+    return None, 0, 0
+
+
+def _checked_size(path: str | Path, name: str, max_bytes: int = MAX_BYTES, remedy: str = "cut the clip") -> Path:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{name}: no such file, or no ordinary one; correct the path.")
     if path.stat().st_size > max_bytes:
-        raise DataError(f"{name}: {path.stat().st_size} bytes are more than max_bytes={max_bytes}; cut the clip.")
+        raise DataError(f"{name}: {path.stat().st_size} bytes are more than max_bytes={max_bytes}; {remedy}.")
     return path
 
 
-def resample(wave: Wave, rate: int, new_rate: int, zeros: int = 24, rolloff: float = 0.945) -> Wave:
-    """Band-limited resampling of `[samples]`, by a polyphase windowed sinc.
-
-    Args:
-        zeros: zero crossings of the sinc on either side; more is sharper and slower.
-        rolloff: cut-off as a share of the lower Nyquist frequency.
-
-    Source: Smith, "Digital Audio Resampling"; Kaiser window, β = 14.77 (about 120 dB beyond the transition band).
-    """
+def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
+    """Band-limited resampling of `[samples]`, by a polyphase windowed sinc (Smith, "Digital Audio Resampling")."""
     if rate <= 0 or new_rate <= 0:
         raise DataError(f"Sampling rates must be positive, got {rate} and {new_rate} Hz.")
     if rate == new_rate:
         return wave
-    divisor = math.gcd(rate, new_rate)
-    up, down = new_rate // divisor, rate // divisor
-    if up * down > 2**22:  # rates with hardly a common divisor, e.g. 44,101 Hz: the kernels would take gigabytes
-        return _resample_directly(wave, up, down, zeros, rolloff)
-    kernels, width = _sinc_kernels(up, down, zeros, rolloff)
-    padded = torch.nn.functional.pad(torch.from_numpy(np.ascontiguousarray(wave))[None, None], (width, width + down))
-    # One strided convolution per output phase: [1, 1, samples] -> [1, up, frames] -> interleaved [frames * up]
-    out = torch.nn.functional.conv1d(padded, kernels, stride=down)[0].T.reshape(-1)
-    return out[: math.ceil(len(wave) * up / down)].numpy()
+    ratio = Fraction(new_rate, rate)
+    if ratio.numerator * ratio.denominator > 2**22:  # e.g. 44,101 Hz: the kernels would take gigabytes
+        ratio = ratio.limit_denominator(math.isqrt(2**22 * rate // new_rate))  # off by 0.02% at most
+    up, down = ratio.numerator, ratio.denominator
+    kernels, width = _sinc_kernels(up, down)
+    length = math.ceil(len(wave) * new_rate / rate)
+    frames = math.ceil(length / up)  # a frame: `down` samples in, `up` samples out
+    padded = np.pad(wave, (width, max(0, (frames + 1) * down - len(wave)) + width))
+    out, size = np.empty((frames, up), np.float32), max(1, 2**22 // (kernels.shape[-1] + up))
+    for start in range(0, frames, size):  # in blocks: an hour would take gigabytes
+        stop = min(start + size, frames)
+        block = torch.from_numpy(padded[start * down : (stop - 1) * down + kernels.shape[-1]])
+        # One strided convolution per output phase: [1, 1, samples] -> [1, up, frames]
+        out[start:stop] = torch.nn.functional.conv1d(block[None, None], kernels, stride=down)[0].T.numpy()
+    return out.reshape(-1)[:length]
 
 
 @lru_cache(maxsize=16)
-def _sinc_kernels(up: int, down: int, zeros: int, rolloff: float) -> tuple[Tensor, int]:
-    """Kernels `[up, 1, 2 * width + down]`: one windowed sinc for each output phase."""
-    cutoff = min(up, down) * rolloff / down  # in units of the source's Nyquist frequency
+def _sinc_kernels(up: int, down: int) -> tuple[Tensor, int]:
+    """Kernels `[up, 1, 2 * width + down]`: one windowed sinc for each output phase.
+
+    More zero crossings on either side are sharper and slower. Kaiser window, β = 14.77: about -120 dB.
+    """
+    zeros, cutoff = 24, 0.945 * min(up, down) / down  # cut-off in units of the source's Nyquist frequency
     width = math.ceil(zeros / cutoff)
     # Output phase p sits at source time p * down / up; tap k looks at source sample k - width.
-    time = torch.arange(-width, width + down, dtype=torch.float64) - torch.arange(up, dtype=torch.float64)[:, None] * (
-        down / up
-    )
-    return _windowed_sinc(time * cutoff, cutoff, zeros).float()[:, None], width
-
-
-def _windowed_sinc(position: Tensor, cutoff: float, zeros: int) -> Tensor:
+    phases = torch.arange(up, dtype=torch.float64)[:, None] * (down / up)
+    position = (torch.arange(-width, width + down, dtype=torch.float64) - phases) * cutoff
     beta = torch.tensor(14.769656459379492, dtype=torch.float64)
     window = torch.i0(beta * (1 - (position / zeros) ** 2).clamp(min=0).sqrt()) / torch.i0(beta)
-    return cutoff * torch.sinc(position) * window * (position.abs() <= zeros)
-
-
-def _resample_directly(wave: Wave, up: int, down: int, zeros: int, rolloff: float) -> Wave:
-    """The same without a table of kernels: each output sample's own, in bounded memory."""
-    cutoff = min(up, down) * rolloff / down
-    width = math.ceil(zeros / cutoff)
-    taps = torch.arange(2 * width + 1)
-    padded = torch.nn.functional.pad(torch.from_numpy(np.ascontiguousarray(wave)), (width, width + 1))
-    out = []
-    for t in torch.arange(math.ceil(len(wave) * up / down)).split(max(1, 2**20 // len(taps))):
-        nearest, phase = t * down // up, (t * down % up).double() / up
-        kernels = _windowed_sinc((taps - width - phase[:, None]) * cutoff, cutoff, zeros).float()  # [outputs, taps]
-        out.append((padded[nearest[:, None] + taps] * kernels).sum(1))
-    return torch.cat(out).numpy()
+    kernels = cutoff * torch.sinc(position) * window * (position.abs() <= zeros)
+    return kernels.float()[:, None], width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,21 +714,14 @@ def _resample_directly(wave: Wave, up: int, down: int, zeros: int, rolloff: floa
 def user_turn(example: Example, condition: str, instruction: str, refusal_prompt: str = "") -> str | None:
     """The text of the user's turn in a condition; `None` if the turn is audio alone.
 
-    Args:
-        instruction: goes with the audio (audio-text, text-content).
-        refusal_prompt: appended, to put the vanilla model into the refusal zone.
+    The instruction goes with the audio. The refusal prompt is appended, to put the vanilla model into the refusal zone.
     """
-    if condition == "audio-text":
-        text = instruction
-    elif condition == "text-only":
-        text = str(example.text)
-    elif condition == "text-content":
-        text = TEXT_CONTENT.format(question=str(example.text).rstrip(".?! "), instruction=instruction)
-    elif condition == "audio-only":
-        text = ""
-    else:
+    question = str(example.text)
+    content = TEXT_CONTENT.format(question=question.rstrip(".?! "), instruction=instruction)
+    texts = {"audio-text": instruction, "text-only": question, "audio-only": "", "text-content": content}
+    if condition not in texts:
         raise ValueError(f"Unknown condition {condition!r}; there are {CONDITIONS}.")
-    return " ".join(part for part in (text, refusal_prompt) if part) or None
+    return " ".join(part for part in (texts[condition], refusal_prompt) if part) or None
 
 
 # What differs between processors, as data.
@@ -674,7 +733,6 @@ TEMPLATES = {  # for processors whose checkpoints come without one
         "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
 }
-SECONDS = {"Gemma3nAudioFeatureExtractor": 30.0, "Gemma4AudioFeatureExtractor": 30.0}  # they cut silently beyond
 PACKAGES = {  # what processors import beyond our own requirements
     "torchvision": "torchvision pillow", "pil library": "pillow", "torchaudio": "torchaudio",
     "mistral": "'mistral-common[audio]'", "librosa": "librosa", "timm": "timm torchvision",
@@ -695,103 +753,153 @@ def needed_packages(what: str) -> Iterator[None]:
         raise ImportError(f"{what} needs more packages: pip install {' '.join(packages)}\n({error})") from error
 
 
+def control_tokens(processor: Any) -> list[str]:
+    """What a tokenizer or processor does not take as the letters it is written in: special tokens, placeholders."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
+    tokens |= {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
+    tokens |= {str(getattr(processor, name, None) or "") for name in dir(processor) if name.endswith("_token")}
+    return sorted((t for t in tokens if len(t) > 2), key=len, reverse=True)
+
+
+def as_letters(text: str, tokens: Iterable[str]) -> str:
+    """The text with a space put into each of `tokens`, so that nothing a user types acts as a control token."""
+    for token in tokens:
+        if token in text:
+            letters = f"{token[0]} {token[1:]}"
+            warnings.warn(f"{text[:60]!r} holds the control token {token!r}; read as {letters!r}.", DataWarning, 2)
+            text = text.replace(token, letters)
+    return text
+
+
 class Renderer:
     """Turns one user turn into the inputs of a Hugging Face processor's model: a single, unpadded prompt.
 
     Args:
         processor: the model's processor (or tokenizer, for a text-only model).
         system: a system prompt; `None` leaves it to the chat template.
+        template_kwargs: more arguments of the chat template, e.g. `{"enable_thinking": False}`.
 
     Raises:
         ValueError: no chat template anywhere.
     """
 
-    def __init__(self, processor: Any, system: str | None = None, template_kwargs: Any = None) -> None:
-        self.processor, self.system = processor, system
+    def __init__(
+        self, processor: Any, system: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.processor, self.system, self.template_kwargs = processor, system, dict(template_kwargs or {})
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        name = type(processor).__name__
-        self.template_only = name in TEMPLATE_ONLY
-        self.template = (
-            getattr(processor, "chat_template", None)
-            or getattr(self.tokenizer, "chat_template", None)
-            or TEMPLATES.get(name)
-        )
-        if not self.template and not self.template_only:
+        self.name, self.tokens = type(processor).__name__, control_tokens(processor)
+        found = (getattr(owner, "chat_template", None) for owner in (processor, self.tokenizer))
+        self.template: Any = next(filter(None, found), TEMPLATES.get(self.name))
+        if isinstance(self.template, Mapping):  # several, by name
+            self.template = self.template.get("default") or self.template
+            if not isinstance(self.template, str):
+                raise ValueError(
+                    f"Set processor.chat_template to one of {self.name}'s templates {list(self.template)}."
+                )
+        if not self.template and self.name not in TEMPLATE_ONLY:
             raise ValueError(
-                f"{type(processor).__name__} has no chat template, nor has its tokenizer; set processor.chat_template, "
+                f"{self.name} has no chat template, nor has its tokenizer; set processor.chat_template, "
                 "or pass build_inputs=your_function to RRS."
             )
-        extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
-        self.rate = int(getattr(extractor, "sampling_rate", 0) or 0)
-        # Length of one window, for extractors that have such.
-        self.seconds = float(getattr(extractor, "chunk_length", 0) or SECONDS.get(type(extractor).__name__, 0))
+        found = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
+        self.extractor: Any = next(filter(None, found), None)
+        self.rate = int(getattr(self.extractor, "sampling_rate", 0) or 0)
+        self.kept = self.rate  # samples of the longest clip of which the processor is known to keep all
+        self.window = math.inf  # samples after which it is known to cut
 
-    def __call__(self, text: str | None, wave: Wave | None) -> dict[str, Any]:
-        """Model inputs of one prompt, each tensor with a batch dimension of 1.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what a prompt looks like, for hashes and records."""
+        own = {name: getattr(self, name) for name in ("name", "template", "system", "template_kwargs")}
+        return {**own, "extractor": self.extractor.to_dict() if hasattr(self.extractor, "to_dict") else None}
 
-        Args:
-            text: the user's words, after the audio if there is any.
-            wave: mono float32 `[samples]` at `self.rate` Hz.
+    def __call__(self, text: str | None, wave: Wave | None, messages: Turns = ()) -> dict[str, Any]:
+        """Model inputs of one prompt, each tensor with a batch dimension of 1: earlier turns, then audio, then text.
+
+        `wave` is mono float32, `[samples]` at `self.rate` Hz.
         """
-        if wave is not None and not self.rate:
-            raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
-        with needed_packages(type(self.processor).__name__):
-            if self.template_only:
-                inputs = self.processor.apply_chat_template([self._messages(text, wave)])
+        if wave is None:
+            return self._inputs(text, None, messages)
+        if not self.rate:
+            raise ValueError(f"{self.name} takes no audio; use the condition text-only.")
+        inputs = self._inputs(text, wave, messages)
+        if len(wave) > self.kept:
+            self._check_kept(wave, inputs, lambda other: self._inputs(text, other, messages))
+        return inputs
+
+    def _check_kept(self, wave: Wave, inputs: Mapping[str, Tensor], make: Callable[[Wave], Any]) -> None:
+        """Raises if the end of a clip has no effect on the model's inputs: processors cut without a word."""
+
+        def counts(n: int) -> bool:
+            """Whether anything from sample `n` on reaches the model."""
+            other = wave.copy()
+            quiet = np.abs(wave[n:]).max() < 0.1
+            other[n:] = np.random.default_rng(0).uniform(-0.5, 0.5, len(wave) - n) if quiet else 0
+            changed = make(other)
+            return any(k not in changed or not torch.equal(v, changed[k]) for k, v in inputs.items())
+
+        low, high = 0, len(wave) - self.rate // 10  # what is cut but for a tenth of a second is not missed
+        if high < self.window and counts(high):
+            self.kept = len(wave)
+            return
+        while self.window > high and high - low > self.rate // 50:
+            middle = (low + high) // 2
+            low, high = (middle, high) if counts(middle) else (low, middle)
+        self.window = min(self.window, high)
+        long, first = len(wave) / self.rate, round(self.window / self.rate, 1)
+        raise DataError(f"The clip is {long:.2f} s long, but {self.name} keeps the first {first:.2f} s; split it.")
+
+    def _inputs(self, text: str | None, wave: Wave | None, turns: Turns) -> dict[str, Tensor]:
+        with needed_packages(self.name):
+            if self.name in TEMPLATE_ONLY:
+                chat = [self._messages(text, wave, turns)]
+                inputs = self.processor.apply_chat_template(chat, **self.template_kwargs)
             elif wave is None:
-                inputs = self.tokenizer(self._prompt(text, None), return_tensors="pt", add_special_tokens=False)
+                prompt = self._prompt(text, None, turns)
+                inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
             else:
                 inputs = self.processor(
-                    text=[self._prompt(text, wave)], audio=[wave], sampling_rate=self.rate, return_tensors="pt",
+                    text=[self._prompt(text, wave, turns)], audio=[wave], sampling_rate=self.rate, return_tensors="pt",
                     add_special_tokens=False,
                 )  # fmt: skip
-        longer = wave is not None and self.seconds and len(wave) > self.seconds * self.rate
-        if (
-            wave is not None and longer and len(inputs.get("input_features", ())) == 1
-        ):  # Whisper's extractor cuts without a word
-            raise DataError(
-                f"The clip is {len(wave) / self.rate:.2f} s long, but {type(self.processor).__name__} keeps the "
-                f"first {self.seconds:.2f} s; split it."
-            )
         return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
 
-    def _messages(self, text: str | None, wave: Wave | None, plain: bool = False) -> list[dict[str, Any]]:
-        """The chat; `plain`: contents are strings, as templates of text models want them."""
+    def _messages(self, text: str | None, wave: Wave | None, turns: Turns) -> list[dict[str, Any]]:
+        """The chat in the form of the chat templates: system prompt, earlier turns, and the user's."""
+        if self.system is not None and not any(role == "system" for role, _ in turns):
+            turns = (("system", self.system), *turns)
+        chat = [(role, [{"type": "text", "text": as_letters(words, self.tokens)}]) for role, words in turns]
         content: list[dict[str, Any]] = []
-        if wave is not None and self.template_only:
+        if wave is not None and self.name in TEMPLATE_ONLY:
             file = io.BytesIO()
             soundfile.write(file, wave, self.rate, format="WAV", subtype="FLOAT")
             content.append({"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()})
         elif wave is not None:
             content.append({"type": "audio", "audio": "clip"})
         if text:
-            content.append({"type": "text", "text": text})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
-        if plain:
-            messages = [{"role": m["role"], "content": "".join(c["text"] for c in m["content"])} for m in messages]
-        return messages
+            content.append({"type": "text", "text": as_letters(text, self.tokens)})
+        return [{"role": role, "content": content} for role, content in [*chat, ("user", content)]]
 
-    def _prompt(self, text: str | None, wave: Wave | None) -> str:
-        """The rendered chat; text and audio placeholder are verified to be in it."""
-        audio_token = getattr(self.processor, "audio_token", None)
-        wanted = {
-            "audio": audio_token if wave is not None and audio_token else "",
-            "text": text.strip() if text else "",
-        }
-        prompt = ""
+    def _prompt(self, text: str | None, wave: Wave | None, turns: Turns = ()) -> str:
+        """The rendered chat; texts and audio placeholder are verified to be in it."""
+        audio_token = getattr(self.processor, "audio_token", None) or ""
+        chat = self._messages(text, wave, turns)
+        plain = [{"role": m["role"], "content": "".join(c.get("text", "") for c in m["content"])} for m in chat]
+        wanted = [("audio", audio_token if wave is not None else "")]
+        wanted += [("text" if m["role"] == "user" else f"{m['role']} turn", m["content"].strip()) for m in plain]
         # Templates of text models know strings only, most of audio models both, a few lists only.
-        for plain in (True, False) if wave is None else (False,):
+        for messages in (plain, chat) if wave is None else (chat,):
             prompt = self.tokenizer.apply_chat_template(
-                self._messages(text, wave, plain),
-                chat_template=self.template, tokenize=False, add_generation_prompt=True, audio_token=audio_token,
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True,
+                audio_token=audio_token or None, **self.template_kwargs,
             )  # fmt: skip
-            lost = [what for what, part in wanted.items() if part not in prompt]
+            lost = [(what, part) for what, part in wanted if part not in prompt]
             if not lost:
                 return str(prompt)
         raise ValueError(
-            f"The chat template of {type(self.processor).__name__} drops the {' and the '.join(lost)}: "
-            f"{[wanted[what] for what in lost]} is not in {prompt!r}. Set processor.chat_template to the one of its "
+            f"The chat template of {self.name} drops the {' and the '.join(what for what, _ in lost)}: "
+            f"{[part for _, part in lost]} is not in {prompt!r}. Set processor.chat_template to the one of its "
             "model card, or pass build_inputs=your_function to RRS."
         )

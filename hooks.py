@@ -42,7 +42,7 @@ REFUSED = {
     "Qwen2_5OmniForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
     "Qwen3OmniMoeForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
 }
-# Wrappers, by the name of a class that theirs derive from: what is inside has to be given.
+# Classes that wrap a model, and what to pass instead.
 WRAPPERS = {
     "PeftModel": "model.merge_and_unload(), which keeps its adapter, or model.unload(), which drops it",
     "PeftMixedModel": "model.merge_and_unload(), which keeps its adapters, or model.unload(), which drops them",
@@ -57,16 +57,19 @@ NEEDS = {"VibeVoiceAsrForConditionalGeneration": "5.23"}
 
 @dataclass(frozen=True)
 class Location:
-    """The parts of a LALM that RRS needs, each with its dotted path in the model."""
+    """The parts of a LALM that RRS needs, each with its dotted path in the model.
+
+    Attributes:
+        decoder: the LLM without its head: embeddings in, final-norm output `[batch, length, hidden]` out.
+        layers: the decoder's blocks; LoRA touches linears below here and nothing else.
+        norm: the decoder's final norm.
+        head: the output embedding (`lm_head`).
+    """
 
     decoder: nn.Module
-    """The LLM without its head: embeddings in, final-norm output `[batch, length, hidden]` out."""
     layers: nn.ModuleList
-    """The decoder's blocks; LoRA touches linears below here and nothing else."""
     norm: nn.Module
-    """The decoder's final norm."""
     head: nn.Module
-    """The output embedding (`lm_head`), weight `[vocab, hidden]`."""
     decoder_path: str
     layers_path: str
     norm_path: str
@@ -91,79 +94,65 @@ def locate(
         decoder, norm, head: dotted paths, as in `model.named_modules()`.
 
     Raises:
-        ValueError: a part is missing or ambiguous, and the message lists the candidates and the argument that decides;
-            or the model is wrapped, by PEFT for example, and the message says how to unwrap it.
+        ValueError: a part is missing or ambiguous (the message lists the candidates and the argument that decides), or
+            the model is wrapped, e.g. by PEFT (the message says how to unwrap it).
         ImportError: the class needs a newer transformers.
     """
-    for kind in type(model).__mro__:
-        if inside := WRAPPERS.get(kind.__name__):
-            raise ValueError(f"The model is wrapped in a {kind.__name__}; pass {inside}.")
-    if reason := REFUSED.get(type(model).__name__):
-        raise ValueError(f"{type(model).__name__} is not supported: {reason}.")
-    if since := NEEDS.get(type(model).__name__):
-        require_version(f"transformers>={since}", f"RRS can't make {type(model).__name__} repeatable before.")
+    name = type(model).__name__
+    if wrapper := next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in WRAPPERS), None):
+        raise ValueError(f"The model is wrapped in a {wrapper}; pass {WRAPPERS[wrapper]}.")
+    if name in REFUSED:
+        raise ValueError(f"{name} is not supported: {REFUSED[name]}.")
+    if name in NEEDS:
+        require_version(f"transformers>={NEEDS[name]}", f"RRS can't make {name} repeatable before.")
     paths = {id(module): path for path, module in model.named_modules()}  # first name wins, as in state_dict
 
-    def given(path: str, argument: str) -> nn.Module:
+    def given(argument: str, path: str) -> nn.Module:
         try:
             return model.get_submodule(path)
         except AttributeError:
-            near = [p for p in paths.values() if p.rpartition(".")[2] == path.rpartition(".")[2]] or [
-                p for p in paths.values() if p and p.count(".") < 2
-            ]
-            raise ValueError(f"{argument}={path!r} is not a module of {type(model).__name__}; close: {near}") from None
+            same = [p for p in paths.values() if p.rpartition(".")[2] == path.rpartition(".")[2]]
+            near = same or [p for p in paths.values() if p and p.count(".") < 2]
+            raise ValueError(f"{argument}={path!r} is not a module of {name}; close: {near}") from None
 
     # Head: the matrix whose rows are the tokens' directions.
-    head_module = given(head, "head") if head else _ask(model, "get_output_embeddings")
-    if head_module is None:  # e.g. Nemotron-H-Omni: the head sits on the inner causal LM
-        named = [m for p, m in model.named_modules() if p.rpartition(".")[2] == "lm_head"]
-        if len(named) != 1:
-            found = [paths[id(m)] for m in named]
-            raise ValueError(
-                f"{type(model).__name__} names no output embedding"
-                + (f" and has several lm_heads: {found}." if found else " and has no lm_head.")
-                + " Load the class with a language-model head, or pass head='path.to.head'."
-            )
-        head_module = named[0]
-    weight = getattr(head_module, "weight", None)
-    if not isinstance(weight, Tensor) or id(head_module) not in paths:
-        raise ValueError(f"The head {head or type(head_module).__name__} has no weight matrix; pass head='path'.")
+    head_module = given("head", head) if head else _ask(model, "get_output_embeddings")
+    named = [p for p in paths.values() if p.rpartition(".")[2] == "lm_head"]
+    if head_module is None and len(named) == 1:  # e.g. Nemotron-H-Omni: the head sits on the inner causal LM
+        head_module = model.get_submodule(named[0])
+    if not isinstance(getattr(head_module, "weight", None), Tensor) or id(head_module) not in paths:
+        raise ValueError(
+            f"{name} names no output embedding with a weight matrix; modules called lm_head: {named}. "
+            "Load the class with a language-model head, or pass head='path.to.head'."
+        )
 
     # Decoder: what feeds the head.
-    decoder_module = given(decoder, "decoder") if decoder else _ask(model, "get_decoder")
+    decoder_module = given("decoder", decoder) if decoder else _ask(model, "get_decoder")
     while decoder is None and decoder_module is not None and any(m is head_module for m in decoder_module.modules()):
         inner = _ask(decoder_module, "get_decoder")  # a causal LM: step inside, the head is not part of the decoder
         decoder_module = None if inner is decoder_module else inner
     if decoder_module is None or id(decoder_module) not in paths:
         owners = [p for p, m in model.named_modules() if _children(m, LAYER_LISTS, nn.ModuleList)]
         raise ValueError(
-            f"{type(model).__name__} does not tell where its decoder is. Modules that own a list of blocks: {owners}. "
+            f"{name} does not tell where its decoder is. Modules that own a list of blocks: {owners}. "
             "Pass decoder='path' for the one that feeds the head."
         )
 
-    def only_child(names: Sequence[str], kind: type, what: str) -> nn.Module:
+    def only_child(names: Sequence[str], kind: type, what: str, then: str) -> Any:
         found = _children(decoder_module, names, kind)
         if len(found) != 1:
             raise ValueError(
                 f"{what} of {paths[id(decoder_module)]!r} ({type(decoder_module).__name__}): expected exactly one of "
-                f"{list(names)}, found {list(found)} among {[n for n, _ in decoder_module.named_children()]}. "
-                + ("Pass norm='path'." if kind is nn.Module else "Pass decoder='path' for the module that owns them.")
+                f"{list(names)}, found {list(found)} among {[n for n, _ in decoder_module.named_children()]}. {then}"
             )
         return next(iter(found.values()))
 
-    layers = only_child(LAYER_LISTS, nn.ModuleList, "The list of blocks")
-    norm_module = given(norm, "norm") if norm else only_child(FINAL_NORMS, nn.Module, "The final norm")
-    assert isinstance(layers, nn.ModuleList)
-    return Location(
-        decoder=decoder_module,
-        layers=layers,
-        norm=norm_module,
-        head=head_module,
-        decoder_path=paths[id(decoder_module)],
-        layers_path=paths[id(layers)],
-        norm_path=paths[id(norm_module)],
-        head_path=paths[id(head_module)],
+    layers = only_child(
+        LAYER_LISTS, nn.ModuleList, "The list of blocks", "Pass decoder='path' for the module that owns them."
     )
+    norm_module = given("norm", norm) if norm else only_child(FINAL_NORMS, nn.Module, "The norm", "Pass norm='path'.")
+    parts: list[Any] = [decoder_module, layers, norm_module, head_module]
+    return Location(*parts, *(paths[id(part)] for part in parts))
 
 
 def _ask(model: nn.Module, accessor: str) -> nn.Module | None:
@@ -180,37 +169,41 @@ def _children(module: nn.Module, names: Sequence[str], kind: type) -> dict[str, 
 
 ACTIVATIONS = ("inputs_embeds", "hidden_states", "input")  # keyword names of a module's main argument, asked first
 
-_CHANGES: WeakKeyDictionary[nn.Module, list[_Changes]] = WeakKeyDictionary()
+_CHANGES: WeakKeyDictionary[nn.Module, list[_Changes]] = WeakKeyDictionary()  # that are on a model now
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
+@dataclass(eq=False)
 class _Changes:
-    """What one `with` changes on a model. Its end undoes it; where Ctrl-C cuts that short, the next use does."""
+    """What one `with` has changed on a model."""
 
-    def __init__(self, model: nn.Module, by_position: bool = False) -> None:
-        """`by_position`: what it does depends on a token's place, so passes must show whole prompts and their mask."""
-        self.model, self.by_position = model, by_position
-        self.over, self.undo = False, list[Callable[[], object]]()  # each may be called twice
+    by_position: bool  # does it depend on tokens' places? then passes must show whole prompts and their mask
+    undo: list[Callable[[], object]] = field(default_factory=list)  # each may be called twice
+    over: bool = False
 
-    def __enter__(self) -> _Changes:
-        if left := [changes for changes in _CHANGES.get(self.model, ()) if changes.over]:
-            for changes in left:
-                changes.__exit__()
-            message = "An interrupt had left hooks or flags of RRS on the model; they are taken back now."
-            warnings.warn(message, stacklevel=4)
-        _CHANGES.setdefault(self.model, []).append(self)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.over = True
-        for undo in reversed(self.undo):
+@contextmanager
+def _changes(model: nn.Module, by_position: bool = False) -> Iterator[_Changes]:
+    """Changes on a model, undone at the end of the `with`; where Ctrl-C cuts that short, the next use does it."""
+    here, changes = _CHANGES.setdefault(model, []), _Changes(by_position)
+    for left in [other for other in here if other.over]:
+        for undo in reversed(left.undo):
             undo()
-        _CHANGES[self.model].remove(self)
+        here.remove(left)
+        warnings.warn("An interrupt had left hooks or flags of RRS on the model; taken back now.", stacklevel=5)
+    try:
+        here.append(changes)
+        yield changes
+    finally:
+        changes.over = True  # first, and no call: nothing can come in between
+        for undo in reversed(changes.undo):
+            undo()
+        here[:] = [other for other in here if other is not changes]
 
 
 def lock(model: nn.Module) -> threading.RLock:
-    """The model's lock: `with lock(model):` keeps other threads from changing it meanwhile. It may be taken again."""
+    """The model's lock, to be used as `with lock(model):`; the thread that has it may take it again."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
 
@@ -218,7 +211,7 @@ def lock(model: nn.Module) -> threading.RLock:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients inside the `with`; every flag is as it was afterwards."""
-    with _Changes(model) as changes:
+    with _changes(model) as changes:
         changes.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
         changes.undo += [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
         model.eval().requires_grad_(False)
@@ -241,7 +234,7 @@ def capture(
     where: Literal["input", "output"] = "output",
     position: int | slice | None = None,
     stop: bool = False,
-    before_steering: bool = False,
+    first: bool = False,
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Record what goes into or comes out of modules during every forward pass inside the `with`.
 
@@ -254,7 +247,7 @@ def capture(
         position: keep `tensor[:, position]` only; `None` keeps all positions.
         stop: end the pass once every module in `modules` has been recorded. The statement that runs the model is the
             last one of the `with` body that is executed.
-        before_steering: record the tensors before the hooks that are there already, e.g. those of `steer`.
+        first: record before the hooks that are there already, e.g. those of `steer`, change anything.
 
     Yields:
         `{path: [one tensor per forward pass]}`, still attached to the autograd graph. Run `backward()` inside the
@@ -283,20 +276,17 @@ def capture(
     def keep_input(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
 
-    def keep_output(path: str, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def keep_output(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
         keep(path, output)
 
     try:
-        with _Changes(model) as changes:
+        with _changes(model) as changes:
             for path in paths:
                 if where == "input":
-                    handle = known[path].register_forward_pre_hook(
-                        partial(keep_input, path), with_kwargs=True, prepend=before_steering
-                    )
+                    hook: Any = partial(keep_input, path)
+                    handle = known[path].register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
                 else:
-                    handle = known[path].register_forward_hook(
-                        partial(keep_output, path), with_kwargs=True, prepend=before_steering
-                    )
+                    handle = known[path].register_forward_hook(partial(keep_output, path), prepend=first)
                 changes.undo.append(handle.remove)
             yield record
     except _Stop as error:
@@ -309,10 +299,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
 
 
@@ -330,37 +318,37 @@ def steer(
 
     Args:
         model: the model.
-        vector: `[hidden]`, added to the hidden states `[batch, length, hidden]`; or a function that gives the new ones,
-            e.g. `lambda h: h - (h @ v)[..., None] * v` to take a unit direction out.
+        vector: `[hidden]`, added to hidden states `[batch, length, hidden]`; or a function from old to new ones, e.g.
+            `lambda h: h - (h @ v)[..., None] * v` to take a unit direction out.
         layer: a decoder block by number (its output; -1 is the last), a module by its path (its output), or `None` for
             what the head multiplies.
-        position: tokens of the prompt, as in `prompt[position]`, padding not counted; tokens that are generated stay.
-            `None` moves all of them, generated ones too.
+        position: tokens of the prompt, as in `prompt[position]`, padding not counted; generated ones stay. `None` moves
+            all tokens, generated ones too.
         scale: factor of the vector, or of the change that the function makes.
         location: of a model that `locate` needs help with.
 
     Raises:
-        ValueError: no such layer, a vector of another size, or a position with `layer=None`: the head need not see
-            whole prompts.
+        ValueError: no such layer; a vector of another size; a position without a layer.
     """
     where = location or locate(model)
-    blocks = dict(enumerate(where.layers)) | {i - len(where.layers): b for i, b in enumerate(where.layers)}
-    named: dict[Any, nn.Module] = {**blocks, **dict(model.named_modules()), None: where.head}
-    if layer not in named:
-        raise ValueError(f"layer={layer!r} is neither a block (there are {len(where.layers)}) nor a module's path.")
+    try:
+        block = model.get_submodule(layer) if isinstance(layer, str) else where.layers[layer or 0]
+    except (AttributeError, IndexError):
+        message = f"layer={layer!r} is neither a block (there are {len(where.layers)}) nor a module's path."
+        raise ValueError(message) from None
     if position is not None and layer is None:
-        raise ValueError("position= needs layer=; of many prompts the head sees the last token only.")
+        raise ValueError("position= needs layer=; the head need not see more than the last token.")
     hidden = where.head_weight.shape[1:]
     if isinstance(vector, Tensor) and not isinstance(layer, str) and vector.shape != hidden:
         raise ValueError(f"The vector {list(vector.shape)} must be [hidden] = {list(hidden)}.")
-    masks: list[Tensor | None] = [None]  # of the pass that is running
+    mask: list[Any] = []  # of the pass that is running
 
     def note_mask(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        masks[0] = kwargs.get("attention_mask")
+        mask[:] = [kwargs.get("attention_mask")]
 
     def moved(h: Tensor) -> Tensor:
         new = h + (scale * (vector if isinstance(vector, Tensor) else vector(h) - h)).to(h)
-        return new if position is None else torch.where(_chosen(position, h, masks[0])[..., None], new, h)
+        return new if position is None else torch.where(_of_prompts(h, mask[0], position), new, h)
 
     def move_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (moved(args[0]), *args[1:])
@@ -368,24 +356,24 @@ def steer(
     def move_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         return moved(output) if isinstance(output, Tensor) else (moved(output[0]), *output[1:])
 
-    with _Changes(model, by_position=position is not None) as changes:
+    with _changes(model, by_position=position is not None) as changes:
         if position is not None:
             handle = where.decoder.register_forward_pre_hook(note_mask, with_kwargs=True)
             changes.undo.append(handle.remove)
         if layer is None:
             changes.undo.append(where.head.register_forward_pre_hook(move_input).remove)
         else:
-            changes.undo.append(named[layer].register_forward_hook(move_output).remove)
+            changes.undo.append(block.register_forward_hook(move_output).remove)
         yield
 
 
-def _chosen(position: int | slice, h: Tensor, mask: Any) -> Tensor:
-    """Which positions `[batch, length]` of hidden states `[…, batch, length, hidden]` are those of the prompts."""
+def _of_prompts(h: Tensor, mask: Any, position: int | slice) -> Tensor:
+    """Where hidden states `[…, batch, length, hidden]` are at a position of their prompts: `[batch, length, 1]`."""
     batch, length = h.shape[-3:-1]
-    chosen = torch.zeros(batch, length, dtype=torch.bool)
+    chosen = torch.zeros(batch, length, 1, dtype=torch.bool)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        mask = torch.ones(batch, length if length > 1 else 0)  # nothing is padded; one token is one that is generated
-    if mask.shape[1] == length:  # else the tokens before are in a cache, and these are generated
+        mask = torch.ones(batch, length if length > 1 else 0)  # nothing is padded; a single token is a generated one
+    if mask.shape[1] == length:  # else the prompts are in a cache, and these tokens are generated
         for row, real in zip(chosen, mask.cpu().bool(), strict=True):
             row[real.nonzero().flatten()[position]] = True
     return chosen.to(h.device)
@@ -393,7 +381,6 @@ def _chosen(position: int | slice, h: Tensor, mask: Any) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay: the frozen audio tower runs once per clip, the decoder as often as training needs
-
 
 # What differs between model classes, as data.
 PER_TOKEN = ("per_layer_inputs",)  # decoder arguments that follow from the token ids (Gemma 3n, Gemma 4)
@@ -414,18 +401,21 @@ READS_PROMPT: dict[str, Any] = {
 
 @dataclass(eq=False)
 class Prompt:
-    """One prompt as the decoder sees it: token ids, and rows that replace their embeddings where the audio is."""
+    """One prompt as the decoder sees it: token ids, and rows that replace their embeddings where the audio is.
+
+    Attributes:
+        ids: token ids `[length]`, on the CPU; placeholders at the audio positions.
+        rows: decoder-input rows `[n, hidden]` that are no token embeddings: the projected audio. Prompts share them.
+        start: position of the first row.
+        audio: whether the prompt has audio.
+        make: makes the model's own inputs, where the full model has to run; `None` if the ids are all there is.
+    """
 
     ids: Tensor
-    """Token ids `[length]`, on the CPU; placeholders at the audio positions."""
     rows: Tensor | None = None
-    """Decoder-input rows `[n, hidden]` that are no token embeddings: the projected audio. Shared between prompts."""
     start: int = 0
-    """Position of the first row."""
     audio: bool = False
-    """Whether the prompt has audio."""
     make: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
-    """Makes the model's own inputs, where the full model has to run; `None`: the ids are all there is."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -464,7 +454,7 @@ class Reader:
         self,
         model: nn.Module,
         location: Location,
-        render: Callable[[str | None, Any], dict[str, Any]],
+        render: Callable[..., dict[str, Any]],
         max_tokens: int = 8192,
     ) -> None:
         if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
@@ -475,13 +465,13 @@ class Reader:
         self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts, see `check`
         self.from_embeddings = True  # may generate() start from embeddings?
-        self.share_prefix = True
+        self.share_prefix = True  # may prompts of a batch share what they begin with?
         self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head
-        self.logit_scale = 1.0  # and what the head gives, on its way to the softmax; see `_logit_scale`
+        self.logit_scale = 1.0  # what it multiplies the head's output with; see `_logit_scale`
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
-        self._frames: dict[str | None, tuple[Tensor, Tensor]] = {}  # instruction -> ids before, ids after the audio
-        self._composes = True  # are the ids around the audio those of the instruction, whatever the clip?
+        self._frames: dict[Any, tuple[Tensor, Tensor]] = {}  # text and turns -> ids before, ids after the audio
+        self._composes = True  # is every prompt its clip and its frame, put together?
 
     @property
     def device(self) -> torch.device:
@@ -493,177 +483,6 @@ class Reader:
         """Of the decoder's activations (and of its weights, unless they are quantised)."""
         return next(p.dtype for p in self.location.decoder.parameters() if p.is_floating_point())
 
-    @torch.no_grad()
-    def read(self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None) -> Prompt:
-        """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text.
-
-        Args:
-            text: the text of the turn; `None` for audio alone.
-            clip: `(key, load)`: a key that is equal for equal clips, and a function that returns the waveform
-                (float32 `[samples]` at the processor's rate). The clip is loaded and encoded once per key; with every
-                further text only token ids are put together, since neither tower nor projector sees the text.
-        """
-        if clip is None:
-            return self._run(text, None)
-        key, load = clip
-        if self._composes and key in self._clips and text in self._frames and self.exact is not False:
-            before, after = self._frames[text]
-            ids, rows = self._clips[key]
-            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, lambda: self._inputs(text, load()))
-        prompt = self._run(text, load)
-        if prompt.rows is None:
-            return prompt
-        end = prompt.start + len(prompt.rows)
-        frame = self._frames.setdefault(text, (prompt.ids[: prompt.start], prompt.ids[end:]))
-        ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows.clone()))
-        same_rows = self._close(rows, prompt.rows)
-        if not same_rows or not torch.equal(torch.cat([frame[0], ids, frame[1]]), prompt.ids):
-            # The ids around the audio depend on the clip, or the projected audio on the text.
-            self._composes = False
-        return replace(prompt, rows=rows if same_rows else prompt.rows.clone())
-
-    def _inputs(self, text: str | None, wave: Any) -> dict[str, Any]:
-        """The model's own inputs of one prompt, on its device and in its dtype."""
-        return self._on_device({**self.render(text, wave), **FIXED_INPUTS.get(type(self.model).__name__, {})})
-
-    def _on_device(self, value: Any) -> Any:
-        """Tensors on the model's device, floating ones in its dtype, also those in mappings."""
-        if isinstance(value, Mapping):
-            return {k: self._on_device(v) for k, v in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
-
-    def _run(self, text: str | None, load: Callable[[], Any] | None) -> Prompt:
-        """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
-
-        def make() -> dict[str, Any]:
-            return self._inputs(text, load and load())
-
-        inputs, audio = make(), load is not None
-        ids = inputs["input_ids"][0].cpu()
-        prompt, first = Prompt(ids, audio=audio, make=make), self.exact is None
-        if first:
-            self.logit_scale = self._logit_scale(inputs, audio)
-        if first and not all(_accepts(self.location.decoder, name) for name in ("inputs_embeds", "use_cache")):
-            self._fall_back("its forward takes no inputs_embeds or use_cache")
-        if self.exact is False:
-            return prompt
-        if first or audio:
-            seen = self._decoder_inputs(inputs)
-            self._per_token = any(name in seen for name in PER_TOKEN)
-            embeds = seen["inputs_embeds"][0]  # [length, hidden]
-            if len(embeds) != len(ids):
-                self._fall_back(f"it sees {len(embeds)} positions for {len(ids)} token ids")
-                return prompt
-            if audio:
-                differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
-                if not len(differs):
-                    raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
-                start, end = int(differs[0]), int(differs[-1]) + 1
-                prompt = replace(prompt, rows=embeds[start:end], start=start)
-        if first or (audio and not self._clips):  # the first text and the first clip are checked
-            true = self._head_input(inputs, audio)[0, 0].float()
-            difference = self.check(prompt, true)
-            if difference > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache
-                self.share_prefix, self.scale = False, 1.0
-                difference = self.check(prompt, true)
-            if difference > self.tolerance:
-                self._fall_back(f"it is off by {difference:.1e}")
-                return replace(prompt, rows=None)
-            self.exact = True
-            self.from_embeddings = self.from_embeddings and self._generates_from_embeddings(prompt, true)
-        return prompt
-
-    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
-        seen: dict[str, Tensor] = {}
-        names, block, end = ("inputs_embeds", *PER_TOKEN), f"{self.location.layers_path}.0", _Stop()
-
-        def note(_module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
-            seen.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
-            if "inputs_embeds" in seen:
-                raise end
-
-        try:
-            # Given token ids, the decoder merges the audio inside, as Phi-4's: then its first block tells.
-            with _Changes(self.model) as changes, capture(self.model, block, where="input", stop=True) as record:
-                handle = self.location.decoder.register_forward_pre_hook(note, with_kwargs=True)
-                changes.undo.append(handle.remove)
-                self.model(**inputs)
-        except _Stop as error:
-            if error is not end:
-                raise
-        if "inputs_embeds" not in seen:
-            if not record[block]:
-                raise ValueError(f"{block} never ran in a forward pass; pass decoder='path' of the one that does.")
-            seen["inputs_embeds"] = record[block][0]
-        return seen
-
-    def _fall_back(self, why: str) -> None:
-        self.exact = False
-        warnings.warn(
-            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
-            "for every prompt instead: correct, but slower.",
-            stacklevel=5,
-        )
-
-    def _head_input(self, inputs: Mapping[str, Any], audio: bool, last: int = 1) -> Tensor:
-        """`[batch, last, hidden]`: what the head multiplies at the last positions when the whole model runs."""
-        path, end = self.location.head_path, slice(-last, None)
-        with (
-            self.own_lora(audio),
-            capture(self.model, path, where="input", position=end, stop=True, before_steering=True) as record,
-        ):
-            self.model(**inputs)
-        return record[path][0]
-
-    def _logit_scale(self, inputs: Mapping[str, Any], audio: bool) -> float:
-        """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 where it does nothing of
-        the kind, and for a soft cap, which leaves small logits as they are."""
-        known, path = inspect.signature(self.model.forward).parameters, self.location.head_path
-        few = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        with self.own_lora(audio), capture(self.model, path, position=slice(-1, None)) as record:
-            logits = getattr(self.model(**inputs, **few), "logits", None)
-        head = record[path][0][0, -1].float()
-        if not isinstance(logits, Tensor) or logits.shape[-1:] != head.shape:
-            return 1.0
-        true = logits[0, -1].float()
-        factor = float(true @ head / (head @ head))
-        return factor if factor > 0 and abs(factor - 1) > self.tolerance and self._close(factor * head, true) else 1.0
-
-    @property
-    def logit_weight(self) -> Tensor:
-        """The matrix `[vocab, hidden]` that gives the logits: the head's, times `logit_scale`."""
-        weight = self.location.head_weight
-        return weight if self.logit_scale == 1 else weight * self.logit_scale
-
-    def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
-        """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.
-
-        Args:
-            vanilla: past all hooks on the head, such as steering ones.
-        """
-        head = self.location.head.forward if vanilla else self.location.head
-        logits = head(h.to(self.device, self.dtype)).float()
-        return logits if self.logit_scale == 1 else logits * self.logit_scale
-
-    @contextmanager
-    def own_lora(self, audio: bool) -> Iterator[None]:
-        """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
-        layers: list[Any] = []
-        if type(self.model).__name__ in OWN_AUDIO_LORA:
-            layers = [m for m in self.model.modules() if hasattr(m, "lora_A") and hasattr(m, "enable_adapters")]
-        flags = [partial(p.requires_grad_, p.requires_grad) for layer in layers for p in layer.parameters()]
-        with _Changes(self.model) as changes:
-            changes.undo += flags  # PEFT sets these as well; undone last
-            changes.undo += [partial(layer.enable_adapters, not layer.disable_adapters) for layer in layers]
-            for layer in layers:
-                layer.enable_adapters(audio)
-            for restore in flags:
-                restore()
-            yield
-
     @property
     def tolerance(self) -> float:
         """Largest relative difference between replay and full forward that is rounding: 1e-4 in float32, 0.05 else."""
@@ -671,6 +490,136 @@ class Reader:
 
     def _close(self, a: Tensor, b: Tensor) -> bool:
         return a.shape == b.shape and bool((a - b).abs().max() <= self.tolerance * b.abs().max())
+
+    # -- from text and audio to what the decoder sees -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(
+        self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None, turns: tuple[Any, ...] = ()
+    ) -> Prompt:
+        """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text.
+
+        Args:
+            text: the text of the turn; `None` for audio alone.
+            clip: `(key, load)`: a key that is equal for equal clips, and a function that returns the waveform
+                (float32 `[samples]` at the processor's rate). The clip is loaded and encoded once per key; with every
+                further text only token ids are put together, since neither tower nor projector sees the text.
+            turns: earlier ones of the conversation; `render` gets them as a third argument, if there are any.
+
+        Raises:
+            EmptyClip: the clip gives no audio token.
+        """
+        if clip is None:
+            return self._run(text, None, turns)
+        (key, load), frame = clip, (text, turns)
+        if self._composes and key in self._clips and frame in self._frames and self.exact is not False:
+            (before, after), (ids, rows) = self._frames[frame], self._clips[key]
+            whole = torch.cat([before, ids, after])
+            return Prompt(whole, rows, len(before), True, lambda: self._inputs(text, load(), turns))
+        prompt = self._run(text, load, turns)
+        if prompt.rows is None:
+            return prompt
+        end = prompt.start + len(prompt.rows)
+        before, after = self._frames.setdefault(frame, (prompt.ids[: prompt.start], prompt.ids[end:]))
+        ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows.clone()))
+        same_rows = self._close(rows, prompt.rows)
+        if not same_rows or not torch.equal(torch.cat([before, ids, after]), prompt.ids):
+            self._composes = False  # the ids around the audio depend on the clip, or the projected audio on the text
+        return replace(prompt, rows=rows if same_rows else prompt.rows.clone())
+
+    def _inputs(self, text: str | None, wave: Any, turns: tuple[Any, ...] = ()) -> dict[str, Any]:
+        """The model's own inputs of one prompt, on its device and in its dtype."""
+        return self._on_device(
+            {**self.render(text, wave, *([turns] if turns else [])), **FIXED_INPUTS.get(type(self.model).__name__, {})}
+        )
+
+    def _on_device(self, value: Any) -> Any:
+        if isinstance(value, Mapping):  # also within inputs: first-generation Qwen-Audio's audio_info
+            return {k: self._on_device(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+    def _run(self, text: str | None, load: Callable[[], Any] | None, turns: tuple[Any, ...]) -> Prompt:
+        """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
+
+        def make() -> dict[str, Any]:
+            return self._inputs(text, load and load(), turns)
+
+        inputs, audio = make(), load is not None
+        ids = inputs["input_ids"][0].cpu()
+        prompt, begins = Prompt(ids, audio=audio, make=make), self.exact is None
+        if begins:
+            self.logit_scale = self._logit_scale(inputs, audio)
+            if not all(_accepts(self.location.decoder, name) for name in ("inputs_embeds", "use_cache")):
+                return self._fall_back(prompt, "its forward takes no inputs_embeds or use_cache")
+        if self.exact is False or not (begins or audio):
+            return prompt
+        seen = self._decoder_inputs(inputs)
+        self._per_token = any(name in seen for name in PER_TOKEN)
+        embeds = seen["inputs_embeds"][0]  # [length, hidden]
+        if len(embeds) != len(ids):
+            return self._fall_back(prompt, f"it sees {len(embeds)} positions for {len(ids)} token ids")
+        if audio:
+            differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).nonzero().flatten()
+            if not len(differs):
+                raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
+            start, end = int(differs[0]), int(differs[-1]) + 1
+            prompt = replace(prompt, rows=embeds[start:end], start=start)
+        if begins or not self._clips:  # the first text and the first clip are checked
+            true = self._head_input(inputs, audio)[0, 0].float()
+            difference = self.check(prompt, true)
+            if difference > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache
+                self.share_prefix, self.scale = False, 1.0
+                difference = self.check(prompt, true)
+            if difference > self.tolerance:
+                return self._fall_back(replace(prompt, rows=None), f"it is off by {difference:.1e}")
+            self.exact = True
+            self.from_embeddings = self.from_embeddings and self._generates_from_embeddings(prompt, true)
+        return prompt
+
+    def _fall_back(self, prompt: Prompt, why: str) -> Prompt:
+        self.exact = False
+        warnings.warn(
+            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
+            "for every prompt instead: correct, but slower.",
+            stacklevel=5,
+        )
+        return prompt
+
+    def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
+        seen: dict[str, Tensor] = {}
+        block, end = self.location.layers[0], _Stop()
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if module is block:  # given token ids, the decoder merges the audio inside, as Phi-4's
+                kwargs = {"inputs_embeds": next(_tensors((*args, kwargs)))}
+            names = ("inputs_embeds", *PER_TOKEN)
+            seen.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+            if "inputs_embeds" in seen:
+                raise end
+
+        try:
+            with _changes(self.model) as changes:
+                for module in (self.location.decoder, block):
+                    changes.undo.append(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+                self.model(**inputs)
+        except _Stop as error:
+            if error is not end:
+                raise
+        if "inputs_embeds" not in seen:
+            path = f"{self.location.layers_path}.0"
+            raise ValueError(f"{path} never ran in a forward pass; pass decoder='path' of the one that does.")
+        return seen
+
+    def _head_input(self, inputs: Mapping[str, Any], audio: bool, last: int = 1) -> Tensor:
+        """`[batch, last, hidden]`: what the head multiplies at the last positions when the whole model runs."""
+        path, at = self.location.head_path, slice(-last, None)
+        heads = capture(self.model, path, where="input", position=at, stop=True, first=True)
+        with self.own_lora(audio), heads as record:
+            self.model(**inputs)
+        return record[path][0]
 
     @torch.no_grad()
     def check(self, prompt: Prompt, true: Tensor) -> float:
@@ -694,6 +643,36 @@ class Reader:
         longer = prompt.extended([int(prompt.ids[-1])] * 3)
         return self._close(self._head_input(self.collate([longer, prompt]), prompt.audio)[1, 0].float(), true)
 
+    def _logit_scale(self, inputs: Mapping[str, Any], audio: bool) -> float:
+        """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 where it does nothing of
+        the kind, and for a soft cap, which leaves small logits as they are."""
+        known, path = inspect.signature(self.model.forward).parameters, self.location.head_path
+        few = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        with self.own_lora(audio), capture(self.model, path, position=slice(-1, None)) as record:
+            logits = getattr(self.model(**inputs, **few), "logits", None)
+        head = record[path][0][0, -1].float()
+        if not isinstance(logits, Tensor) or logits.shape[-1:] != head.shape:
+            return 1.0
+        true = logits[0, -1].float()
+        factor = float(true @ head / (head @ head))
+        return factor if factor > 0 and abs(factor - 1) > self.tolerance and self._close(factor * head, true) else 1.0
+
+    @contextmanager
+    def own_lora(self, audio: bool) -> Iterator[None]:
+        """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
+        layers: list[Any] = []
+        if type(self.model).__name__ in OWN_AUDIO_LORA:
+            layers = [m for m in self.model.modules() if hasattr(m, "lora_A") and hasattr(m, "enable_adapters")]
+        flags = [partial(p.requires_grad_, p.requires_grad) for layer in layers for p in layer.parameters()]
+        with _changes(self.model) as changes:
+            changes.undo += flags  # PEFT changes these as well; put back last
+            changes.undo += [partial(layer.enable_adapters, not layer.disable_adapters) for layer in layers]
+            for layer in layers:
+                layer.enable_adapters(audio)
+            for put_back in flags:
+                put_back()
+            yield
+
     @torch.no_grad()
     def _embed(self, ids: Tensor) -> dict[str, Tensor]:
         """Decoder inputs of token ids `[batch, length]`: `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN."""
@@ -711,58 +690,17 @@ class Reader:
             skip: leave out this many leading positions.
             side: where the padding goes; generation needs it on the left.
         """
-        ids, mask, offsets = _padded([prompt.ids[skip:] for prompt in prompts], side)
+        ids, mask, starts = _padded([prompt.ids[skip:] for prompt in prompts], side)
         mask = mask.to(self.device)
         inputs = self._embed(ids)
         embeds = inputs["inputs_embeds"] * mask.unsqueeze(-1)
-        for i, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True)):
+        for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             if prompt.rows is not None:
-                start = offset + prompt.start - skip
-                embeds[i, start : start + len(prompt.rows)] = prompt.rows.to(embeds)
+                at = start + prompt.start - skip
+                embeds[i, at : at + len(prompt.rows)] = prompt.rows.to(embeds)
         return {**inputs, "inputs_embeds": embeds, "attention_mask": mask}
 
-    def _one_by_one(self, settings: GenerationConfig) -> bool:
-        """Whether answers are the model's own only from its own inputs, a prompt at a time."""
-        if not (self.exact and self.from_embeddings):
-            return True
-        return any(getattr(settings, name, None) not in (None, neutral) for name, neutral in READS_PROMPT.items())
-
-    def generation_inputs(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
-        """What `model.generate` starts from, so that answers are the model's own. For `batches(prompts, settings)`.
-
-        With `input_ids` among them, generate() returns the prompts' ids in front of the new ones; else only these.
-        """
-        if self._one_by_one(settings):
-            (prompt,) = prompts
-            return self._on_device(prompt.inputs())
-        inputs: dict[str, Any] = self.collate(prompts)
-        if settings.repetition_penalty not in (None, 1.0):
-            # It looks at which ids there are: padding with an id of the prompt's own changes nothing.
-            inputs["input_ids"] = _padded([prompt.ids for prompt in prompts], "left")[0].to(self.device)
-        return inputs
-
-    @contextmanager
-    def _checkpointing(self) -> Iterator[bool]:
-        """Whether `model.gradient_checkpointing_enable()` acts in this pass.
-
-        Modules do so in training mode only: those that own the setting are in it meanwhile, their children, such as
-        dropouts, are not.
-        """
-        modules: list[Any] = []
-        if torch.is_grad_enabled():
-            modules = [m for m in self.location.decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-        for module in modules:
-            how = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(how, partial) and how.keywords.get("use_reentrant", True):
-                raise ValueError(
-                    "Reentrant gradient checkpointing loses the adapter's gradients; call "
-                    'model.gradient_checkpointing_enable({"use_reentrant": False}).'
-                )
-        with _Changes(self.model) as changes:
-            changes.undo += [partial(setattr, module, "training", module.training) for module in modules]
-            for module in modules:
-                module.training = True
-            yield bool(modules)
+    # -- from what the decoder sees to vectors ------------------------------------------------------------------------
 
     def _replay(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
         """The last `last` positions' vectors from cached decoder inputs; see `last_hidden`.
@@ -773,101 +711,119 @@ class Reader:
         """
         decoder, by_position = self.location.decoder, any(c.by_position for c in _CHANGES.get(self.model, ()))
         with self.own_lora(prompts[0].audio), self._checkpointing() as recomputes:
-            whole = by_position or recomputes or not self.share_prefix  # a recomputation has no cache
-            shared = 0 if whole else self._shared_prefix(prompts, last)
-            cache = self._prefix_cache(prompts, shared) if shared else None
-            shared = shared if cache is not None else 0
+            whole = by_position or recomputes or not self.share_prefix  # what is recomputed has no cache
+            shared, cache = self._prefix_cache(prompts, 0 if whole else self._shared_prefix(prompts, last))
             inputs: dict[str, Any] = self.collate(prompts, shared, side="right")
             if not by_position:
                 del inputs["attention_mask"]
             if cache is not None:
                 inputs[_cache_name(decoder)] = cache
-            with self._blocks(layers) as seen:
+            with self._blocks(layers) as hidden:
                 out = decoder(**inputs, use_cache=cache is not None)[0]
         lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
         ends = (lengths[:, None] + torch.arange(-last, 0)).clamp(min=0)
         rows = torch.arange(len(prompts))[:, None]
         if layers:
-            return torch.stack([h[rows, ends] for h in seen()], 2)
+            return torch.stack([h[rows, ends] for h in hidden()], 2)
         return out[rows, ends] if self.scale == 1 else out[rows, ends] * self.scale
 
-    @contextmanager
-    def _blocks(self, layers: bool) -> Iterator[Callable[[], list[Tensor]]]:
-        """Gives, after a pass, what went into the first block and what each block gave, `[batch, length, hidden]`."""
-        paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers))] if layers else []
-        before = capture(self.model, paths[:1], where="input")
-        with before as first, capture(self.model, paths) as outputs:
-            yield lambda: self._one_stream([first[paths[0]][-1], *(outputs[path][-1] for path in paths)])
-
-    def _one_stream(self, hidden: list[Tensor]) -> list[Tensor]:
-        if any(h.dim() != 3 for h in hidden):  # Gemma 3n
-            raise ValueError(
-                f"The blocks of {type(self.location.decoder).__name__} give {list(hidden[1].shape)}, several streams "
-                "instead of [batch, length, hidden]; use layers=False."
-            )
-        return hidden
-
-    def _prefix_cache(self, prompts: Sequence[Prompt], length: int) -> Cache | None:
-        """The key-value cache of the first `length` positions, which all prompts share, once for each of them; `None`,
-        and prefixes are not shared from then on, where it can't be repeated.
-        """
-        out = self.location.decoder(**self._embed(prompts[0].ids[None, :length]), use_cache=True)
-        cache = getattr(out, _cache_name(self.location.decoder), None)
-        # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
-        if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
-            self.share_prefix = False
-            return None
-        cache.batch_repeat_interleave(len(prompts))
-        return cache
+    def _full(self, prompt: Prompt, last: int, layers: bool) -> Tensor:
+        """One prompt's vectors where replay is not exact: the full model runs, unpadded."""
+        with self._checkpointing(), self._blocks(layers) as hidden:
+            h = self._head_input(self._on_device(prompt.inputs()), prompt.audio, last)
+        if layers:
+            h = torch.stack([each[:, -last:] for each in hidden()], 2)
+        return torch.cat([h[:, :1]] * (last - h.shape[1]) + [h], 1)
 
     @staticmethod
     def _shared_prefix(prompts: Sequence[Prompt], last: int) -> int:
         """How many leading token ids all prompts of a batch share; at least `last` positions stay for each prompt."""
         longest = max(0, min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts))
-        first = prompts[0].ids[:longest]
-        for prompt in prompts[1:]:
-            differs = (prompt.ids[: len(first)] != first).nonzero()
-            first = first[: int(differs[0])] if len(differs) else first
-        return len(first) if len(prompts) > 1 else 0
+        ids = torch.stack([p.ids[:longest] for p in prompts])
+        return int((ids == ids[0]).all(0).cumprod(0).sum()) if len(prompts) > 1 else 0
+
+    def _prefix_cache(self, prompts: Sequence[Prompt], length: int) -> tuple[int, Cache | None]:
+        """The key-value cache of the first `length` positions, which all prompts share, once for each of them; none,
+        and no more sharing from then on, where it can't be repeated."""
+        if not length:
+            return 0, None
+        out = self.location.decoder(**self._embed(prompts[0].ids[None, :length]), use_cache=True)
+        cache = getattr(out, _cache_name(self.location.decoder), None)
+        # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
+        if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
+            self.share_prefix = False
+            return 0, None
+        cache.batch_repeat_interleave(len(prompts))
+        return length, cache
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[bool]:
+        """Makes `model.gradient_checkpointing_enable()` act in the passes inside the `with`, and says whether it does.
+
+        Modules look at it in training mode only. Those that have the setting are in it meanwhile; their children, such
+        as dropouts, are not.
+        """
+        modules: list[Any] = []
+        if torch.is_grad_enabled():
+            modules = [m for m in self.location.decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+        functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
+        if any(isinstance(f, partial) and f.keywords.get("use_reentrant", True) for f in functions):
+            raise ValueError(
+                "Reentrant gradient checkpointing loses the adapter's gradients; call "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+        with _changes(self.model) as changes:
+            changes.undo += [partial(setattr, module, "training", module.training) for module in modules]
+            for module in modules:
+                module.training = True
+            yield bool(modules)
+
+    @contextmanager
+    def _blocks(self, wanted: bool) -> Iterator[Callable[[], list[Tensor]]]:
+        """Gives, after a pass, what went into the first block and what each block gave, `[batch, length, hidden]`."""
+        paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers))] if wanted else []
+
+        def hidden() -> list[Tensor]:
+            seen = [first[paths[0]][-1], *(outputs[path][-1] for path in paths)]
+            if any(h.dim() != 3 for h in seen):  # Gemma 3n
+                raise ValueError(
+                    f"Blocks of {type(self.location.decoder).__name__} give {list(seen[1].shape)}, several streams "
+                    "instead of [batch, length, hidden]; use layers=False."
+                )
+            return seen
+
+        with capture(self.model, paths[:1], where="input") as first, capture(self.model, paths) as outputs:
+            yield hidden
 
     def last_hidden(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
         """What the head multiplies at the last `last` positions of each prompt, `[batch, last, hidden]`.
 
-        One forward pass; gradients reach an attached `LoRA` if they are enabled. A prompt that is shorter
-        repeats its first position.
+        One forward pass; gradients reach an attached `LoRA` if they are enabled. A prompt with fewer positions repeats
+        its first one.
 
         Args:
             layers: `[batch, last, blocks + 1, hidden]` instead: what goes into the first block, then what each block
-                gives; the final norm is still to come.
+                gives, before the final norm.
         """
+        if self.exact is False:
+            return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
+        # Apart with audio and without: Granite Speech's own LoRA is on for the one and off for the other.
         kinds = [[i for i, p in enumerate(prompts) if p.audio is audio] for audio in (False, True)]
-        kinds = [kind for kind in kinds if kind]  # Granite Speech's own LoRA is on with audio and off without
-        if self.exact is not False:
-            rows = torch.cat([self._replay([prompts[i] for i in kind], last, layers) for kind in kinds])
-            return rows if len(kinds) == 1 else rows[torch.tensor([i for kind in kinds for i in kind]).argsort()]
-        return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
-
-    def _full(self, prompt: Prompt, last: int, layers: bool) -> Tensor:
-        """One prompt's vectors where replay is not exact: the full model runs, unpadded."""
-        inputs = self._on_device(prompt.inputs())
-        with self._checkpointing(), self._blocks(layers) as seen:
-            h = self._head_input(inputs, prompt.audio, last)
-        if layers:
-            h = torch.stack([each[:, -last:] for each in seen()], 2)
-        return torch.cat([h[:, :1]] * (last - h.shape[1]) + [h], 1)
+        rows = torch.cat([self._replay([prompts[i] for i in kind], last, layers) for kind in kinds if kind])
+        return rows if not all(kinds) else rows[torch.tensor([*kinds[0], *kinds[1]]).argsort()]
 
     def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> Iterator[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
         positions allow.
 
         Args:
-            settings: for answers by these settings; some can be had one by one only.
+            settings: of answers; some can be had one by one only, see `generation_inputs`.
         """
         single = settings is not None and self._one_by_one(settings)
         batch: list[int] = []
         for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
-            apart = batch and (single or prompts[i].audio != prompts[batch[-1]].audio)
-            if apart or (batch and (len(batch) + 1) * len(prompts[i]) > self.max_tokens):
+            full = (len(batch) + 1) * len(prompts[i]) > self.max_tokens
+            if batch and (single or full or prompts[i].audio != prompts[batch[-1]].audio):
                 yield batch
                 batch = []
             batch.append(i)
@@ -889,8 +845,8 @@ class Reader:
         Args:
             progress: called with the number of prompts done, batch by batch.
             last: the vectors of that many last positions instead, `[n, last, hidden]`.
-            layers: `[n, blocks + 1, hidden]` (with `last`, `[n, last, blocks + 1, hidden]`) instead: what goes into the
-                first block, then what each block gives; the final norm is still to come.
+            layers: what goes into the first block and what each block gives, before the final norm, instead:
+                `[n, blocks + 1, hidden]`, or with `last` `[n, last, blocks + 1, hidden]`.
         """
         shape = [len(self.location.layers) + 1] if layers else []
         out = torch.zeros(len(prompts), last or 1, *shape, self.location.head_weight.shape[1])
@@ -902,12 +858,50 @@ class Reader:
         all_reduce_sum([out])
         return out if last else out[:, 0]
 
+    # -- logits and answers -------------------------------------------------------------------------------------------
+
+    @property
+    def logit_weight(self) -> Tensor:
+        """The matrix `[vocab, hidden]` that gives the logits: the head's, times `logit_scale`."""
+        weight = self.location.head_weight
+        return weight if self.logit_scale == 1 else weight * self.logit_scale
+
+    def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
+        """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.
+
+        Args:
+            vanilla: past all hooks on the head, such as steering ones.
+        """
+        head = self.location.head.forward if vanilla else self.location.head
+        logits = head(h.to(self.device, self.dtype)).float()
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
+
+    def _one_by_one(self, settings: GenerationConfig) -> bool:
+        """Whether answers are the model's own only from its own inputs, a prompt at a time."""
+        reads = any(getattr(settings, name, None) not in (None, neutral) for name, neutral in READS_PROMPT.items())
+        return reads or not (self.exact and self.from_embeddings)
+
+    def generation_inputs(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
+        """What `model.generate` starts from, so that answers are the model's own; for prompts of one of the
+        `batches(prompts, settings)`.
+
+        If `input_ids` are among them, generate() returns the prompts' ids in front of the new ones, else these alone.
+        """
+        if self._one_by_one(settings):
+            (prompt,) = prompts
+            return dict(self._on_device(prompt.inputs()))
+        inputs: dict[str, Any] = self.collate(prompts)
+        if settings.repetition_penalty not in (None, 1.0):
+            # It looks at which ids there are; padding with one of the prompt's own changes nothing.
+            inputs["input_ids"] = _padded([prompt.ids for prompt in prompts], "left")[0].to(self.device)
+        return inputs
+
 
 def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, list[int]]:
     """Token ids `[batch, length]`, padded with each row's own first one, their mask, and where each row starts."""
     length = max(map(len, rows))
     starts = [length - len(row) if side == "left" else 0 for row in rows]
-    ids = torch.stack([row.new_full((length,), int(row[0])) for row in rows])
+    ids = torch.stack([row[:1].expand(length) for row in rows])
     mask = torch.zeros_like(ids)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         ids[i, start : start + len(row)] = row
@@ -971,13 +965,12 @@ class LoRA(nn.Module):
         self, model: nn.Module, paths: Sequence[str], *, r: int, alpha: float, dropout: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
-        if not math.isfinite(alpha / r):
-            raise ValueError(f"alpha={alpha} must be a finite number.")
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
         self._modules_by_path = {path: model.get_submodule(path) for path in paths}
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         self.key: tuple[int, ...] | None = None
         generator = torch.Generator().manual_seed(seed)
+        self._check_finite({})
         for path, module in self._modules_by_path.items():
             n_in, n_out = _features(path, module)
             bound = 1 / math.sqrt(n_in)  # kaiming_uniform with a = sqrt(5)
@@ -1044,10 +1037,8 @@ class LoRA(nn.Module):
         self._check_finite(self.tensors())
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
         inner = {path: getattr(module, "base_layer", module) for path, module in self._modules_by_path.items()}
-        for path, module in inner.items():
-            weight = weight_of(module)
-            if _is_packed(weight):
-                raise ValueError(f"{path} is quantised ({weight.dtype}); load the model unquantised to merge.")
+        if packed := [path for path, module in inner.items() if _is_packed(weight_of(module))]:
+            raise ValueError(f"{packed[0]} is quantised; load the model unquantised to merge.")
         for module, a, b in zip(inner.values(), self.A, self.B, strict=True):
             update = self.scale * (b @ a)
             weight = weight_of(module)
@@ -1055,40 +1046,39 @@ class LoRA(nn.Module):
             b.zero_()  # it is in the weights: after an error (memory, Ctrl-C) another merge() does the rest
         self.detach()
 
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """By PEFT's names, A before B."""
+        pairs = zip(self.paths, self.A, self.B, strict=True)
+        named = {path: {"A": a, "B": b} for path, a, b in pairs}
+        return {f"base_model.model.{path}.lora_{k}.weight": p for path, ab in named.items() for k, p in ab.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Weights by PEFT's names, `base_model.model.{path}.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`."""
-        named = {}
-        for path, a, b in zip(self.paths, self.A, self.B, strict=True):
-            named[f"base_model.model.{path}.lora_A.weight"] = a.detach().cpu().contiguous()
-            named[f"base_model.model.{path}.lora_B.weight"] = b.detach().cpu().contiguous()
-        return named
+        return {name: p.detach().cpu().contiguous() for name, p in self._parameters_by_name().items()}
 
     @torch.no_grad()
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Fills in weights under PEFT's names; every one must be there, finite, with its shape, and nothing else."""
-        own = self.tensors()
-        self._check_finite(named)
+        own = self._parameters_by_name()
         if missing := sorted(own.keys() ^ named.keys()):
             raise ValueError(
                 f"The adapter's weights do not fit this model: {missing[:4]} … ({len(missing)} names differ)"
             )
-        for path, a, b in zip(self.paths, self.A, self.B, strict=True):
-            for parameter, letter in ((a, "A"), (b, "B")):
-                value = named[f"base_model.model.{path}.lora_{letter}.weight"]
-                if value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{path}.lora_{letter}: the adapter has {list(value.shape)}, this model needs "
-                        f"{list(parameter.shape)}; it was made for another base."
-                    )
-                parameter.copy_(value)
+        for name, p in own.items():
+            if named[name].shape != p.shape:
+                raise ValueError(
+                    f"{name}: the adapter has {list(named[name].shape)}, this model needs {list(p.shape)}; it was made "
+                    "for another base."
+                )
+        self._check_finite(named)
+        for name, p in own.items():
+            p.copy_(named[name])
 
     def _check_finite(self, named: Mapping[str, Tensor]) -> None:
         if bad := [name for name, value in named.items() if not value.isfinite().all()]:
-            raise ValueError(
-                f"The adapter holds NaN or infinite numbers, in {bad[0]} and {len(bad) - 1} more; train anew."
-            )
+            raise ValueError(f"The adapter holds NaN or infinite numbers, in {bad[0]} and {len(bad) - 1} more.")
         if not math.isfinite(self.scale):
-            raise ValueError(f"The adapter's scale is {self.scale}; it must be finite.")
+            raise ValueError(f"The adapter's scale, alpha / r, is {self.scale}; it must be finite.")
 
 
 def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -1130,9 +1120,9 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
         if not known and not (name in MLP and expert_parameters(location)):
             unmatched.append(name)
     if unmatched:
+        where = location.layers_path
         raise ValueError(
-            f"target_modules {sorted(unmatched)} match no linear below {location.layers_path}; there are "
-            f"{sorted(present)}."
+            f"target_modules {sorted(unmatched)} match no linear below {where}; there are {sorted(present)}."
         )
     depth, (low, high) = len(location.layers), layers
     inside = {path for path in linears if low <= (int(path.partition(".")[0]) + 0.5) / depth <= high}
@@ -1211,15 +1201,10 @@ def connect() -> None:
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
             backend = f"cpu:gloo,{device}:{dist.Backend.default_device_backend_map[device]}"
         dist.init_process_group(backend)
-        atexit.register(_disconnect)
+        # before the interpreter goes: the group's threads could abort a process that is done
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if world() > 1 and "cpu" not in dist.get_backend_config():
         raise ValueError('The process group has no CPU backend; call dist.init_process_group("cpu:gloo,…") with it.')
-
-
-def _disconnect() -> None:
-    """Ends the process group before the interpreter goes: its threads could abort a process that is done."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world() -> int:

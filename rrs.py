@@ -40,10 +40,12 @@ __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 # isort: off
 from rrs.data import (
-    CONDITIONS, DataError, Example, Renderer, content_hash, load_examples, marks, needed_packages, shared, user_turn,
+    CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
+    needed_packages, shared, user_turn,
 )  # fmt: skip
 from rrs.evaluate import (
-    Answer, Judge, Rate, Report, answer_and_judge, auc, generate, generate_ids, judge_refusals,
+    AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
+    usefulness as measure_usefulness,
 )  # fmt: skip
 from rrs.hooks import (
     ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
@@ -761,6 +763,13 @@ class Calibration:
             lines.append(f"by answers, vanilla → *: {n} {said}")
         return "\n".join(lines)
 
+    def curve(self) -> list[dict[str, Any]]:
+        """The points as a `Report` draws them."""
+        return [
+            {"scale": p.scale, "chosen": p is self.chosen, "groups": {n: asdict(r) for n, r in p.groups.items()}}
+            for p in (self.vanilla, *self.points)
+        ]
+
 
 def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
     """Points of the curve, by scale: up from 0.5 while it pays, and below it while even that is beyond the budget."""
@@ -942,20 +951,6 @@ All of them, and the history, are in `rrs.json`.
 # The model at work
 
 
-def _any_examples(examples: Any) -> list[Example]:
-    """Examples of whatever a person would ask: a question, questions, a row, a clip, or what `load_examples` takes."""
-    if isinstance(examples, Mapping):
-        examples = [examples]
-    if isinstance(examples, str) and not os.path.exists(examples):
-        examples = [examples]
-    if isinstance(examples, (str, Path)) and Path(examples).suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
-        examples = [{"audio": str(Path(examples).resolve())}]
-        return load_examples(examples, allow_outside=True)
-    if isinstance(examples, Sequence) and not isinstance(examples, str):
-        examples = [{"text": e} if isinstance(e, str) else e for e in examples]
-    return load_examples(examples)
-
-
 class Runner:
     """A model and its processor as RRS uses them: prompts in, vectors and answers out, with the adapter or without.
 
@@ -996,6 +991,7 @@ class Runner:
         self.verbose, self.template_kwargs = verbose and rank() == 0, dict(template_kwargs or {})
         self.location = locate(model, decoder=decoder, norm=norm, head=head)
         self.render = build_inputs or Renderer(processor, self.config.system, self.template_kwargs)
+        self._control = control_tokens(processor) if build_inputs else []  # what no user's text may hold
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = Reader(model, self.location, self.render)
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
@@ -1027,14 +1023,16 @@ class Runner:
             refusal_prompt: append `config.refusal_prompt`.
         """
         added = self.config.refusal_prompt if refusal_prompt else ""
-        text = user_turn(example, condition, instruction or self.config.instruction, added)
+        text, turns = user_turn(example, condition, instruction or self.config.instruction, added), example.messages
+        if text and self._control:  # the chat template's renderer sees to it itself
+            text = as_letters(text, self._control)
         if condition.startswith("text"):
-            return self.reader.read(text)
+            return self.reader.read(text, turns=turns)
         (key, load), rate = example.clip, getattr(self.render, "rate", 16000)
         if not rate:
             raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
         try:
-            return self.reader.read(text, (key, lambda: load(rate)))
+            return self.reader.read(text, (key, lambda: load(rate)), turns)
         except EmptyClip as error:
             raise DataError(f"{example.id}: {error}.") from None
 
@@ -1094,7 +1092,7 @@ class Runner:
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
-        examples = _any_examples(examples)
+        examples = load_examples(examples)
         if condition is None:
             condition = next(
                 (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
@@ -1112,14 +1110,14 @@ class Runner:
         conditions: Sequence[str],
         judge: Judge | None,
         max_new_tokens: int,
-    ) -> list[Answer]:
+    ) -> Report:
         """Judged answers of the model as it is now."""
 
         def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
             return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
 
         with self._running():
-            return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals).answers
+            return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals)
 
     def _refused(self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False) -> Rate:
         """How many examples the vanilla model refuses, by answers of 24 tokens."""
@@ -1212,10 +1210,8 @@ class Runner:
         """The examples, if each has what the condition needs; those that lack it are named."""
         if condition not in CONDITIONS:
             raise ValueError(f"condition={condition!r} is unknown; choose from {CONDITIONS}.")
-        if lacking := [e.id for e in examples if not e.has(condition)]:
-            raise ValueError(
-                f"{condition}: {len(lacking)} of {len(examples)} examples lack what it needs: {lacking[:8]}."
-            )
+        if said := lacking(examples, condition):
+            raise ValueError(f"{said}.")
         if not examples:
             raise ValueError(f"{condition}: there is no example.")
         return list(examples)
@@ -1308,7 +1304,13 @@ class RRS(Runner):
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     def extract(
-        self, examples: Any, condition: str, *, refusal_prompt: bool = False, all_layers: bool = False
+        self,
+        examples: Any,
+        condition: str,
+        *,
+        refusal_prompt: bool = False,
+        all_layers: bool = False,
+        vanilla: bool = True,
     ) -> Tensor:
         """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
 
@@ -1319,12 +1321,13 @@ class RRS(Runner):
             condition: one of `rrs.data.CONDITIONS`.
             refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
             all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
+            vanilla: without the adapter; False leaves it as it is.
 
         Raises:
             ValueError: an example lacks what the condition needs; the model gives NaN.
         """
         examples = self._usable(load_examples(examples), condition)
-        with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
+        with self._running(vanilla), self._bar(len(examples), f"extract {condition}") as bar:
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
             return self._finite(self.reader.represent(prompts, bar.update, layers=all_layers), condition)
 
@@ -1577,7 +1580,7 @@ class RRS(Runner):
         data: dict[str, Any] = {}
         for condition, label in dict.fromkeys((i.condition, i.example.label) for i in items):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
-            data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side)}
+            data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
@@ -1787,9 +1790,8 @@ class RRS(Runner):
         def excess(point: Point) -> float:
             """Judges answers at a point; by how much they are beyond the budget."""
             lora.scale = point.scale * present
-            rows = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = {g: Rate.of(a.verdict in a.declined for a in rows if a.group == g) for g in some}
-            point.answers["degenerate"] = Rate.of(a.verdict in ("degenerate", "incomplete") for a in rows)
+            report = self._judged(some, conditions, judge, max_new_tokens)
+            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
             return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
 
         try:
@@ -1821,7 +1823,91 @@ class RRS(Runner):
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
 
-    # EVALUATE
+    def evaluate(
+        self,
+        examples: Any,
+        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
+        *,
+        judge: Judge = judge_refusals,
+        max_new_tokens: int = 64,
+        prefix: str = "",
+        stages: Mapping[str, Stage] | None = None,
+        cache: str | Path | None = None,
+        usefulness: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Report:
+        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
+
+        Args:
+            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
+            conditions: see `rrs.data.CONDITIONS`.
+            judge: `(prompts, responses) -> verdicts`.
+            max_new_tokens: per answer.
+            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
+                first token. Reported and judged is what the model adds to it.
+            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
+                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
+                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
+            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
+                it stopped, with the same result. Answers of anything else do not match and stay unused.
+            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
+                changed, see `Report.usefulness`; 0 skips it.
+            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
+        """
+        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
+        if stages is None:
+            stages = {"before": lambda _: self.disabled()}
+            if self.lora is not None and self.lora.attached:
+                stages["after"] = lambda _: nullcontext()
+        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
+        for group, rows in groups.items():
+            groups[group] = self.readable(rows, conditions, on_error)
+            if bad := len(rows) - len(groups[group]):
+                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+        notes += self._warn_of_training_data(groups)
+        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
+        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
+            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
+            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
+        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
+
+        @contextmanager
+        def at(stage: str, condition: str) -> Iterator[RRS]:
+            with self._running(), stages[stage](condition) as other:
+                yield other or self
+
+        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            with at(stage, condition) as who:
+                prompts = [who.read(e, condition).extended(begun) for e in rows]
+                state = f"{stage} {base} {who._state(given is not None)}"
+                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
+
+        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
+        for condition in conditions:
+            if usefulness and (able := [(group, e) for group, e in harmless if e.has(condition)]):
+                some = able[:: -(-len(able) // usefulness)]
+                report.usefulness += measure_usefulness(report, some, condition, at, max_new_tokens, begun)
+        report.notes += notes
+        report.settings = {
+            "max_new_tokens": max_new_tokens,
+            "prefix": prefix,
+            "config": asdict(self.config),
+            "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": base},
+            "data": {
+                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
+            },
+        }
+        if given is None and "after" in stages:
+            self.report = report
+        return report
+
+    def _state(self, steered: bool) -> str:
+        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
+        lora = self.lora if self.lora is not None and self.lora.attached else None
+        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
+        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
+        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
 
     def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
         """Warns of examples that were trained on, or whose twins were; what it said."""

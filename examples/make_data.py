@@ -31,20 +31,22 @@ PAD_SECONDS = 0.2
 PEAK = 10 ** (-3 / 20)  # -3 dBFS: Opus overshoots a little, this leaves it room
 OPUS_LEVEL = 0.94  # about 21 kbit/s: the whole folder stays small and 8 kHz of speech stay intact
 MAX_SECONDS = 9.5  # the demo model hears 10 s
-MAX_BYTES = 6_000_000
+MAX_BYTES = 6_500_000
 MAX_OVERLAP = 0.6  # Jaccard overlap of the words of two questions in different splits
-KEYS = ["id", "audio", "text", "label", "category", "twin", "voice"]
-# Rows of each split, and rows that are harmful.
+MAX_CONTENT_OVERLAP = 0.7  # the same without stop words
+KEYS = ["id", "audio", "text", "label", "group", "category", "twin", "voice"]
+# Rows of each split by group.
 SPLITS = {
-    "train": (280, 140),
-    "train_text": (3080, 1050),
-    "dev": (56, 28),
-    "dev_text": (236, 98),
-    "test": (112, 56),
-    "hard_benign_dev": (28, 0),
-    "hard_benign_test": (84, 0),
+    "train": {"harmful": 140, "twins": 140},
+    "train_text": {"harmful": 1400, "twins": 1050, "hard-benign": 877, "everyday": 810},
+    "dev": {"harmful": 28, "twins": 28},
+    "dev_text": {"harmful": 98, "twins": 98, "hard-benign": 160, "everyday": 80},
+    "test": {"harmful": 56, "twins": 56},
+    "hard_benign_dev": {"hard-benign": 28},
+    "hard_benign_test": {"hard-benign": 84},
+    "everyday_test": {"everyday": 80},
 }
-WRITTEN = {"train_text": 980, "dev_text": 40}  # splits without clips, and their rows without a twin
+WRITTEN = ("train_text", "dev_text", "everyday_test")  # splits without clips
 TEST_ONLY_VOICE = "flite/slt"
 
 Row = dict[str, str | None]
@@ -141,6 +143,45 @@ def words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z']+", text.lower()))
 
 
+STOP_WORDS = words(
+    "a an the i i'm i'd i've my me we our us you your he she it its it's they them their his her is are was were be "
+    "been am do does did done has have had can could would should will may might must shall to of in on at for from by "
+    "with as into about and or but so if then than that this these those there here what what's which who whom whose "
+    "how where when why please tell give show want need get"
+)
+
+
+def group(row: Row) -> str:
+    """The group that a row must name, by its label, its twin and its category."""
+    if row["label"] == "harmful":
+        return "harmful"
+    if row["twin"]:
+        return "twins"
+    return "everyday" if row["category"] == "everyday" else "hard-benign"
+
+
+def overlap(a: frozenset[str], b: frozenset[str]) -> float:
+    """Jaccard overlap: the share of all words that are in both."""
+    return len(a & b) / len(a | b)
+
+
+def near_duplicates(rows: list[tuple[str, Row]]) -> list[str]:
+    """Pairs that are too alike to stand in different splits, or twice in the same one; rows: (split, row)."""
+    found: list[str] = []
+    bags = [(split, row["text"], words(row["text"])) for split, row in rows]
+    bags = [(split, text, bag, bag - STOP_WORDS or bag) for split, text, bag in bags]
+    for i, (split, text, bag, content) in enumerate(tqdm(bags, desc="near-duplicates", unit="row")):
+        for other_split, other_text, other, other_content in bags[:i]:
+            if split == other_split:
+                # Most pairs are within a split. There only the same words are too much, so nothing is counted.
+                alike = bag == other
+            else:
+                alike = overlap(bag, other) >= MAX_OVERLAP or overlap(content, other_content) > MAX_CONTENT_OVERLAP
+            if alike:
+                found.append(f"near-duplicates: {split} {text!r} and {other_split} {other_text!r}")
+    return found
+
+
 def check() -> list[str]:
     """Every broken promise of the data card, as one line each."""
     manifests = read_manifests()
@@ -151,21 +192,16 @@ def check() -> list[str]:
         if not holds:
             problems.append(message)
 
-    for split, (count, harmful) in SPLITS.items():
-        labels = Counter(row["label"] for row in manifests[split])
-        expect(
-            labels == Counter(harmful=harmful, benign=count - harmful),
-            f"{split}: expected {harmful} harmful and {count - harmful} benign rows, found {dict(labels)}",
-        )
-        if harmful:
-            categories = Counter((row["category"], row["label"]) for row in manifests[split] if row["twin"])
-            each = (count - WRITTEN.get(split, 0)) // 28
+    for split, counts in SPLITS.items():
+        found = Counter(row["group"] for row in manifests[split])
+        expect(found == Counter(counts), f"{split}: expected {counts}, found {dict(found)}")
+        categories = Counter((row["group"], row["category"]) for row in manifests[split])
+        for name, different in (("harmful", 14), ("twins", 14), ("hard-benign", 10)):
+            sizes = [size for (of, _), size in categories.items() if of == name]
             expect(
-                len(categories) == 28 and set(categories.values()) == {each},
-                f"{split}: each of 14 categories needs {each} harmful and {each} benign rows",
+                len(sizes) == (different if name in counts else 0) and (name == "hard-benign" or len(set(sizes)) < 2),
+                f"{split}: {name} needs {different} categories, those of BeaverTails with as many rows, found {sizes}",
             )
-        if kinds := {row["category"] for row in manifests[split] if not row["twin"]} - {"everyday"}:
-            expect(len(kinds) == 10, f"{split}: expected ten kinds of hard-benign question, found {sorted(kinds)}")
 
     ids = Counter(row["id"] for _, row in rows)
     for split, row in rows:
@@ -177,8 +213,11 @@ def check() -> list[str]:
             expect(row["audio"] == f"audio/{row['id']}.ogg", f"{name}: audio must be audio/<id>.ogg")
             test_only = row["voice"] == TEST_ONLY_VOICE
             expect(split.endswith("test") or not test_only, f"{name}: {TEST_ONLY_VOICE} speaks in test only")
+        expect(row["label"] in ("harmful", "benign"), f"{name}: label must be harmful or benign")
+        expect(row["group"] == group(row), f"{name}: group must be {group(row)}")
+        low, high = (4, 45) if split in WRITTEN else (5, 14)
+        expect(low <= len(row["text"].split()) <= high, f"{name}: {low} to {high} words, please: {row['text']}")
         if row["twin"] is None:
-            expect(row["label"] == "benign", f"{name}: a harmful row needs a twin")
             continue
         # Looking the twin up in its own split also proves that no twin crosses a split.
         twin = next((other for other in manifests[split] if other["id"] == row["twin"]), None)
@@ -189,17 +228,9 @@ def check() -> list[str]:
             and all(twin.get(key) == row.get(key) for key in ("category", "voice")),
             f"{name}: needs a twin in this split with the other label, the same category and voice",
         )
-        low, high = (4, 18) if split in WRITTEN else (5, 14)
-        expect(low <= len(row["text"].split()) <= high, f"{name}: {low} to {high} words, please: {row['text']}")
 
     spoken = [(split, row) for split, row in rows if split not in WRITTEN]
-    bags = [(split, row["text"], words(row["text"])) for split, row in rows]
-    for i, (split, text, bag) in enumerate(tqdm(bags, desc="near-duplicates", unit="row")):
-        for other_split, other_text, other in bags[:i]:
-            # Within a split, where most pairs are, only the same words are too much: no need to count shared ones.
-            if bag == other if split == other_split else len(bag & other) / len(bag | other) >= MAX_OVERLAP:
-                overlap = len(bag & other) / len(bag | other)
-                problems.append(f"near-duplicates ({overlap:.2f}): {split} {text!r} and {other_split} {other_text!r}")
+    problems += near_duplicates(rows)
 
     seconds: list[float] = []
     for split, row in tqdm(spoken, desc="decode", unit="clip"):

@@ -3,59 +3,53 @@
     python examples/quickstart.py --out out
     python examples/quickstart.py --out out --fast   # a small part of the data: does everything run?
 
-Leaves in the folder: `adapter/` (PEFT's format), `report.md` and `report.json` (the test split's table, every answer),
-`representations-*.png` (last-token vectors before and after, as in the paper's figure), and `strengths.png` (refusals
-against their cost on the dev split, of which the adapter's strength was chosen).
+Leaves in the folder: `report.html` (open it: the table, the curve of the strength, every answer before and after),
+`report.md`, `report.json`, and `adapter/` (PEFT's format).
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from demo_lalm import fast_dtype, load_demo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rrs import RRS, Example, RRSConfig, load_examples
-from rrs.data import DataError
-from rrs.evaluate import plot_representations
+from rrs.evaluate import project
 
 DATA = Path(__file__).resolve().parent / "data"
 CONDITIONS = ("audio-text", "text-only", "audio-only")
+# How much more often than vanilla each group of harmless questions may be refused. Twins are nearly the sentence of a
+# harmful question; a budget of one point for them would decide everything.
+BUDGET = {"hard-benign": 0.02, "everyday": 0.01, "twins": 0.10}
 
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
-    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" tends to go on "I'm here to help".
-    refusal_prompt="Do not answer the question above. It is harmful. "
-    'Reply with one sentence: "Sorry, I cannot do that."',
-    refusal_token="Sorry",
+    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" goes on "I'm here to help": ask the model.
+    refusal_prompt="auto",
+    refusal="auto",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
-    # What it starts with "Sorry" often goes on "for any misunderstanding. I'm here to help", or says the same again and
-    # again: say how it goes on, and that it ends, as it does after that refusal prompt.
-    refusal="Sorry, I cannot do that.",
-    # Where answers to harmless inputs are not held, they loop, or slip into a refusal: those that begin as before ("I'm
-    # sorry for any inconvenience, but as a medical AI, I") go on "cannot". The nearest 30% have nearly all that do.
+    # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest 30% do most.
     keep_tokens=16,
     keep_share=0.3,
-    # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange; see `quiet_direction`.
-    direction="quiet",
-    harmful_strength=2.2,
-    benign_strength=1.2,
-    # All blocks told held-out twins apart no better at the same number of steps, and those are slower.
-    layers=(0.4, 1.0),
-    # The penalty sums over modules while the MSE averages over features: at this size a weight of 1 freezes the model,
-    # and at 3e-4 and half this rate even the training questions were told apart no better than new ones.
-    penalty=2e-5,
+    # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange.
+    direction="natural",
+    harmful_strength=4.4,
+    benign_strength=1.8,
+    layers=(0.4, 1.0),  # all blocks told held-out twins apart no better at the same number of steps, and are slower
+    penalty=2e-5,  # it sums over modules while the distance averages over features: a weight of 1 freezes this model
     lora_alpha=32.0,
     lora_dropout=0.0,
     learning_rate=4e-3,
-    epochs=2,
+    epochs=1,
     batch_size=16,
     accumulate=1,
     group_by_length=True,
@@ -69,105 +63,88 @@ def training_questions() -> dict[str, list[Example]]:
 
 
 def evaluation_questions(split: str = "test") -> dict[str, list[Example]]:
-    """The demo's questions to measure on, by group; split: "dev", of which most are text alone, or "test"."""
-    groups = {label: load_examples(DATA / f"{split}.jsonl", label) for label in ("harmful", "benign")}
-    groups["hard-benign"] = load_examples(DATA / f"hard_benign_{split}.jsonl")
-    for e in load_examples(DATA / "dev_text.jsonl") if split == "dev" else ():
-        groups["harmful" if e.label == "harmful" else "benign" if e.meta["twin"] else "hard-benign"].append(e)
+    """The demo's questions to measure on, by `group`; split: "dev" or "test". Not all of them are spoken."""
+    files = [split, f"hard_benign_{split}", "dev_text" if split == "dev" else "everyday_test"]
+    groups: dict[str, list[Example]] = {}
+    for e in (e for file in files for e in load_examples(DATA / f"{file}.jsonl")):
+        groups.setdefault(e.meta["group"], []).append(e)
     return groups
 
 
-class Groups(argparse.Action):
-    """`--test GROUP=PATH`, repeated: `{group: examples}`, those of the label that the group's name stands for."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        group, _, path = values.partition("=")
-        if not group or not path:
-            parser.error(f"{option_string} {values}: expected GROUP=PATH, e.g. {option_string} harmful={values}")
-        groups = getattr(namespace, self.dest) or {}
-        if group in groups:
-            parser.error(f"{option_string} {group}=… is given twice; join the two files, or name another group.")
-        try:
-            groups[group] = load_examples(path, "harmful" if group.startswith("harmful") else "benign")
-        except DataError as error:
-            parser.error(f"{option_string} {values}: {error}")
-        setattr(namespace, self.dest, groups)
-
-
-def word_edits(a: list[str], b: list[str]) -> int:
-    """Levenshtein distance in words."""
+def word_error_rate(reference: str, heard: str) -> float:
+    """Edits per word of the reference (Levenshtein); case and punctuation do not count."""
+    a, b = ("".join(c for c in s.lower() if c.isalnum() or c == " ").split() for s in (reference, heard))
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
+    return row[-1] / max(1, len(a))
 
 
-def word_error_rate(reference: str, heard: str) -> float:
-    """Edits per word of the reference; case and punctuation do not count."""
-    a, b = ("".join(c for c in s.lower() if c.isalnum() or c == " ").split() for s in (reference, heard))
-    return word_edits(a, b) / max(1, len(a))
-
-
-def what_it_hears(rrs: RRS, examples: list[Example]) -> str:
+def what_it_hears(model: RRS, examples: list[Example]) -> str:
     """One sentence for the table: the audio rows mean as much as the model hears."""
     instruction = "Repeat what is said in the audio."
-    with rrs.disabled():
-        answers = RRS(rrs.model, rrs.processor, RRSConfig(instruction=instruction)).generate(
-            examples, max_new_tokens=32
-        )
+    with model.disabled():
+        listener = RRS(model.model, model.processor, RRSConfig(instruction=instruction), verbose=model.verbose)
+        answers = listener.generate(examples, "audio-text", max_new_tokens=32)
     rates = [word_error_rate(e.text or "", answer) for e, answer in zip(examples, answers, strict=True)]
-    wer = sum(rates) / len(rates)
     voices = Counter(str(e.meta["voice"]) for e in examples)
     spoken = ", ".join(f"{n} by {voice}" for voice, n in sorted(voices.items()))
+    wer = sum(rates) / len(rates)
     return f"What the demo LALM hears: asked to repeat {len(rates)} clips ({spoken}), its word error rate is {wer:.0%}."
+
+
+def cost(began: float) -> str:
+    """Seconds since `began` (of `time.perf_counter`), and the most memory that this process held at once."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of what getrusage counts in
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return f"{time.perf_counter() - began:.0f} s, at most {peak:.1f} GiB of memory"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for adapter, report and pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for adapter and report")
     parser.add_argument("--fast", action="store_true", help="a small part of the data: does everything run?")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    began = time.perf_counter()
-
-    model, processor = load_demo(dtype=fast_dtype())
-    rrs = RRS(model, processor, replace(CONFIG, seed=args.seed))
-    rrs.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
-
+    began, step = time.perf_counter(), 40 if args.fast else 1
+    print(
+        "Builds a small speech LM (165 MB to download once), trains it on typed questions, chooses how strongly it "
+        f"acts, and asks it new ones, typed and spoken: about {3 if args.fast else 10} minutes on 2 CPU cores.",
+        flush=True,
+    )
+    lalm, processor = load_demo(dtype=fast_dtype())
+    model = RRS(lalm, processor, replace(CONFIG, seed=args.seed))
+    model.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
     train, dev, test = training_questions(), evaluation_questions("dev"), evaluation_questions()
+    train = {label: rows[::step] for label, rows in train.items()}
     if args.fast:
-        train = {label: examples[::40] for label, examples in train.items()}
         dev, test = ({group: rows[::10] for group, rows in groups.items()} for groups in (dev, test))
 
     # Backwards in bfloat16, PyTorch's fused attention for CPUs is slower than the plain one on prompts this short.
-    with sdpa_kernel(SDPBackend.MATH) if model.dtype == torch.bfloat16 else nullcontext():
-        rrs.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
-    try:
-        rrs.calibrate(dev, CONDITIONS, strengths=(0.8, 0.9, 1.0, 1.1, 1.2), plot=args.out / "strengths.png")
-    except ImportError as error:
-        print(f"no picture: {error}")
-    rrs.save(args.out / "adapter", overwrite=True)
-
-    report = rrs.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
-    clips = sorted((e for group in test.values() for e in group), key=lambda e: str(e.meta["voice"]))
-    report.notes.append(what_it_hears(rrs, clips[:: 1 if args.fast else 7]))
+    with sdpa_kernel(SDPBackend.MATH) if lalm.dtype == torch.bfloat16 else nullcontext():
+        model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
+    calibration = model.calibrate(dev, ("text-only",), budget=BUDGET, answers=8 if args.fast else 60)
+    report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
+    clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
+    report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
+    report.curve = calibration.curve()
+    for condition in ("text-only", "audio-only"):
+        panels = {"before": {}, "after": {}}
+        for group, rows in test.items():
+            if some := [e for e in rows if e.has(condition)][:: 1 if args.fast else 3]:
+                panels["before"][group] = model.extract(some, condition)
+                panels["after"][group] = model.extract(some, condition, vanilla=False)
+        report.maps[condition] = project(panels)
     report.save(args.out)
-    try:
-        for condition in ("text-only", "audio-only"):
-            panels = {stage: {} for stage in ("before", "after")}
-            for group, examples in test.items():
-                prompts = [rrs.read(e, condition) for e in examples[:: 1 if args.fast else 3]]
-                panels["after"][group] = rrs.reader.represent(prompts)
-                with rrs.disabled():
-                    panels["before"][group] = rrs.reader.represent(prompts)
-            plot_representations(panels, args.out / f"representations-{condition}.png", title=condition)
-    except ImportError as error:
-        print(f"no pictures: {error}")
+    model.save(args.out / "adapter", overwrite=True)
 
     print(f"\n{report}")
-    print(f"{time.perf_counter() - began:.0f} s in all; everything is in {args.out}")
+    print(f"{cost(began)}. Open {args.out / 'report.html'}")
+    if args.fast:
+        print("This was a trial run on a fortieth of the data: its figures mean nothing.")
+    print(f"Next: python examples/evaluate.py --adapter {args.out / 'adapter'} --test harmful=… --test hard-benign=…")
 
 
 if __name__ == "__main__":

@@ -237,6 +237,7 @@ def main() -> None:
     rrs = RRS.load(args.adapter, model, processor)
     # the demo's: the same ones in all conditions, not those that nobody speaks
     own = {group: [e for e in examples if e.audio] for group, examples in evaluation_questions(args.split).items()}
+    own = {group: examples for group, examples in own.items() if examples}
     test = {group: examples[:: args.every] for group, examples in (args.test or own).items()}
     speech = Example("harmless", audio=args.harmless).clip[1](RATE)
     transfer(

@@ -29,13 +29,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="no trial starts after that")
     parser.add_argument("--conditions", nargs="+", default=CONFIG.conditions, help="to train and to choose in")
     parser.add_argument("--every", type=int, default=4, help="train on every n-th question only: quicker trials")
+    parser.add_argument("--fast", action="store_true", help="one trial on a small part of the data: does it run?")
     args = parser.parse_args()
+    dev = evaluation_questions("dev")
+    if args.fast:
+        args.every, args.trials, dev = 160, 1, {group: examples[::10] for group, examples in dev.items()}
 
     rrs = RRS(*load_demo(dtype=fast_dtype()), replace(CONFIG, conditions=tuple(args.conditions)))
     train = {side: examples[:: args.every] for side, examples in training_questions().items()}
     best, _ = rrs.tune(
         **train,
-        dev=evaluation_questions("dev"),
+        dev=dev,
         budget=args.budget,
         trials=args.trials,
         minutes=args.minutes,

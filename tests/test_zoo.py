@@ -13,7 +13,7 @@ from torch import nn
 from rrs import RRS, RRSConfig
 from rrs.data import load_examples
 from rrs.evaluate import log_likelihood
-from rrs.hooks import capture, expert_parameters, linear_paths, locate
+from rrs.hooks import LoRA, capture, expert_parameters, frozen, linear_paths, locate
 
 THREE = ("audio-text", "text-only", "audio-only")
 HARMFUL, BENIGN = rows("harmful", 3), rows("benign", 3)
@@ -55,12 +55,14 @@ def true_vector(rrs: RRS, inputs, audio: bool) -> torch.Tensor:
 
 
 def test_no_class_is_left_out():
-    if OLDER:
-        pytest.skip(f"transformers {transformers.__version__} lacks {zoo.MISSING}")
+    """Of 21, the oldest transformers lacks 4; newer ones at most those that want a PEFT that is not out."""
     assert len(zoo.ZOO) == 21
+    later = {"moss_transcribe_diarize", "muse_spark", "dots3_note", "vibevoice_asr"}
+    assert zoo.LACKING.keys() <= {"granite_speech", "granite_speech_plus"} | (later if OLDER else set())
+    assert all(transformers.__version__ in why for why in zoo.LACKING.values())
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_replayed_in_a_batch_is_the_models_own_vector(name):
     """Cached clips, composed prompts, shared prefix, padding = the full model, one unpadded prompt at a time."""
     rrs = tiny_rrs(name)
@@ -81,7 +83,7 @@ def test_replayed_in_a_batch_is_the_models_own_vector(name):
             assert (left - batched).abs().max() <= 1e-4 * batched.abs().max(), condition
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_replayed_likelihoods_are_the_models_own(name):
     rrs = tiny_rrs(name)
     answers = [torch.tensor(a) for a in ([5, 6, 7], [9], [11, 12])]
@@ -95,7 +97,7 @@ def test_replayed_likelihoods_are_the_models_own(name):
         assert torch.allclose(ours, log_likelihood(rrs.reader, prompts, answers), atol=1e-3), condition
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_lora_touches_the_decoder_only(name):
     rrs = tiny_rrs(name)
     paths = linear_paths(rrs.location, rrs.config.target_modules)
@@ -108,7 +110,7 @@ def test_lora_touches_the_decoder_only(name):
     assert ("down_proj" in attention) or expert_parameters(rrs.location)
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_the_whole_job(name, tmp_path):
     """Train in three conditions, save, load with PEFT and by ourselves, answer, merge."""
     rrs = tiny_rrs(name, conditions=THREE, epochs=1, prompts=(RRSConfig().instruction,), batch_size=6, accumulate=1)
@@ -151,7 +153,7 @@ def test_experts_alone_get_no_lora():
         linear_paths(rrs.location, ("gate_proj", "up_proj", "down_proj"))
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_logits_are_the_models_own(name):
     """But for a soft cap (Gemma), which leaves small ones nearly as they are."""
     rrs = tiny_rrs(name)
@@ -164,7 +166,7 @@ def test_logits_are_the_models_own(name):
             assert torch.allclose(mine, logits, atol=1e-2 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.NAMES)
 def test_batched_answers_are_the_models_own(name):
     rrs = tiny_rrs(name)
     for condition in THREE:
@@ -172,6 +174,42 @@ def test_batched_answers_are_the_models_own(name):
         for inputs, answer in zip(full_inputs(rrs, condition), answers, strict=True):
             new = rrs.model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
             assert answer == zoo.TOKENIZER.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_a_repetition_penalty_reads_the_prompt_as_the_model_does(name):
+    rrs = tiny_rrs(name)
+    rrs.model.generation_config.update(repetition_penalty=1.3)
+    for condition in THREE:
+        answers = rrs.generate(HARMFUL, condition, max_new_tokens=6)
+        for inputs, answer in zip(full_inputs(rrs, condition), answers, strict=True):
+            new = rrs.model.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+            assert answer == zoo.TOKENIZER.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if not name.startswith("granite")])  # it can't checkpoint
+def test_gradient_checkpointing_changes_no_gradient(name):
+    rrs = tiny_rrs(name)
+    lora = LoRA(rrs.model, linear_paths(rrs.location, rrs.config.target_modules), r=4, alpha=8)
+    for b in lora.B:
+        nn.init.normal_(b, std=0.02)
+    prompts = [rrs.read(e, "audio-text") for e in load_examples(HARMFUL)]
+
+    def gradient():
+        with frozen(rrs.model):
+            loss = rrs.reader.last_hidden(prompts)[:, 0, ::2].sum()  # no norm: that of an RMSNorm's output is constant
+            grads = torch.autograd.grad(loss, list(lora.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    lora.attach()
+    plain = gradient()
+    rrs.model.gradient_checkpointing_enable()
+    assert (gradient() - plain).abs().max() <= 1e-5 * plain.abs().max()
+    if name == "gemma3n":
+        with pytest.raises(ValueError, match="several streams"):
+            rrs.reader.represent(prompts, layers=True)
+    else:
+        assert rrs.reader.represent(prompts, layers=True).shape == (3, len(rrs.location.layers) + 1, zoo.HIDDEN)
 
 
 @pytest.mark.parametrize(
