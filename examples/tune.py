@@ -1,6 +1,6 @@
 """Settings found by search on the demo LALM: the most refusals whose cost stays within the budgets.
 
-    pip install "rrs[tune]"
+    pip install -e ".[tune,demo]"
     python examples/tune.py --out out/tune --trials 24       # give it again to go on, to more trials in all
 
 A trial is a training and the scale that `RRS.calibrate` finds for it; the value is by answers to the dev split. Leaves
@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for adapter and study")
     parser.add_argument("--trials", type=int, default=24, help="in all, earlier calls included")
     parser.add_argument("--every", type=int, default=4, help="train on every n-th question only: quicker trials")
+    parser.add_argument("--fast", action="store_true", help="two trials on a few questions: does everything run?")
     args = parser.parse_args()
+    if args.fast:
+        args.trials, args.every = 2, 100
     args.out.mkdir(parents=True, exist_ok=True)
     journal = optuna.storages.journal.JournalFileBackend(str(args.out / "study.journal"))
     study = optuna.create_study(
@@ -96,7 +99,7 @@ def main() -> None:
     if "auto" in (model.config.refusal_prompt, model.config.refusal):
         refusal = model.find_refusal(train["harmful"])
         model.config = replace(model.config, refusal_prompt=refusal.prompt, refusal=refusal.words)
-    dev = quickstart.evaluation_questions("dev")
+    dev = {g: rows[:: 10 if args.fast else 1] for g, rows in quickstart.evaluation_questions("dev").items()}
     print(tune(model, train, dev, study, args.trials, args.out, budget=quickstart.BUDGET))
 
 
