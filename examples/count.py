@@ -30,7 +30,7 @@ from rrs.hooks import LoRA, Prompt, Reader, linear_paths, locate
 META = torch.device("meta")
 SECONDS = (3.0, 4.7, 6.3, 8.0)  # clips of a batch
 BEFORE, AFTER, REFUSAL = 18, 22, 14  # tokens before and after the audio, and of the refusal prompt
-EACH = 8  # examples with each length in extraction, which sorts prompts by it
+EACH = 8  # prompts in a batch of our extraction, which sorts them by length
 
 
 class Peak(TorchDispatchMode):
@@ -123,10 +123,11 @@ class Case:
                 loss = loss + self.config.penalty * ((self.lora.scale * b @ a) ** 2).sum()
             loss.backward()
 
-    # -- extraction of EACH harmful and as many benign examples with each length: R_b, R_h and R_h+
+    # -- extraction of a harmful and a benign example with each length: R_b, R_h and R_h+
 
     @torch.no_grad()
     def our_extraction(self) -> None:
+        """Of EACH times as many, in batches of one length."""
         for n in self.frames:
             self.heard(2 * EACH)  # each clip once: R_h+ has R_h's
             for more in (0, 0, REFUSAL):
@@ -134,15 +135,15 @@ class Case:
 
     @torch.no_grad()
     def their_extraction(self) -> None:
-        for n in self.frames * EACH:
+        for n in self.frames:
             for more in (0, 0, REFUSAL):
                 self.whole(self.prompts([n], more))
 
     def floors(self) -> tuple[float, float]:
         tower, own = sum(p.numel() for p in self.tower.parameters()), sum(self.frames) + AFTER * len(self.frames)
         step = 4.0 * self.weights * 2 * (BEFORE + own)
-        heard = 2.0 * tower * 50 * SIZES[self.size]["window"] * 2 * EACH * len(self.frames)
-        return step, heard + 2.0 * self.weights * EACH * (2 * own + REFUSAL * len(self.frames))
+        heard = 2.0 * tower * 50 * SIZES[self.size]["window"] * 2 * len(self.frames)
+        return step, heard + 2.0 * self.weights * (2 * own + REFUSAL * len(self.frames))
 
 
 def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
@@ -154,9 +155,7 @@ def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
     for size in sizes:
         case = Case(size)
         still = sum(p.numel() * p.element_size() for p in case.model.parameters())
-        state = still + 12 * sum(
-            p.numel() for p in case.lora.parameters()
-        )  # with AdamW's moments; gradients are counted
+        state = still + 12 * sum(p.numel() for p in case.lora.parameters())  # AdamW's moments; gradients are counted
         floors = case.floors()
         lines.append(f"| {size}, floor | {floors[0] / 1e12:.1f} | 1 | – | {floors[1] / 1e12:.1f} | 1 | – |")
         few, many = case.frames[: len(SECONDS) // 2], case.frames[len(SECONDS) // 2 :]
@@ -165,18 +164,16 @@ def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
             "ours, group_by_length": (partial(case.our_step, [sorted(few * 2), sorted(many * 2)]), case.our_extraction),
             "the recipe's": (case.their_step, case.their_extraction),
         }
-        for name, runs in sides.items():
-            cells = []
-            for run, floor, kept in zip(runs, floors, (state, still), strict=True):
-                flops, peak = counted(run)
-                case.lora.zero_grad(set_to_none=True)
-                cells += [f"{flops / 1e12:.1f}", f"{flops / floor:.2f}", f"{(kept + peak) / 1e9:.1f}"]
+        for name, (step, extraction) in sides.items():
+            flops, peak = counted(step)
+            case.lora.zero_grad(set_to_none=True)
+            vectors, most = counted(extraction)
+            vectors //= 1 if name == "the recipe's" else EACH
+            cells = [f"{flops / 1e12:.1f}", f"{flops / floors[0]:.2f}", f"{(state + peak) / 1e9:.1f}"]
+            cells += [f"{vectors / 1e12:.1f}", f"{vectors / floors[1]:.2f}", f"{(still + most) / 1e9:.1f}"]
             lines.append(f"| {size}, {name} | {' | '.join(cells)} |")
-    clips = f"clips of {SECONDS} s"
-    about = (
-        f"A step: two batches of {len(SECONDS)} prompts, {clips}. Extraction: {EACH} harmful and {EACH} benign examples"
-    )
-    return "\n".join([*lines, f"\n{about} with each of these lengths."])
+    about = f"A step: two batches of {len(SECONDS)} prompts, clips of {SECONDS} s."
+    return "\n".join([*lines, f"\n{about} Extraction: a harmful and a benign example with each of these lengths."])
 
 
 def main() -> None:

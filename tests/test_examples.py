@@ -189,8 +189,9 @@ def test_all_methods_in_one_table(tmp_path):
     model, data = tiny(replace(CONFIG, refusal="I can't")), sides(4)
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     test = {"harmful": data["harmful"][:2], "hard-benign": load_examples(rows("benign", 2, 50))}
+    dev = {group: [replace(e, audio=None) for e in examples] for group, examples in test.items()}
     options = {"grid": ((1.0, 1),), "alphas": (0.1, 0.8), "max_new_tokens": 3, "budget": 1.0}
-    report = compare.compare(model, data, test, test, tmp_path, **options)
+    report = compare.compare(model, data, dev, test, tmp_path, **options)
     assert [s.partition(",")[0] for s in report.stages] == [
         "vanilla", "system prompt", "SARSteer", "SARSteer", "SFT basic", "SFT mirror", "SFT parallel", "RRS", "RRS"
     ]  # fmt: skip
@@ -287,7 +288,7 @@ def twins(n):
 
 def test_rows_train_and_go_on(tmp_path, monkeypatch):
     model, test = tiny(replace(CONFIG, refusal="I can't", keep_tokens=2)), sides(2, 9)
-    names = ["base", "paper", "keep/KL", "direction/harmful − benign", "twins", "weights/harmful ×3", "rate/×2"]
+    names = ["base", "paper", "keep/KL", "twins", "rate/×2"]
     chosen = ablation.rows_for(names)
     assert [*chosen][:3] == ["base", "paper/as published", "paper/first token"]
 
@@ -490,17 +491,15 @@ def test_bytes_that_are_alive():
 def test_counted_steps_lie_between_the_floor_and_the_recipe(monkeypatch):
     monkeypatch.setattr(count, "SECONDS", (0.5, 0.5))
     case = count.Case("tiny")
-    floors, batches = case.floors(), [case.frames] * 2
+    floors = case.floors()
     tokens = 18 + 2 * (12 + 22)  # common beginning once, then audio and what follows, for each
     assert floors[0] == 4 * case.weights * tokens * 2
-    ours = [count.counted(run)[0] for run in (lambda: case.our_step(batches), case.our_extraction)]
-    theirs = [count.counted(run)[0] for run in (case.their_step, case.their_extraction)]
-    assert floors[0] < ours[0] < theirs[0]
-    assert floors[1] < ours[1] < theirs[1]
-    text = count.table(["tiny"])
-    assert [line.split(" | ")[0] for line in text.splitlines()[2:6]] == [
-        "| tiny, floor", "| tiny, ours", "| tiny, ours, group_by_length", "| tiny, the recipe's"
-    ]  # fmt: skip
+    lines = [line.strip("| ").split(" | ") for line in count.table(["tiny"]).splitlines()[2:6]]
+    names = ("floor", "ours", "ours, group_by_length", "the recipe's")
+    assert [line[0] for line in lines] == [f"tiny, {name}" for name in names]
+    for column in (2, 5):  # how far each is from the floor, in a step and in extraction
+        ours, grouped, theirs = (float(line[column]) for line in lines[1:])
+        assert 1 < grouped == ours < theirs  # all clips are of one length here
 
 
 def test_train_demo_finds_its_names():
