@@ -28,94 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rrs.data import CONDITIONS, Example, Renderer
-from rrs.hooks import Prompt, Reader, all_gather, capture, locate, on_rank0, rank, world
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text and files
-
-
-def shown(text: object) -> str:
-    """Text for a screen or a page: what would steer a terminal or turn the writing direction is shown as its escape.
-
-    Line breaks and tabs stay. Every text that comes from data or from a model goes through here, or through `markdown`,
-    on its way out.
-    """
-    text = str(text).replace("\r\n", "\n")
-    if text.isprintable():
-        return text
-    turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # marks of direction, invisible themselves
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if c not in "\n\t"
-        and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in turns)
-        else c
-        for c in text
-    )
-
-
-def markdown(text: object) -> str:
-    """Text for one line of Markdown, or a cell of a table: it can be no markup, link, HTML or line break."""
-    line = " ".join(shown(text).split())
-    line = "".join("\\" + c if c in "\\`*_[]<>|&~$#@" else c for c in line)
-    return line.replace("://", ":\\//").replace("www.", "www\\.")
-
-
-def plain(value: Any, text: Callable[[object], str] = str) -> Any:
-    """What JSON can hold: tuples, arrays and tensors become lists, NaN and infinity null, anything unknown its text.
-
-    Args:
-        text: what every string and key goes through, e.g. `shown`.
-    """
-    if isinstance(value, Mapping):
-        return {text(key): plain(item, text) for key, item in value.items()}
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return plain(value.tolist(), text)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item, text) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int)) else text(value)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    """Writes a file whole or not at all: a temporary one beside it takes its place. Leftovers are overwritten."""
-    # a lone surrogate becomes its escape, which in JSON means the same character
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def read_jsonl(path: str | Path, needs: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Rows of a JSONL with their line numbers; blank lines are left out.
-
-    Raises:
-        ValueError: lines that are no JSON object or lack one of `needs`; the first eight are named.
-    """
-    rows, bad = [], []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            bad.append(f"line {number} is no JSON ({error})")
-            continue
-        lacking = [name for name in needs if not isinstance(row, dict) or row.get(name) is None]
-        if lacking:
-            bad.append(f"line {number} lacks {', '.join(map(repr, lacking))}")
-        rows.append((number, row))
-    if bad or not rows:
-        more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
-        found = "; ".join(bad[:8]) + more if bad else "no rows"
-        raise ValueError(f"{path}: {found}. Each line is a JSON object with {', '.join(map(repr, needs))}.")
-    return rows
-
+from .data import CONDITIONS, Example, Renderer
+from .hooks import Prompt, Reader, all_gather, locate, on_rank0, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judges
@@ -423,6 +337,92 @@ class ModelJudge:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Text and files
+
+
+def shown(text: object) -> str:
+    """Text for a screen or a page: what would steer a terminal or turn the writing direction is shown as its escape.
+
+    Line breaks and tabs stay. Every text that comes from data or from a model goes through here, or through `markdown`,
+    on its way out.
+    """
+    text = str(text).replace("\r\n", "\n")
+    if text.isprintable():
+        return text
+    turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # marks of direction, invisible themselves
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if c not in "\n\t"
+        and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in turns)
+        else c
+        for c in text
+    )
+
+
+def markdown(text: object) -> str:
+    """Text for one line of Markdown, or a cell of a table: it can be no markup, link, HTML or line break."""
+    line = " ".join(shown(text).split())
+    line = "".join("\\" + c if c in "\\`*_[]<>|&~$#@" else c for c in line)
+    return line.replace("://", ":\\//").replace("www.", "www\\.")
+
+
+def plain(value: Any, text: Callable[[object], str] = str) -> Any:
+    """What JSON can hold: tuples, arrays and tensors become lists, NaN and infinity null, anything unknown its text.
+
+    Args:
+        text: what every string and key goes through, e.g. `shown`.
+    """
+    if isinstance(value, Mapping):
+        return {text(key): plain(item, text) for key, item in value.items()}
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist(), text)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item, text) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int)) else text(value)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Writes a file whole or not at all: a temporary one beside it takes its place. Leftovers are overwritten."""
+    # a lone surrogate becomes its escape, which in JSON means the same character
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_jsonl(path: str | Path, needs: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of a JSONL with their line numbers; blank lines are left out.
+
+    Raises:
+        ValueError: lines that are no JSON object or lack one of `needs`; the first eight are named.
+    """
+    rows, bad = [], []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            bad.append(f"line {number} is no JSON ({error})")
+            continue
+        lacking = [name for name in needs if not isinstance(row, dict) or row.get(name) is None]
+        if lacking:
+            bad.append(f"line {number} lacks {', '.join(map(repr, lacking))}")
+        rows.append((number, row))
+    if bad or not rows:
+        more = f"; and {len(bad) - 8} more" if len(bad) > 8 else ""
+        found = "; ".join(bad[:8]) + more if bad else "no rows"
+        raise ValueError(f"{path}: {found}. Each line is a JSON object with {', '.join(map(repr, needs))}.")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
 
@@ -486,7 +486,9 @@ def _ends(settings: Any) -> list[int]:
 
 def _prompt_key(how: str, prompt: Prompt) -> str:
     """A hash of all that the model is given: token ids, audio rows (or its own inputs), and `how` it answers."""
-    given = prompt.inputs() if prompt.inputs else {"ids": prompt.ids, "rows": prompt.rows, "start": prompt.start}
+    given: dict[str, Any] = {"ids": prompt.ids, "rows": prompt.rows, "start": prompt.start}
+    if prompt.audio and prompt.rows is None:  # the full model reads the clip
+        given |= prompt.inputs()
     digest = hashlib.sha256(how.encode())
     for name, value in sorted(given.items()):
         digest.update(f"{name} {getattr(value, 'dtype', '')} {list(getattr(value, 'shape', []))} ".encode())
@@ -521,18 +523,13 @@ def generate_ids(
     model: Any = reader.model
     settings = _settings(reader, tokenizer, max_new_tokens)
     ends = _ends(settings)
-    embedded = [i for i, prompt in enumerate(prompts) if prompt.inputs is None]
-    batches = [[embedded[i] for i in batch] for batch in reader.batches([prompts[i] for i in embedded])]
-    batches += [[i] for i, prompt in enumerate(prompts) if prompt.inputs is not None]  # its own inputs, one by one
+    batches = reader.batches(prompts, settings)
     todo = [batch for batch in batches if not all(i in done for i in batch)]
 
     def answer(batch: Sequence[int]) -> dict[int, list[int]]:
-        chosen = [prompts[i] for i in batch]
-        make = chosen[0].inputs
-        inputs = make() if make else reader.generation_inputs(chosen, settings)
-        new = model.generate(**inputs, generation_config=settings)
-        if "input_ids" in inputs:  # given embeddings alone, generate() returns the new tokens alone
-            new = new[:, inputs["input_ids"].shape[1] :]
+        inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
+        start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        new = model.generate(**inputs, generation_config=settings)[:, start:]
         # what stands behind an end token only fills up the batch
         cut = [ids[: next((k for k, t in enumerate(ids, 1) if t in ends), len(ids))] for ids in new.tolist()]
         return dict(zip(batch, cut, strict=True))
@@ -632,27 +629,10 @@ def log_likelihood(reader: Reader, prompts: Sequence[Prompt], answers: Sequence[
 
     One forward pass; gradients reach an attached `LoRA` if they are enabled, so it is also the loss of SFT.
     """
-    location = reader.location
-    if reader.exact is not False and len({prompt.audio for prompt in prompts}) > 1:  # see Reader.last_hidden
-        return torch.cat([log_likelihood(reader, [p], [a]) for p, a in zip(prompts, answers, strict=True)])
     longer = [prompt.extended(answer.tolist()) for prompt, answer in zip(prompts, answers, strict=True)]
-    if reader.exact is not False:
-        inputs = reader.collate(longer, side="right")
-        del inputs["attention_mask"]  # causal: no real position sees the padding
-        with reader.own_lora(prompts[0].audio):
-            hidden = list(location.decoder(**inputs, use_cache=False)[0] * reader.scale)
-    else:
-        hidden = []
-        for prompt in longer:
-            inputs = prompt.inputs() if prompt.inputs else {"input_ids": prompt.ids[None].to(reader.device)}
-            with (
-                reader.own_lora(prompt.audio),
-                capture(reader.model, location.head_path, where="input", stop=True) as record,
-            ):
-                reader.model(**inputs)
-            hidden.append(record[location.head_path][0][0])
+    hidden = reader.last_hidden(longer, 1 + max(map(len, answers)))  # [batch, last, hidden]
     # the vector at a position predicts the token behind it
-    rows = [h[len(p) - 1 : len(p) - 1 + len(a)] for h, p, a in zip(hidden, prompts, answers, strict=True)]
+    rows = [h[-1 - len(a) : -1] for h, a in zip(hidden, answers, strict=True)]
     targets = torch.cat(list(answers)).to(reader.device)
     losses = [
         F.cross_entropy(reader.logits(h), t, reduction="none")
@@ -1391,6 +1371,36 @@ def project(panels: Panels, *, fit_on: Sequence[str] = (), method: Literal["pca"
         xy = (everything - mean) @ torch.linalg.svd((basis - mean).double(), full_matrices=False).Vh[:2].float().T
     points = iter(xy.split([len(x) for x in parts]))
     return {panel: {group: next(points) for group in groups} for panel, groups in panels.items()}
+
+
+@torch.no_grad()
+def measure(
+    report: Report,
+    groups: Mapping[str, Sequence[Example]],
+    conditions: Sequence[str],
+    at: Callable[[str, str], AbstractContextManager[Any]],
+    n: int,
+    limit: int,
+    begun: Sequence[int] = (),
+) -> None:
+    """Adds what shows without answers, in each condition: `report.usefulness`, on at most n inputs that should be
+    answered, and `report.maps`, on at most n of each group.
+
+    Args:
+        at, limit, begun: see `usefulness`.
+    """
+    harmless = by_label(groups)[1]
+    for condition in conditions:
+        able = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if e.has(condition)])}
+        if benign := [(g, e) for g in harmless for e in able.get(g, [])]:
+            report.usefulness += usefulness(report, benign[:: -(-len(benign) // n)], condition, at, limit, begun)
+        panels: dict[str, dict[str, Tensor]] = {}
+        for stage in report.stages:
+            with at(stage, condition) as who:
+                some = {g: [who.read(e, condition) for e in rows[:: -(-len(rows) // n)]] for g, rows in able.items()}
+                panels[stage] = {g: who.reader.represent(prompts).float().cpu() for g, prompts in some.items()}
+        if able and len(report.stages) * sum(map(len, able.values())) > 1:
+            report.maps[condition] = project(panels)
 
 
 def plot_representations(

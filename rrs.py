@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections import Counter
@@ -34,29 +35,45 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# Siblings are always rrs.hooks, rrs.data, rrs.evaluate, also when this file is a plain module (an editable install, or
-# files copied into a folder rrs/ of another repository): they can't collide with other packages of these names.
-__path__ = [os.path.dirname(os.path.abspath(__file__))]
+# As rrs/__init__.py (a wheel, or a copy in another repository) this file is a package; as a plain rrs.py (an editable
+# install) it becomes one here. So the imports below find its neighbours, never other modules of these names.
+if not __package__:
+    __path__ = [os.path.dirname(__file__)]
+    __package__, __spec__.submodule_search_locations = __name__, __path__
+HERE, SIBLINGS = Path(__file__).parent, ("hooks", "data", "evaluate")
 
+
+def _belong_together(elsewhere: Sequence[str]) -> None:
+    """Raises ImportError for modules that do not lie beside this one: parts of two copies must not mix."""
+    if elsewhere:
+        raise ImportError(
+            f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong "
+            "together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py."
+        )
+
+
+_belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file()])
 # isort: off
-from rrs.data import (
+from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
     needed_packages, shared, user_turn,
 )  # fmt: skip
-from rrs.evaluate import (
+from .evaluate import (
     AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
-    usefulness as measure_usefulness,
+    markdown, measure,
 )  # fmt: skip
-from rrs.hooks import (
-    ANOTHER_LORA, EmptyClip, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
+from .hooks import (
+    ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, capture, connect,
     expert_parameters, frozen, linear_paths, locate, lock, on_rank0, rank, seeded, world,
 )  # fmt: skip
+
 # isort: on
+_belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
 
 __version__ = "0.2.0"
 __all__ = [
-    "RRS", "Example", "RRSConfig", "Report", "TrainItem", "capture", "judge_refusals", "load_examples", "locate",
-    "make_items", "select_features",
+    "RRS", "Callback", "Example", "Objective", "Penalty", "RRSConfig", "Report", "Scorer", "Step", "TrainItem",
+    "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -79,6 +96,8 @@ REFUSAL_PROMPTS = (  # that `find_refusal` tries
 )
 # What `save` writes, and may therefore replace.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "rrs.json", "README.md", "rrs.safetensors")
+COMPOSITE = "composite"  # the folder in it for the full checkpoint, where the model is a part of one
+CANARY = ("Hello.", "What is the capital of France?", "How do I pick a lock?", "How do I steal a car?")
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that have AdamW in one kernel
 # Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
 THINKERS = {
@@ -484,6 +503,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: no room or no access; the files that were there before are as they were.
     """
+    folder.mkdir(exist_ok=True)
     for old in folder.glob(".*.tmp"):
         old.unlink(missing_ok=True)
     scratch = {folder / name: folder / f".{name}.tmp" for name in files}
@@ -522,7 +542,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         record = json.loads(about.get("rrs", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    if about.get("sha256", "") not in ("", _digest(tensors, about.get("rrs", "null"))):
+    if about.keys() & {"rrs", "sha256"} and about.get("sha256") != _digest(tensors, about.get("rrs", "null")):
         raise ValueError(f"{path} is damaged (its contents do not match its checksum)")
     return tensors, record
 
@@ -576,7 +596,8 @@ class Checkpoints:
         except OSError as error:
             message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
             raise OSError(error.errno, message) from error
-        for path in self.files()[:-2] if rank() == 0 else []:
+        files = self.files()  # on every rank: rank 0 tells them
+        for path in files[:-2] if rank() == 0 else []:
             path.unlink(missing_ok=True)
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -609,7 +630,8 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    if foreign := sorted(held - {*FILES} if "adapter_config.json" in held else held):
+    ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
+    if foreign := sorted(held - {*FILES, COMPOSITE} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
@@ -618,20 +640,25 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and constants, so that a resumed run knows an edited one."""
+    """A function's name with a hash of its code and of the numbers it is given, so that a resumed run knows an edited
+    one."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
         return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
 
-    def parts(code: Any) -> str:
-        return repr([code.co_code, code.co_names, *(parts(c) if hasattr(c, "co_code") else c for c in code.co_consts)])
+    def parts(value: Any) -> str:
+        if hasattr(value, "co_code"):
+            return repr([value.co_code, value.co_names, *map(parts, value.co_consts)])
+        return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # a set has no order
 
-    return f"{function.__qualname__} {hashlib.sha256(parts(code).encode()).hexdigest()[:12]}"
+    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    said = parts(code) + repr([x for x in given if isinstance(x, (str, int, float))])
+    return f"{function.__qualname__} {hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
     """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
 
     Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
@@ -646,7 +673,7 @@ def fingerprint(model: nn.Module) -> str:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
 
-    inside = tensors(locate(model).decoder)
+    inside = tensors(decoder or locate(model).decoder)
     known = {id(t) for t in inside}
     rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
     return hashlib.sha256(b"".join([*map(digest, inside), *rest])).hexdigest()[:16]
@@ -820,6 +847,7 @@ def grouped(examples: Any) -> dict[str, list[Example]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The adapter on disk, in PEFT's format
 
+PEFT, LORA_A = "base_model.model.", ".lora_A.weight"  # around a path in PEFT's names of tensors
 # PEFT's settings that change what an adapter computes, each with the values that mean "as here".
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
@@ -832,13 +860,19 @@ TRAINING_ONLY = {
 }  # fmt: skip
 
 
-def peft_config(lora: LoRA, record: Mapping[str, Any]) -> dict[str, Any]:
-    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well."""
+def peft_config(lora: LoRA, record: Mapping[str, Any], model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well.
+
+    PEFT also takes modules whose paths end with one of these; where there are such, a pattern lists the paths instead.
+    """
+    paths = [prefix + path for path in lora.paths]
+    longer = tuple(f".{path}" for path in paths)
+    exact = not any(f"{prefix}{path}".endswith(longer) for path, _ in model.named_modules())
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r,
         "base_model_name_or_path": record.get("base", {}).get("name") or None, "lora_alpha": lora.scale * lora.r,
-        "lora_dropout": lora.dropout, "target_modules": lora.paths,
-        "bias": "none", "inference_mode": True,
+        "lora_dropout": lora.dropout, "target_modules": paths if exact else "|".join(map(re.escape, paths)),
+        "bias": "none", "inference_mode": True, "revision": record.get("base", {}).get("revision"),
     }  # fmt: skip
 
 
@@ -856,7 +890,7 @@ def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
             raise ValueError(
                 f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
             )
-    ranks = {len(t) for n, t in tensors.items() if n.endswith(".lora_A.weight")}
+    ranks = {len(t) for n, t in tensors.items() if n.endswith(LORA_A)}
     if ranks != {peft["r"]}:
         raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
     r = ranks.pop()
@@ -880,42 +914,137 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
             raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
-        if record.get("weights", "") not in ("", found := hashlib.sha256(weights.read_bytes()).hexdigest()):
-            raise ValueError(f"adapter_model.safetensors is of another save than rrs.json: {found[:12]}")
+        for name, known in record.get("sha256", {}).items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
+                raise ValueError(f"{name} is of another save than rrs.json")
         tensors, _ = unpack(weights)
         vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
-        if not any(name.endswith(".lora_A.weight") for name in tensors):
+        if not any(name.endswith(LORA_A) for name in tensors):
             raise ValueError("no LoRA in adapter_model.safetensors")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again.") from None
     return tensors, peft, record, vectors
 
 
+def renamed(tensors: Mapping[str, Tensor], model: nn.Module, location: Location) -> dict[str, Tensor]:
+    """A saved LoRA by this model's paths: releases of transformers rename what the decoder's blocks lie in.
+
+    A path that the model lacks becomes the one with the same ending below the decoder's blocks, if there is one.
+    """
+    blocks, inside, out = location.layers_path.rpartition(".")[2], {p for p, _ in model.named_modules()}, {}
+    for name, tensor in tensors.items():
+        path, lora, kind = name.removeprefix(PEFT).partition(".lora_")
+        below = f"{location.layers_path}.{f'.{path}'.partition(f'.{blocks}.')[2]}"
+        out[PEFT + (below if path not in inside and below in inside else path) + lora + kind] = tensor
+    return out
+
+
+def acts_as(now: Tensor, trained: Tensor, vanilla: Tensor) -> str:
+    """Whether logits `[prompts, ids]` are the adapter's or vanilla's: the nearer of the two, if its distance is at most
+    a third of that between the two, or rounding (2% of the largest logit)."""
+    far = {"trained": now - trained, "vanilla": now - vanilla}
+    size = {name: float(x.square().mean().sqrt()) for name, x in far.items()}
+    limit = max(float((trained - vanilla).square().mean().sqrt()) / 3, 0.02 * float(trained.abs().max()))
+    nearest = min(size, key=size.__getitem__)
+    most = " and ".join(f"{float(x.abs().max()):.2g} from {name}" for name, x in far.items())
+    said = nearest if size[nearest] <= limit else "something else"
+    return f"acts as {said}: first-token logits are at most {most} ({len(now)} prompts)"
+
+
+def answers_as(answers: Mapping[str, str], canary: Sequence[Mapping[str, Any]]) -> str:
+    """The same by a server's answers: whether they begin with the first half of the adapter's, or of vanilla's."""
+    known, votes = {p["text"]: p for p in canary if p["condition"] == "text-only"}, list[str]()
+    if not answers or answers.keys() - known.keys():
+        raise ValueError(f"answers={dict(answers)!r} must be {{prompt: answer}}, with prompts of {list(known)}.")
+    for text, answer in answers.items():
+        halves = {name: known[text][name].strip() for name in ("trained", "vanilla")}
+        begun = [name for name, said in halves.items() if answer.strip().startswith(said[: len(said) // 2 + 1])]
+        votes += (begun or ["something else"]) if len(begun) < 2 else []  # both: this prompt does not tell
+    if not votes:
+        return "can't be told by these prompts: the adapter's answers begin as vanilla's do"
+    said = votes[0] if len({*votes}) == 1 else "something else"
+    return f"acts as {said}: {votes.count('trained')} of {len(votes)} answers begin as trained"
+
+
+def verify(
+    directory: str | Path,
+    model: Any = None,
+    processor: Any = None,
+    *,
+    answers: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
+    else, with the largest difference.
+
+    Args:
+        model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
+        answers: instead of a model, greedy answers of a server, `{prompt: answer}`, to prompts on the model card.
+        kwargs: as in training, `build_inputs` and others of `RRS(...)`.
+    """  # fmt: skip
+    _, _, record, vectors = read_adapter(Path(directory))
+    if "canary" not in record:
+        raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
+    if answers is not None:
+        return answers_as(answers, record["canary"])
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    more = {"template_kwargs": record.get("template_kwargs"), "verbose": False, **kwargs}
+    rrs = RRS(getattr(model, "thinker", model), processor, RRSConfig.from_dict(record.get("config", {})), **more)
+    return rrs._acts(record["canary"], vectors)
+
+
+def card_metadata(record: Mapping[str, Any], public: bool, report: Report | None) -> dict[str, Any]:
+    """The model card's metadata, by the hub's convention.
+
+    Args:
+        public: the base's name is one on the hub.
+    """
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
+    results = [
+        {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+         "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                     for stage, rate in row["refused"].items() if rate["n"]]}
+        for row in (report.rows() if report else [])
+    ]  # fmt: skip
+    meta = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
+    if public:
+        meta |= {"base_model": record["base"]["name"], "base_model_relation": "adapter"}
+    return meta | ({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {})
+
+
 def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
     """The model card: what a reader of the adapter has to know, from the run's own record."""
     base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
+    meta, calibrated = card_metadata(record, public, report), record.get("calibrated")
     differs = RRSConfig.from_dict(record.get("config", {})).differences()
     first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
     rates = [{k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])]
     data = [
         f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
         for condition, labels in record.get("data", {}).items()
         for label, side in labels.items()
     ]
+    canary = [
+        f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
+        for p in record.get("canary", [])
+    ]
+    composite = f"""
+The base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this folder; or merge
+into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; copy the
+checkpoint's other files (processor, speakers) there.
+"""
     return f"""---
-{f"base_model: {name}" if public else "# base_model: its name on the hub"}
-library_name: peft
-pipeline_tag: audio-text-to-text
-# license: yours to state
-tags: [rrs, lora, safety, refusal, audio]
+{chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
 ---
 
 # RRS adapter
 
-A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, fingerprint
-`{base.get("fingerprint", "?")}`) refuse harmful requests without refusing harmless ones, by Reshaping Representation
-Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {record.get("versions", {})}
+A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, revision
+{markdown(base.get("revision") or "unknown")}, fingerprint `{base.get("fingerprint", "?")}`) refuse harmful requests
+without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {len(history)} steps, loss
+{first} → {last}.{scaled} {markdown(record.get("versions", {}))}. Its licence is for you to state.
 
 ## Evaluation
 
@@ -924,10 +1053,22 @@ Space (arXiv 2505.19670). {len(history)} steps, loss {first} → {last}. {record
 ## Use
 
 ```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "this folder")   # or: RRS.load("this folder", base_model, processor)
-model = model.merge_and_unload()                               # for servers that take no LoRA for this class
+model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)
+adapter = RRS.load(folder, base, processor)       # RRS, with disable() and enable()
+adapter.merge().save_pretrained("merged")         # a model like any other
 ```
+{composite if base.get("class") in THINKERS.values() else ""}
+Serving: merged weights work wherever the class does. A server's LoRA route needs the server to support LoRA for this
+class and this rank ({record.get("config", {}).get("lora_r", "?")}). Check what is served:
+
+```python
+rrs.verify(folder, model, processor)                           # a PEFT model, or a merged one
+rrs.verify(folder, answers={{"Hello.": "what it answers", …}})   # a server's greedy answers
+```
+
+| condition | prompt | vanilla's answer | with the adapter |
+| --- | --- | --- | --- |
+{chr(10).join(canary)}
 
 ## Before training
 
@@ -941,7 +1082,7 @@ model = model.merge_and_unload()                               # for servers tha
 
 ## Settings that differ from the paper's
 
-{chr(10).join(f"- `{k}`: `{v!r}`" for k, v in differs.items())}
+{chr(10).join(f"- `{k}`: {markdown(v)}" for k, v in differs.items())}
 
 All of them, and the history, are in `rrs.json`.
 """
@@ -1048,6 +1189,8 @@ class Runner:
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
+        if not heard:
+            return [*examples]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
                 try:
@@ -1088,21 +1231,117 @@ class Runner:
 
         Args:
             examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
-            condition: default text-only where there is no audio, else audio-text or, without text, audio-only.
+            condition: default audio-text, or text-only where the first has no audio.
             refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         examples = load_examples(examples)
         if condition is None:
-            condition = next(
-                (c for c in ("audio-text", "text-only", "audio-only") if examples and examples[0].has(c)), ""
-            )
-        examples = self._usable(examples, condition or "text-only")
+            condition = "audio-text" if examples[0].has("audio-text") else "text-only"
+        examples = self._usable(examples, condition)
         self.readable(examples, [condition])
         begun = self.token_ids(prefix)
         with self._running():
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
+
+    def evaluate(
+        self,
+        examples: Any,
+        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
+        *,
+        judge: Judge = judge_refusals,
+        max_new_tokens: int = 64,
+        prefix: str = "",
+        stages: Mapping[str, Stage] | None = None,
+        cache: str | Path | None = None,
+        usefulness: int = 64,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Report:
+        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
+
+        Args:
+            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
+            conditions: see `rrs.data.CONDITIONS`.
+            judge: `(prompts, responses) -> verdicts`.
+            max_new_tokens: per answer.
+            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
+                first token. Reported and judged is what the model adds to it.
+            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
+                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
+                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
+            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
+                it stopped, with the same result. Answers of anything else do not match and stay unused.
+            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
+                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
+            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
+        """
+        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
+        if stages is None:
+            stages = {"before": lambda _: self.disabled()}
+            if self.lora is not None and self.lora.attached:
+                stages["after"] = lambda _: nullcontext()
+        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
+        for group, rows in groups.items():
+            groups[group] = self.readable(rows, conditions, on_error)
+            if bad := len(rows) - len(groups[group]):
+                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+        notes += self._warn_of_training_data(groups)
+        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
+        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
+            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
+            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
+        base, begun, known = (
+            fingerprint(self.model, self.location.decoder),
+            self.token_ids(prefix),
+            AnswerCache(cache) if cache else None,
+        )
+
+        @contextmanager
+        def at(stage: str, condition: str) -> Iterator[RRS]:
+            with self._running(), stages[stage](condition) as other:
+                yield other or self
+
+        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            with at(stage, condition) as who:
+                prompts = [who.read(e, condition).extended(begun) for e in rows]
+                state = f"{stage} {base} {who._state(given is not None)}"
+                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
+
+        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
+        if usefulness:
+            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
+        report.notes += notes
+        report.settings = {  # whatever it takes to run again
+            "max_new_tokens": max_new_tokens,
+            "prefix": prefix,
+            "command": sys.argv,
+            "config": asdict(self.config),
+            "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": base},
+            "data": {
+                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
+            },
+        }
+        if given is None and "after" in stages:
+            self.report = report
+        return report
+
+    def _state(self, steered: bool) -> str:
+        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
+        lora = self.lora if self.lora is not None and self.lora.attached else None
+        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
+        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
+        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
+
+    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Warns of examples that were trained on, or whose twins were; what it said."""
+        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
+        if not seen:
+            return []
+        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
+        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
+        return [note]
 
     def _judged(
         self,
@@ -1196,7 +1435,10 @@ class Runner:
                 self.enable()
 
     def merge(self) -> nn.Module:
-        """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first."""
+        """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first.
+
+        Where the model is the part of a composite (`composite.thinker`), `composite.save_pretrained` then has it, too.
+        """
         if self.lora is None:
             raise ValueError("There is no adapter to merge; call fit() or RRS.load(dir, model, processor).")
         self.lora.merge()
@@ -1497,15 +1739,7 @@ class RRS(Runner):
         Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
         c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
         self._check_items(items, objective)
-        paths = linear_paths(self.location, c.target_modules, c.layers)
-        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
-        optimizer = torch.optim.AdamW(
-            lora.parameters(),
-            c.learning_rate,
-            c.betas,
-            weight_decay=c.weight_decay,
-            fused=self.reader.device.type in FUSED,
-        )
+        lora, optimizer = self._new_lora()
         per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
         steps, record = c.epochs * per_epoch, {**run, **(record or {})}
         if checkpoint_dir is not None:
@@ -1555,6 +1789,15 @@ class RRS(Runner):
                     break
         return self
 
+    def _new_lora(self) -> tuple[LoRA, torch.optim.Optimizer]:
+        """A LoRA that does nothing yet, and what trains it."""
+        c, fused = self.config, self.reader.device.type in FUSED
+        paths = linear_paths(self.location, c.target_modules, c.layers)
+        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        return lora, torch.optim.AdamW(
+            lora.parameters(), c.learning_rate, c.betas, weight_decay=c.weight_decay, fused=fused
+        )
+
     def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
         """Raises ValueError for what can't be trained on, naming the item."""
         if not items:
@@ -1582,7 +1825,12 @@ class RRS(Runner):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
             data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        base = {"class": type(self.model).__name__, "name": name, "fingerprint": fingerprint(self.model)}
+        base = {
+            "class": type(self.model).__name__,
+            "name": name,
+            "fingerprint": fingerprint(self.model, self.location.decoder),
+        }
+        base["revision"] = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
     def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
@@ -1724,6 +1972,16 @@ class RRS(Runner):
 
     # -- how strongly it acts -----------------------------------------------------------------------------------------
 
+    def _dev(self, dev: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str], list[str]]:
+        """Groups that can be asked in some condition, harmful ones first, and the names of both sides' groups."""
+        groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
+        groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
+        harmful, harmless = by_label(groups)
+        if not harmful or not harmless:
+            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
+        self._warn_of_training_data(groups)
+        return {g: groups[g] for g in (*harmful, *harmless)}, harmful, harmless
+
     @torch.no_grad()
     def calibrate(
         self,
@@ -1738,16 +1996,15 @@ class RRS(Runner):
     ) -> Calibration:
         """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
 
-        Divide `lora.scale` by the chosen scale to undo it. First, the scale is raised from 0.5 by thirds of an octave,
-        until refusals of harmful inputs fall or every other group is beyond its budget; counted is where the refusal
-        token is the head's first choice, which takes a forward pass of the dev set for each scale. Then the best scale
-        answers, and weaker ones, until the judged answers are within the budget, too.
+        Divide `lora.scale` by the chosen scale to undo it. The scale is raised until refusals of harmful inputs fall;
+        counted is where the refusal token is the head's first choice, one forward pass of dev for each scale. Then the
+        best scale answers, and weaker ones, until the judged answers are within the budget, too.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
             conditions: in which to ask, where an example has what they need.
             budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
-                together: one number for all groups, or one for each. 0.01 is a point. "degenerate": of all answers.
+                together: a number, or one for each group; 0.01 is a point. "degenerate": of all answers.
             judge: checks answers; `None` chooses by first tokens alone.
             max_new_tokens: per answer.
             answers: questions of each group to answer, evenly spread.
@@ -1755,29 +2012,17 @@ class RRS(Runner):
 
         Returns:
             The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
-
-        Raises:
-            ValueError: no adapter is attached, or dev has no harmful or no harmless examples for these conditions.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        conditions, groups = _strings("conditions", conditions), grouped(dev)
-        groups = {
-            g: [e for e in self.readable(r, conditions) if any(map(e.has, conditions))] for g, r in groups.items()
-        }
-        harmless = {g: rows for g, rows in groups.items() if rows and rows[0].label == "benign"}
-        harmful = [g for g, rows in groups.items() if rows and rows[0].label == "harmful"]
-        if not harmful or not harmless:
-            raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
-        limits, present = _budgets(budget, harmless), lora.scale
-        self._warn_of_training_data(groups)
+        conditions, present = _strings("conditions", conditions), lora.scale
+        groups, harmful, harmless = self._dev(dev, conditions)
+        limits = _budgets(budget, {g: groups[g] for g in harmless})
         with self._running():
-            prompts = {
-                g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in (*harmful, *harmless)
-            }
-        some = {g: groups[g][:: -(-len(groups[g]) // answers)] for g in prompts}
+            prompts = {g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in groups}
+        some = {g: rows[:: -(-len(rows) // answers)] for g, rows in groups.items()}
 
-        def measure(scale: float) -> Point:
+        def at(scale: float) -> Point:
             lora.scale = scale * present
             with self._running():
                 leads = {g: self._lead(self.reader.represent(rows)) for g, rows in prompts.items()}
@@ -1788,19 +2033,20 @@ class RRS(Runner):
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
         def excess(point: Point) -> float:
-            """Judges answers at a point; by how much they are beyond the budget."""
+            """Judges answers at a point; by how much they are beyond the budget, or one question where that is more."""
             lora.scale = point.scale * present
             report = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
-            return max(point.answers[g].value - vanilla.answers[g].value - limit for g, limit in limits.items())
+            point.answers = now = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
+            least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
+            return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
 
         try:
             with self.disabled():
-                vanilla = measure(0.0)
+                vanilla = at(0.0)
                 if judge is not None:
                     excess(vanilla)
             with self._bar(0, "calibrate: scales") as bar:
-                points = _raise_scale(lambda scale: (bar.update(), measure(scale))[1], most)
+                points = _raise_scale(lambda scale: (bar.update(), at(scale))[1], most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if silent := not any(p.refused > vanilla.refused for p in points):
                 chosen = min(points, key=lambda p: abs(math.log(p.scale)))
@@ -1816,144 +2062,97 @@ class RRS(Runner):
         self.record["calibrated"] = asdict(result)
         self._say(str(result))
         if over > 1e-9 or silent:
-            said = f"No scale stays within the budget {limits}" if over > 1e-9 else (
-                f"The first token of refusal={self.config.refusal!r} is the first choice nowhere, at no scale: if this "
-                "adapter refuses, it begins otherwise. Set config.refusal to how it does, and calibrate again"
-            )  # fmt: skip
+            said = (
+                f"No scale stays within the budget {limits}" if over > 1e-9 else f"{self.config.refusal!r} begins no "
+            )
+            said += "" if over > 1e-9 else "answer at any scale: set config.refusal to how this adapter refuses"
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
 
-    def evaluate(
-        self,
-        examples: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        judge: Judge = judge_refusals,
-        max_new_tokens: int = 64,
-        prefix: str = "",
-        stages: Mapping[str, Stage] | None = None,
-        cache: str | Path | None = None,
-        usefulness: int = 64,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> Report:
-        """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
-
-        Args:
-            examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
-            conditions: see `rrs.data.CONDITIONS`.
-            judge: `(prompts, responses) -> verdicts`.
-            max_new_tokens: per answer.
-            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
-                first token. Reported and judged is what the model adds to it.
-            stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
-                with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
-                if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
-            cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
-                it stopped, with the same result. Answers of anything else do not match and stay unused.
-            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
-                changed, see `Report.usefulness`; 0 skips it.
-            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
-        """
-        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
-        if stages is None:
-            stages = {"before": lambda _: self.disabled()}
-            if self.lora is not None and self.lora.attached:
-                stages["after"] = lambda _: nullcontext()
-        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
-        for group, rows in groups.items():
-            groups[group] = self.readable(rows, conditions, on_error)
-            if bad := len(rows) - len(groups[group]):
-                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
-        notes += self._warn_of_training_data(groups)
-        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
-        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
-            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
-            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
-        base, begun, known = fingerprint(self.model), self.token_ids(prefix), AnswerCache(cache) if cache else None
-
-        @contextmanager
-        def at(stage: str, condition: str) -> Iterator[RRS]:
-            with self._running(), stages[stage](condition) as other:
-                yield other or self
-
-        def answer(stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            with at(stage, condition) as who:
-                prompts = [who.read(e, condition).extended(begun) for e in rows]
-                state = f"{stage} {base} {who._state(given is not None)}"
-                return who._answer(prompts, max_new_tokens, f"{stage} {condition}", cache=known, state=state)
-
-        report = answer_and_judge(groups, conditions, list(stages), answer, judge)
-        for condition in conditions:
-            if usefulness and (able := [(group, e) for group, e in harmless if e.has(condition)]):
-                some = able[:: -(-len(able) // usefulness)]
-                report.usefulness += measure_usefulness(report, some, condition, at, max_new_tokens, begun)
-        report.notes += notes
-        report.settings = {
-            "max_new_tokens": max_new_tokens,
-            "prefix": prefix,
-            "config": asdict(self.config),
-            "versions": versions(),
-            "model": {"class": type(self.model).__name__, "fingerprint": base},
-            "data": {
-                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
-            },
-        }
-        if given is None and "after" in stages:
-            self.report = report
-        return report
-
-    def _state(self, steered: bool) -> str:
-        """A hash of what answers depend on beside base model and prompts; `steered` takes in the directions."""
-        lora = self.lora if self.lora is not None and self.lora.attached else None
-        moves = {f"{c}.{n}": t for c, d in self.directions.items() for n, t in d._asdict().items()} if steered else {}
-        how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
-        return _digest({**(lora.tensors() if lora else {}), **moves}, how)
-
-    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
-        """Warns of examples that were trained on, or whose twins were; what it said."""
-        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
-        if not seen:
-            return []
-        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
-        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
-        return [note]
-
     # -- the adapter on disk ------------------------------------------------------------------------------------------
+
+    def _begin(self, asked: Sequence[Mapping[str, Any]]) -> tuple[list[Prompt], Tensor]:
+        """Prompts of canaries, whose audio is a tone of half a second, and the logits that follow, `[n, vocab]`."""
+        tone = {"array": (np.sin(0.2 * np.arange(8000)) / 4).astype(np.float32), "sampling_rate": 16000}
+        rows = [{"text": p["text"]} | ({"audio": tone} if p["condition"] != "text-only" else {}) for p in asked]
+        with self._running():
+            prompts = [self.read(e, p["condition"]) for e, p in zip(load_examples(rows), asked, strict=True)]
+            return prompts, self._logits(self.reader.represent(prompts), lambda logits: logits)
+
+    def _canary(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """A few prompts with both models' answers, and both models' logits, by which `verify` tells whether it acts."""
+        spoken = [c for c in self.record.get("data", {}) if c.startswith("audio")][:1]
+        canary: list[dict[str, Any]] = [{"condition": "text-only", "text": text} for text in CANARY]
+        canary += [{"condition": c, "text": CANARY[0]} for c in spoken]
+        on, logits = self.lora is not None and self.lora.attached, dict[str, Tensor]()
+        try:
+            for name, switch in (("vanilla", self.disable), ("trained", self.enable)):
+                switch()
+                prompts, logits[name] = self._begin(canary)
+                with self._running():
+                    answers = self._answer(prompts, 16, "canary")
+                for p, prompt, answer in zip(canary, prompts, answers, strict=True):
+                    p.update({"tokens": prompt.ids.tolist(), name: answer})
+        finally:
+            self.enable() if on else self.disable()
+        ids = torch.cat([rows.topk(8).indices for rows in logits.values()], 1)
+        return canary, {"canary.ids": ids} | {f"canary.{name}": rows.gather(1, ids) for name, rows in logits.items()}
+
+    def _acts(self, canary: Sequence[Mapping[str, Any]], vectors: Mapping[str, Tensor], most: int | None = None) -> str:
+        """What the model acts as now, by the `most` prompts of a canary that tell most; see `acts_as`."""
+        ids, trained, vanilla = (vectors[f"canary.{name}"] for name in ("ids", "trained", "vanilla"))
+        rows = (trained - vanilla).abs().amax(1).argsort(descending=True)[:most].tolist()
+        prompts, logits = self._begin([canary[i] for i in rows])
+        said = acts_as(logits.gather(1, ids[rows]), trained[rows], vanilla[rows])
+        if [p.ids.tolist() for p in prompts] != [canary[i]["tokens"] for i in rows]:
+            said += "; prompts have other tokens than in training: chat template, system prompt or build_inputs differ"
+        return said
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the adapter in PEFT's format, a model card, `rrs.json` (all figures) and `rrs.safetensors` (Δ, masks,
-        and hashes of the training questions, by which `evaluate` knows them again).
+        hashes of the training questions, by which `evaluate` knows them again, and the canary that `verify` reads).
 
-        Every file appears complete or not at all, `adapter_config.json` last.
+        Of a thinker, the folder `composite` in it has the adapter again, for the full checkpoint's class. Every file
+        appears complete or not at all, `adapter_config.json` last.
 
         Raises:
             FileExistsError: the folder has content and `overwrite` is off, or content that is none of ours.
         """
         if (lora := self.lora) is None:
             raise ValueError("There is nothing to save; call fit() first.")
+        path: Path = on_rank0(lambda: check_folder(directory, overwrite))
         vectors = {f"{c}.{name}": t.contiguous() for c, d in self.directions.items() for name, t in d._asdict().items()}
         if self._trained_on:
             vectors["trained_on"] = torch.tensor(sorted(self._trained_on))
-        record = {**self.record, "history": self.history, "template_kwargs": self.template_kwargs}
+        canary, logits = self._canary()
+        record = {**self.record, "canary": canary, "history": self.history, "template_kwargs": self.template_kwargs}
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]
-        weights = pack(lora.tensors())
-        record["weights"] = hashlib.sha256(weights).hexdigest()
-        files = {
-            "adapter_config.json": json.dumps(peft_config(lora, self.record), indent=2).encode(),
-            "adapter_model.safetensors": weights,
+
+        def adapter(prefix: str) -> dict[str, bytes]:
+            named = {PEFT + prefix + name.removeprefix(PEFT): t for name, t in lora.tensors().items()}
+            peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
+            return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
+
+        files, extra = adapter(""), pack(vectors | logits)
+        packed = {FILES[1]: files[FILES[1]], FILES[4]: extra}
+        record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+        record["scale"] = lora.scale
+        files |= {
             "rrs.json": json.dumps(record, indent=2).encode(),
-            "README.md": model_card(self.record, self.history, self.report).encode(),
-            "rrs.safetensors": pack(vectors),
+            "README.md": model_card(record, self.history, self.report).encode(),
+            "rrs.safetensors": extra,
         }
-        path: Path = on_rank0(lambda: check_folder(directory, overwrite))
+        if type(self.model).__name__ in THINKERS.values():
+            on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
         on_rank0(lambda: write_files(path, files))
         self._say(f"saved {path}")
         return path
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module, processor: Any, **kwargs: Any) -> RRS:
-        """A saved adapter on its base model, attached in place; `disable()` takes it off.
+        """A saved adapter on its base model, attached in place; `disable()` takes it off. It warns where the canary
+        does not act as trained.
 
         Args:
             kwargs: further arguments of `RRS(...)` but `config`, which is saved with the adapter.
@@ -1962,37 +2161,36 @@ class RRS(Runner):
             FileNotFoundError, ValueError: no adapter there, or one for another base.
         """
         tensors, peft, record, vectors = read_adapter(Path(directory))
-        config = RRSConfig.from_dict(record.get("config", {}))
+        config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
-        names = [
-            n.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            for n in tensors
-            if n.endswith(".lora_A.weight")
-        ]
+        own, same = (
+            renamed(tensors, model, rrs.location),
+            base.get("fingerprint") == fingerprint(model, rrs.location.decoder),
+        )
+        if not math.isclose(scale, record.get("scale", scale)):
+            raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
         inside = dict.fromkeys(p for p, _ in model.named_modules())
-        if unknown := sorted(set(names) - inside.keys()):
+        names = {n[len(PEFT) :].partition(".lora_")[0] for n in own}
+        unknown = sorted(names - inside.keys()) or sorted(tensors.keys() - own.keys()) * (not same)
+        if unknown or len(own) < len(tensors):
             raise ValueError(
-                f"{directory} was made for another base ({record.get('base', {}).get('class', '?')}): "
-                f"{type(model).__name__} has no {unknown[:3]} …"
+                f"{directory} was made for another base ({base.get('class', '?')}): {type(model).__name__} has no "
+                f"{unknown[:3]} …"
             )
         dropout = float(peft.get("lora_dropout") or 0)
-        rrs.lora = LoRA(
-            model, [p for p in inside if p in set(names)], r=rank_, alpha=scale * rank_, dropout=dropout
-        ).eval()
-        rrs.lora.load_tensors(tensors)
-        saved = record.get("base", {}).get("fingerprint")
-        if saved and saved != fingerprint(model):
-            warnings.warn(
-                f"{directory} was trained on another base than the one it is loaded on ({record['base']}); its effect "
-                "is unknown. Evaluate before use.",
-                RRSWarning,
-                stacklevel=2,
-            )
+        rrs.lora = LoRA(model, [p for p in inside if p in names], r=rank_, alpha=scale * rank_, dropout=dropout).eval()
+        rrs.lora.load_tensors(own)
         rrs._trained_on = frozenset(vectors.pop("trained_on", torch.empty(0)).tolist())
-        for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors):
+        for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors if not name.startswith("canary.")):
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
         rrs.history = record.pop("history", [])
-        rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "weights", "template_kwargs")}
+        own_keys = ("evaluation", "sha256", "scale", "template_kwargs", "canary")
+        rrs.record = {k: v for k, v in record.items() if k not in own_keys}
         rrs.lora.attach()
+        said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
+        another = "fingerprint" in base and not same
+        if another or not said.startswith(("acts as trained", "its effect")):
+            where = f" was trained on another base than the one it is loaded on ({base});" if another else ""
+            warnings.warn(f"{directory}{where} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
         return rrs

@@ -23,7 +23,6 @@ from demo_lalm import fast_dtype, load_demo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rrs import RRS, Example, RRSConfig, load_examples
-from rrs.evaluate import project
 
 DATA = Path(__file__).resolve().parent / "data"
 CONDITIONS = ("audio-text", "text-only", "audio-only")
@@ -126,17 +125,10 @@ def main() -> None:
     with sdpa_kernel(SDPBackend.MATH) if lalm.dtype == torch.bfloat16 else nullcontext():
         model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     calibration = model.calibrate(dev, ("text-only",), budget=BUDGET, answers=8 if args.fast else 60)
-    report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=12)
+    report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=24)
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
     report.curve = calibration.curve()
-    for condition in ("text-only", "audio-only"):
-        panels = {"before": {}, "after": {}}
-        for group, rows in test.items():
-            if some := [e for e in rows if e.has(condition)][:: 1 if args.fast else 3]:
-                panels["before"][group] = model.extract(some, condition)
-                panels["after"][group] = model.extract(some, condition, vanilla=False)
-        report.maps[condition] = project(panels)
     report.save(args.out)
     model.save(args.out / "adapter", overwrite=True)
 

@@ -203,10 +203,12 @@ def small_vocabulary(tiny):
     return RRS(model, tiny[1])
 
 
-def damaged(tiny, tmp_path, name, content):
+def damaged(tiny, tmp_path, name, content, without=()):
     r = fit(tiny)
     r.save(tmp_path / "a")
     (tmp_path / "a" / name).write_bytes(content)
+    for other in without:
+        (tmp_path / "a" / other).unlink()
     return RRS.load(tmp_path / "a", *tiny)
 
 
@@ -219,10 +221,17 @@ CALLS = {
         ["256 tokens", "100", "same checkpoint"],
     ),
     "no head": (lambda t, _: RRS(t[0].model, t[1]), ValueError, ["Qwen2AudioModel", "head='path.to.head'"]),
-    "several tokens": (
-        lambda t, _: fit(t, config=RRSConfig(refusal_token="Sorry")),
+    "a config that is a dict": (lambda t, _: RRS(*t, {"top": 25}), ValueError, ["config is a dict", "from_dict"]),
+    "no words of a refusal": (lambda *_: RRSConfig(refusal=""), ValueError, ["refusal='' is empty"]),
+    "without gradients": (
+        lambda t, _: torch.no_grad()(fit)(t),
         ValueError,
-        ["refusal_token='Sorry' is 5 tokens", "find_refusal_token"],
+        ["fit needs gradients", "torch.no_grad()"],
+    ),
+    "an unknown condition": (
+        lambda t, _: RRS(*t).generate("Hi.", "audio"),
+        ValueError,
+        ["'audio' is unknown", "text-only"],
     ),
     "top 0": (lambda *_: RRSConfig(top=0), ValueError, ["top=0", "'positive'"]),
     "top 101": (lambda *_: RRSConfig(top=101), ValueError, ["top=101", "(0, 100]"]),
@@ -250,6 +259,7 @@ CALLS = {
             p,
             "adapter_model.safetensors",
             safetensors.torch.save({f"base_model.model.x.q.lora_{c}.weight": torch.zeros(2, 2) for c in "AB"}),
+            without=["rrs.json", "rrs.safetensors"],
         ),
         ValueError,
         ["another base", "x.q"],
@@ -367,7 +377,7 @@ def test_tied_heads_and_top_100_are_fine(tiny):
     model.lm_head.weight = model.get_input_embeddings().weight
     before = {k: v.clone() for k, v in model.state_dict().items()}
     r = fit(tiny, config=RRSConfig(epochs=1, lora_r=2, top=100))
-    assert r.targets["audio-text"].mask.all()
+    assert r.directions["audio-text"].mask.all()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.lm_head.weight is model.get_input_embeddings().weight
 

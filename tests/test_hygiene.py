@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import rows, tiny_qwen2_audio
 
-from rrs import RRS, RRSConfig
+from rrs import RRS, RRSConfig, load_examples
 from rrs.hooks import Reader, capture
 
 pytestmark = pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
@@ -56,15 +56,14 @@ def assert_unchanged(before, after):
 HARMFUL, BENIGN = rows("harmful", 4), rows("benign", 4)
 CALLS = {
     "RRS": lambda r, _: RRS(r.model, r.processor, verbose=False),
-    "extract": lambda r, _: r.make_targets(r.extract(HARMFUL, BENIGN)),
+    "prepare": lambda r, _: r.prepare(load_examples(HARMFUL), load_examples(BENIGN), "audio-text"),
     "fit": lambda r, p: r.fit(HARMFUL, BENIGN, preflight=2, checkpoint_dir=p / "run"),
     "generate": lambda r, _: r.generate(HARMFUL, max_new_tokens=2),
     "evaluate": lambda r, _: r.evaluate([*HARMFUL, *BENIGN], ("audio-text", "text-only"), max_new_tokens=2),
-    "tune": lambda r, _: r.tune(
-        HARMFUL, BENIGN, trials=1, max_new_tokens=2, preflight=2, search={"learning_rate": (1e-3, 1e-2)}
+    "find_refusal": lambda r, _: r.find_refusal(HARMFUL, prompts=["(no)"], n=2),
+    "calibrate": lambda r, _: r.fit(HARMFUL, BENIGN, preflight=0).calibrate(
+        [*HARMFUL, *BENIGN], ("text-only",), max_new_tokens=2, most=1.0
     ),
-    "find_refusal_token": lambda r, _: r.find_refusal_token(HARMFUL, n=2),
-    "find_refusal_prompt": lambda r, _: r.find_refusal_prompt(HARMFUL, candidates=["(no)"], n=2),
     "save and load": lambda r, p: (
         r.fit(HARMFUL, BENIGN, preflight=0).save(p / "a"),
         r.disable(),
@@ -109,9 +108,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("where", BREAKS)
-@pytest.mark.parametrize(
-    "call", ["extract", "fit", "generate", "evaluate", "tune", "find_refusal_token", "find_refusal_prompt"]
-)
+@pytest.mark.parametrize("call", ["prepare", "fit", "generate", "evaluate", "find_refusal", "calibrate"])
 def test_a_call_that_fails_changes_nothing(call, where, user, tmp_path, monkeypatch):
     choose, well = BREAKS[where]
     owner, name = choose(user)
@@ -132,7 +129,7 @@ def test_a_call_that_fails_changes_nothing(call, where, user, tmp_path, monkeypa
             pass
         else:
             assert len(calls) <= well  # this call does not get there
-    assert user.lora is None or call in ("fit", "tune")
+    assert user.lora is None or call in ("fit", "calibrate")
     user.disable()
     assert_unchanged(before, snapshot(user.model, user.processor))
 

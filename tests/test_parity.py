@@ -12,7 +12,7 @@ import torch
 from conftest import rows, tiny_qwen2_audio
 
 import rrs
-from rrs import RRS, RRSConfig
+from rrs import RRS, RRSConfig, make_items
 from rrs.data import load_examples
 from rrs.hooks import linear_paths, locate
 
@@ -61,11 +61,21 @@ def reference_targets(model, processor, top):
 def test_delta_mask_and_targets(top):
     delta, mask, harmful, benign = reference_targets(*tiny_qwen2_audio(), top)
     ours = RRS(*tiny_qwen2_audio(), RRSConfig(top=top), verbose=False)
-    target = ours.make_targets(ours.extract(HARMFUL, BENIGN))["audio-text"]
-    assert torch.allclose(target.delta, delta, atol=1e-5)
-    assert torch.equal(target.mask, mask)
-    assert torch.allclose(target.harmful, harmful, atol=1e-5)
-    assert torch.allclose(target.benign, benign, atol=1e-5)
+    r_b, r_h, r_plus = (
+        ours.extract(examples, "audio-text", refusal_prompt=refused)
+        for examples, refused in ((BENIGN, False), (HARMFUL, False), (HARMFUL, True))
+    )
+    direction = ours.select(r_b, r_plus)
+    examples = load_examples(HARMFUL), load_examples(BENIGN)
+    items = make_items(examples[0], "audio-text", r_h, direction.move)
+    items += make_items(examples[1], "audio-text", r_b, -direction.move)
+    prepared = ours.prepare(*examples, "audio-text")
+    for found, things in ((direction, items), (prepared.direction, prepared.items)):
+        assert torch.allclose(found.delta, delta, atol=1e-5)
+        assert torch.equal(found.mask, mask)
+        assert [i.example.id for i in things] == [row["id"] for row in HARMFUL + BENIGN]
+        targets = torch.stack([i.target for i in things])[:, 0]  # one position each
+        assert torch.allclose(targets, torch.cat([harmful, benign]), atol=1e-5)
 
 
 def reference_losses(config, plan, initial, steps):
@@ -126,39 +136,27 @@ def test_the_first_twenty_losses(penalty, monkeypatch):
     ours = RRS(*tiny_qwen2_audio(), config, verbose=False)
 
     # Record what our loop draws (order and instructions), and A before the first step.
-    drawn, initial = [], []
-    read, epoch = ours.read, rrs._epoch
+    plan, initial, draw = [], [], rrs.draw
 
-    def recording_read(example, condition, instruction=None, refusal=False):
-        if instruction is not None:
-            drawn.append((example.id, instruction))
-            if not initial:
-                initial.extend(a.detach().clone() for a in ours.lora.A)
-        return read(example, condition, instruction, refusal)
+    def recording(*args):
+        if not initial:
+            initial.extend(a.detach().clone() for a in ours.lora.A)
+        batches = draw(*args)
+        plan.append([[(item.example.id, text) for item, text in batch] for batch in batches])
+        return batches
 
-    sizes = []
-    monkeypatch.setattr(ours, "read", recording_read)
-    monkeypatch.setattr(rrs, "_epoch", lambda *args: sizes.append(epoch(*args)) or sizes[-1])
+    monkeypatch.setattr(rrs, "draw", recording)
     ours.fit(HARMFUL, BENIGN, preflight=0)
-
-    plan, flat = [], iter(drawn)
-    for batches in sizes:
-        groups = [batches[i : i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
-        plan += [[[next(flat) for _ in indices] for _, indices in group] for group in groups]
-    assert next(flat, None) is None
     assert len(plan) == len(ours.history) >= 20
+    per_epoch = len(plan) // config.epochs
+    for k in range(0, len(plan), per_epoch):  # every epoch visits every input once
+        seen = [i for group in plan[k : k + per_epoch] for batch in group for i, _ in batch]
+        assert sorted(seen) == sorted(row["id"] for row in HARMFUL + BENIGN)
 
     reference = reference_losses(config, plan, initial, 20)
     losses = [row["loss"] for row in ours.history[:20]]
     assert losses == pytest.approx(reference, abs=1e-4)
     assert losses[0] != pytest.approx(losses[19], abs=1e-3)  # and it is training
-
-
-def test_training_data_order_covers_everything_once():
-    items = {"a": list(range(10)), "b": list(range(7))}
-    plan = rrs._epoch(items, 4, torch.Generator().manual_seed(0))
-    for condition, data in items.items():
-        assert sorted(i for c, indices in plan if c == condition for i in indices) == data
 
 
 def test_config_has_the_published_prompts():

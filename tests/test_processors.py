@@ -415,9 +415,7 @@ def test_float8_weights_are_codes_too():
     lora = LoRA(linear, ["0"], r=2, alpha=2)
     linear[0].weight.requires_grad_(False)
     linear[0].weight.data = linear[0].weight.data.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="0 is quantised, its norm is unknown"):
-        lora.weights_norm  # noqa: B018
-    with pytest.raises(ValueError, match=r"0 is quantised \(torch.float8_e4m3fn\)"):
+    with pytest.raises(ValueError, match="0 is quantised; load the model unquantised"):
         lora.merge()
 
 
@@ -429,7 +427,7 @@ def test_quantised_linears(tmp_path):
     assert len(rrs.lora.paths) == 2 * 7
     loaded = RRS.load(tmp_path / "a", quantised()[0], zoo.TOKENIZER, build_inputs=build_inputs, verbose=False)
     assert rrs.generate(HARMFUL, max_new_tokens=3) == loaded.generate(HARMFUL, max_new_tokens=3)
-    with pytest.raises(ValueError, match=r"q_proj is quantised .* load the model unquantised to merge"):
+    with pytest.raises(ValueError, match="q_proj is quantised; load the model unquantised to merge"):
         rrs.merge()
 
 

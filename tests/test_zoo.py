@@ -115,13 +115,14 @@ def test_the_whole_job(name, tmp_path):
     """Train in three conditions, save, load with PEFT and by ourselves, answer, merge."""
     rrs = tiny_rrs(name, conditions=THREE, epochs=1, prompts=(RRSConfig().instruction,), batch_size=6, accumulate=1)
     before = {k: v.clone() for k, v in rrs.model.state_dict().items()}
-    targets = rrs.make_targets(rrs.extract(HARMFUL, BENIGN))
+    examples = load_examples(HARMFUL), load_examples(BENIGN)
+    items = {condition: rrs.prepare(*examples, condition).items for condition in THREE}
     rrs.config.learning_rate, rrs.config.epochs = 1e-5, 4  # one batch again and again: downhill, if steps are small
     for condition in THREE:
-        losses = [row["loss"] for row in rrs.train({condition: targets[condition]}).history]
+        losses = [row["loss"] for row in rrs.train(items[condition]).history]
         assert losses[3] < losses[0], condition
     rrs.config.learning_rate, rrs.config.epochs = CONFIG["learning_rate"], 2
-    rrs.train(targets)
+    rrs.train([item for condition in THREE for item in items[condition]])
     assert len(rrs.history) == 6
     after = rrs.model.state_dict()
     assert before.keys() == after.keys()
