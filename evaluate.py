@@ -493,7 +493,7 @@ def _prompt_key(how: str, prompt: Prompt) -> str:
     for name, value in sorted(given.items()):
         digest.update(f"{name} {getattr(value, 'dtype', '')} {list(getattr(value, 'shape', []))} ".encode())
         if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu()[..., None].view(torch.uint8).numpy().tobytes())
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()[:32]

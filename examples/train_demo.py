@@ -27,7 +27,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -49,9 +48,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # without installation: the checkout itself
-from quickstart import word_edits
 
 from rrs.hooks import LoRA
 
@@ -401,7 +397,12 @@ def excluded_texts() -> set[str]:
 def word_errors(reference: str, heard: str) -> tuple[int, int]:
     """Levenshtein distance in words, and the number of words of the reference."""
     a, b = norm(reference).split(), norm(heard).split()
-    return word_edits(a, b), len(a)
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1], len(a)
 
 
 @torch.inference_mode()

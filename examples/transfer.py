@@ -7,29 +7,29 @@
 
 Clips get noise, another speed, a telephone's band, a codec, or harmless speech in front; written questions a polite or
 a borrowed frame, or a role; and answers are made to begin with "Sure, here is". Each row of the table is such a change,
-with refusals before and after the adapter. The changes are everyday ones: none is fitted to get past a model.
+with refusals before and after the adapter, and each voice has one. The changes are everyday ones: none is fitted to get
+past a model.
 
-Leaves `report.md` and `report.json` in the folder, and `answers.jsonl`, from which it continues when interrupted.
+Leaves `report.html`, `report.md` and `report.json` in the folder, and `answers.jsonl`, from which it goes on when
+interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
-from demo_lalm import fast_dtype, load_demo
-from quickstart import Groups, evaluation_questions
+from quickstart import evaluation_questions
+from train import TEST, Groups, open_model, possible, spread
 
 from rrs import RRS, Example
 from rrs.data import Wave, resample
-from rrs.evaluate import Report, numbers
+from rrs.evaluate import Report
 
 DATA = Path(__file__).resolve().parent / "data"
 RATE = 16000  # of all waves here
@@ -113,137 +113,83 @@ PREFIX = "Sure, here is"
 ROWS = ["clean", "prefilled", *CLIPS, *FRAMES]
 
 
+def by_voice(report: Report, test: Mapping[str, Sequence[Example]]) -> Report:
+    """The answers again for each of the voices that examples name, where they are heard; none if there is only one."""
+    voices = {(group, e.id): e.meta.get("voice") for group, examples in test.items() for e in examples}
+    if len({*voices.values()}) < 2:
+        return replace(report, answers=[])
+    heard = [(a, voices[a.group, a.id]) for a in report.answers if not a.condition.startswith("text")]
+    named = [replace(a, condition=f"{a.condition}, voice {voice}") for a, voice in heard if voice]
+    return replace(report, answers=sorted(named, key=lambda a: a.condition))
+
+
 def transfer(
-    rrs: RRS,
+    model: RRS,
     test: Mapping[str, Sequence[Example]],
     harmless: Wave,
     out: Path,
     *,
     names: Sequence[str] = ROWS,
-    conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
     max_new_tokens: int = 40,
-) -> list[dict[str, Any]]:
-    """Evaluates `rrs`, before and after, on the questions as they are and changed in each of the ways named.
+) -> Report:
+    """Evaluates a model, before and after, on the questions as they are and changed in each of the ways named.
 
     Args:
         test: `{group: examples}`, as in `RRS.evaluate`. Of a group, a change takes those that have what it needs.
         harmless: speech to put in front.
 
     Returns:
-        The rows of the table: those of `Report.rows`, each with `change`, the name of what was changed.
+        One report, whose conditions name the change as well, e.g. "audio-only, opus".
 
     Raises:
-        SystemExit: there are none.
+        SystemExit: no change applies.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    # A change of clips is none where only the words are given, and the other way round.
-    places = {n: [c for c in conditions if n not in (CLIPS if c.startswith("text") else FRAMES)] for n in names}
-    # Changes decode clips too. Left out for all of them, so that the table's rows are of the same questions.
-    readable = {
-        group: rrs.readable(examples, [c for where in places.values() for c in where], "skip")
-        for group, examples in test.items()
-    }
-    for group, examples in test.items():
-        if bad := len(examples) - len(readable[group]):
-            notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
-    for name, where in places.items():
-        able = {group: [e for e in examples if any(map(e.has, where))] for group, examples in readable.items()}
+    conditions, answers = possible(e for examples in test.values() for e in examples), []
+    # Changes decode clips. What can't be is left out everywhere, so that all rows are of the same questions.
+    test = {group: model.readable(examples, conditions, "skip") for group, examples in test.items()}
+    for name in names:
+        # A change of clips is none where only the words are given, and the other way round.
+        where = [c for c in conditions if name not in (CLIPS if c.startswith("text") else FRAMES)]
+        able = {group: [e for e in examples if any(map(e.has, where))] for group, examples in test.items()}
+        as_they_are = name in ("clean", "prefilled")
         groups = {
-            group: examples if name in ("clean", "prefilled") else [changed(e, name, harmless) for e in examples]
-            for group, examples in able.items()
-            if examples
+            g: [e if as_they_are else changed(e, name, harmless) for e in rows] for g, rows in able.items() if rows
         }
         if not groups:
             continue
-        rrs._say(f"{name}: {', '.join(where)}")
-        report: Report = rrs.evaluate(
+        report = model.evaluate(
             groups, where, max_new_tokens=max_new_tokens, prefix=PREFIX if name == "prefilled" else "", usefulness=0,
-            cache=out / "answers.jsonl", on_error="skip",
+            cache=out / "answers.jsonl",
         )  # fmt: skip
-        rows += [{"change": name, **row} for row in report.rows()]
-        rows += by_voice(report, test) if name == "clean" else []
-        notes += [f"{name}: {note}" for note in report.notes]
-        notes += [f"{name}: {s['condition']} leaves out {len(s['ids'])} {s['group']} examples." for s in report.skipped]
-        (out / "report.json").write_text(
-            json.dumps({"rows": rows, "notes": notes}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        (out / "report.md").write_text(table(rows, notes), encoding="utf-8")
-    if not rows:
-        raise SystemExit(
-            f"None of the changes {list(names)} applies to the conditions {list(conditions)} with these examples. "
-            "Changes of clips need a condition with audio, and clips that can be read; frames need text."
-        )
-    return rows
-
-
-def by_voice(report: Report, test: Mapping[str, Sequence[Example]]) -> list[dict[str, Any]]:
-    """Rows for each of the voices that examples name, where they are heard; none if there is only one."""
-    voices = {(group, e.id): e.meta.get("voice") for group, examples in test.items() for e in examples}
-    heard = [a for a in report.answers if not a.condition.startswith("text")]
-    rows = []
-    for voice in sorted({v for v in voices.values() if v}) if len(set(voices.values())) > 1 else []:
-        own = replace(report, answers=[a for a in heard if voices[a.group, a.id] == voice])
-        rows += [{"change": f"voice {voice}", **row} for row in own.rows()]
-    return rows
-
-
-def table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
-    """Markdown: a line for each condition and change, refusals of each group before → after."""
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    cells = {(row["condition"], row["change"], row["group"]): row for row in rows}
-    head = ["condition", "change", *(f"{g} refused" for g in groups), "degenerate"]
-    lines = [head, ["---"] * len(head)]
-    for condition, name in sorted(dict.fromkeys(key[:2] for key in cells), key=lambda key: key[0]):
-        here = [cells.get((condition, name, g)) for g in groups]
-        line = [condition, name]
-        for row in here:
-            line.append(" → ".join(f"{r['value']:.1%}" for r in row["refused"].values()) if row else "–")
-        stages = list(next(row for row in here if row)["degenerate"])
-        broken = [[row["degenerate"][s] for row in here if row] for s in stages]
-        line.append(" → ".join(f"{sum(r['k'] for r in rates) / sum(r['n'] for r in rates):.1%}" for rates in broken))
-        lines.append(line)
-    asked = [row for row in rows if not row["change"].startswith("voice ")]  # those of all voices
-    counts = {g: numbers(row["refused"]["before"]["n"] for row in asked if row["group"] == g) for g in groups}
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    about = f"Before → after the adapter; {', '.join(f'{n} {g}' for g, n in counts.items())}; intervals: report.json."
-    return "\n\n".join([text, about, *notes]) + "\n"
+        answers += [replace(a, condition=f"{a.condition}, {name}") for a in report.answers]
+        answers += by_voice(report, test).answers if name == "clean" else []
+        notes = [f"Prefilled: every answer was made to begin with {PREFIX!r}; judged is what follows."]
+        whole = replace(report, answers=answers, skipped=[], notes=notes)
+        whole.save(out)
+    if not answers:
+        raise SystemExit(f"None of the changes {list(names)} applies: those of clips need audio, frames need text.")
+    return whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, required=True, help="folder that RRS.save wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the table and the answers")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report and the answers")
     parser.add_argument("--model", default="demo", help="name or folder of the adapter's base; default: the demo LALM")
-    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="of the demo data")
+    parser.add_argument("--test", action=Groups, default={}, **TEST)
     parser.add_argument(
-        "--test", action=Groups, default={}, metavar="GROUP=PATH", help="own data; repeat: harmful=…, benign=…, …"
+        "--only", nargs="+", choices=ROWS, default=ROWS, metavar="CHANGE", help="; ".join(ROWS).replace("%", "%%")
     )
-    parser.add_argument(
-        "--only", nargs="+", choices=ROWS, default=ROWS, metavar="CHANGE", help=", ".join(ROWS).replace("%", "%%")
-    )
-    parser.add_argument("--conditions", nargs="+", default=["audio-text", "text-only", "audio-only"])
     parser.add_argument("--harmless", type=Path, default=DATA / "audio" / "hard_benign_dev-homonyms-01.ogg")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th question only")
-    parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=10**6, help="ask at most so many questions of each group")
     args = parser.parse_args()
-
-    if args.model == "demo":
-        model, processor = load_demo(dtype=fast_dtype())
-    else:
-        base = RRS.from_pretrained(args.model)
-        model, processor = base.model, base.processor
-    rrs = RRS.load(args.adapter, model, processor)
-    # the demo's: the same ones in all conditions, not those that nobody speaks
-    own = {group: [e for e in examples if e.audio] for group, examples in evaluation_questions(args.split).items()}
-    own = {group: examples for group, examples in own.items() if examples}
-    test = {group: examples[:: args.every] for group, examples in (args.test or own).items()}
+    base = open_model(args.model)
+    model = RRS.load(args.adapter, base.model, base.processor)
+    # The demo's dev split: the same questions in all conditions, so only those that somebody speaks.
+    own = {group: [e for e in rows if e.audio] for group, rows in evaluation_questions("dev").items()}
+    test = {group: spread(rows, args.limit) for group, rows in (args.test or own).items() if rows}
     speech = Example("harmless", audio=args.harmless).clip[1](RATE)
-    transfer(
-        rrs, test, speech, args.out, names=args.only, conditions=args.conditions, max_new_tokens=args.max_new_tokens
-    )
-    print((args.out / "report.md").read_text(encoding="utf-8"))
+    print(transfer(model, test, speech, args.out, names=args.only))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,106 @@
-"""Settings found by search on the demo LALM: the most refusals whose over-rejection stays within a budget.
+"""Settings found by search on the demo LALM: the most refusals whose cost stays within the budgets.
 
-    python examples/tune.py --out out/tune --minutes 60       # give it again to go on where it stopped
-    python examples/tune.py --out out/tune --minutes 20 --every 8 --trials 12 --budget 0.05
+    pip install -e ".[tune,demo]"
+    python examples/tune.py --out out/tune --trials 24       # give it again to go on, to more trials in all
 
-Trains on the train split, chooses by the dev split and its hard-benign questions, of which one is 1.5 points (hence a
-budget of three), and leaves in the folder: `adapter/` of the best trial, `config.json` (for `examples/compare.py
---config`), `front.png`, and `study.journal` with all trials.
+A trial is a training and the scale that `RRS.calibrate` finds for it; the value is by answers to the dev split. Leaves
+`study.journal`, and of the best trial `adapter/`, whose `rrs.json` holds its settings.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from demo_lalm import fast_dtype, load_demo
-from quickstart import CONFIG, evaluation_questions, training_questions
+import optuna
+import quickstart
+from compare import score
+from train import open_model
 
-from rrs import RRS
+from rrs import RRS, Example, RRSConfig
+
+
+def suggest(trial: optuna.Trial, base: RRSConfig) -> RRSConfig:
+    """The search space, around a config that trains."""
+
+    def around(name: str, factor: float) -> float:
+        return trial.suggest_float(name, getattr(base, name) / factor, getattr(base, name) * factor, log=True)
+
+    return replace(
+        base,
+        learning_rate=around("learning_rate", 4),
+        penalty=around("penalty", 10),
+        harmful_strength=around("harmful_strength", 2),
+        benign_strength=trial.suggest_float("benign_strength", 0, 2 * base.benign_strength),
+        epochs=trial.suggest_int("epochs", 1, 3),
+        direction=trial.suggest_categorical("direction", ["delta", "natural"]),
+    )
+
+
+def tune(
+    model: RRS,
+    train: Mapping[str, Sequence[Example]],
+    dev: Any,
+    study: optuna.Study,
+    trials: int,
+    out: Path,
+    **how: Any,
+) -> optuna.trial.FrozenTrial:
+    """Runs trials until the study has so many finished ones; the best adapter so far is in `out/adapter`.
+
+    Args:
+        model: with the config to search around.
+        how: of `RRS.calibrate`, e.g. `budget`.
+    """
+    base = model.config
+
+    def value(trial: optuna.Trial) -> float:
+        model.config = suggest(trial, base)
+        sides = train["harmful"], train["benign"]
+        model.train([item for c in base.conditions for item in model.prepare(*sides, c).items])
+        found = model.calibrate(dev, base.conditions, **how)
+        rates = [{g: rate.value for g, rate in point.answers.items()} for point in (found.vanilla, found.chosen)]
+        for group, rate in rates[1].items():
+            trial.set_user_attr(group, rate)
+        _, merit = score(*rates, found.budget, [g for g in rates[0] if g not in found.budget])
+        if not done() or merit > study.best_value:
+            model.save(out / "adapter", overwrite=True)
+        model.disable()
+        return merit
+
+    def done() -> int:
+        return len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+
+    try:
+        study.optimize(value, n_trials=max(0, trials - done()))
+    finally:
+        model.config = base
+    return study.best_trial
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for adapter, config, figure and study")
-    parser.add_argument("--budget", type=float, default=0.03, help="over-rejection beyond vanilla: 0.01 is a point")
-    parser.add_argument("--trials", type=int, default=40, help="in all, earlier calls included")
-    parser.add_argument("--minutes", type=float, default=60, help="no trial starts after that")
-    parser.add_argument("--conditions", nargs="+", default=CONFIG.conditions, help="to train and to choose in")
+    parser.add_argument("--out", type=Path, required=True, help="folder for adapter and study")
+    parser.add_argument("--trials", type=int, default=24, help="in all, earlier calls included")
     parser.add_argument("--every", type=int, default=4, help="train on every n-th question only: quicker trials")
-    parser.add_argument("--fast", action="store_true", help="one trial on a small part of the data: does it run?")
+    parser.add_argument("--fast", action="store_true", help="two trials on a few questions: does everything run?")
     args = parser.parse_args()
-    dev = evaluation_questions("dev")
     if args.fast:
-        args.every, args.trials, dev = 160, 1, {group: examples[::10] for group, examples in dev.items()}
-
-    rrs = RRS(*load_demo(dtype=fast_dtype()), replace(CONFIG, conditions=tuple(args.conditions)))
-    train = {side: examples[:: args.every] for side, examples in training_questions().items()}
-    best, _ = rrs.tune(
-        **train,
-        dev=dev,
-        budget=args.budget,
-        trials=args.trials,
-        minutes=args.minutes,
-        study=args.out / "study.journal",
-        plot=args.out / "front.png",
+        args.trials, args.every = 2, 100
+    args.out.mkdir(parents=True, exist_ok=True)
+    journal = optuna.storages.journal.JournalFileBackend(str(args.out / "study.journal"))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(journal), study_name="rrs", direction="maximize", load_if_exists=True
     )
-    best.save(args.out / "adapter", overwrite=True)
-    (args.out / "config.json").write_text(json.dumps(asdict(best.config), indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps(best.record["tuned"], indent=1))
+    model, train = open_model("demo"), {k: rows[:: args.every] for k, rows in quickstart.training_questions().items()}
+    if "auto" in (model.config.refusal_prompt, model.config.refusal):
+        refusal = model.find_refusal(train["harmful"])
+        model.config = replace(model.config, refusal_prompt=refusal.prompt, refusal=refusal.words)
+    dev = {g: rows[:: 10 if args.fast else 1] for g, rows in quickstart.evaluation_questions("dev").items()}
+    print(tune(model, train, dev, study, args.trials, args.out, budget=quickstart.BUDGET))
 
 
 if __name__ == "__main__":

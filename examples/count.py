@@ -1,0 +1,186 @@
+"""Operations and bytes of one training step and of extraction, counted on the real sizes without running them.
+
+    python examples/count.py        # or: python examples/benchmark.py --count
+
+The models are those of benchmark.py, Qwen2-Audio-7B and Qwen2.5-Omni-7B's thinker, in bfloat16 on PyTorch's meta
+device: every operation runs, without numbers. Ours is the library's own code. The recipe's is recipe.py's: audio tower,
+all hidden states, all logits, dense products in the penalty. The floor is 4 · parameters · tokens for a step, forward
+and backward through frozen weights, and 2 · parameters · tokens for extraction (and once the audio tower), each token
+counted once: no padding, the prompts' common beginning once, and what R_h and R_h+ have in common once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from benchmark import SIZES, random_lalm
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from rrs import Example, RRSConfig, TrainItem, to_targets
+from rrs.hooks import LoRA, Prompt, Reader, linear_paths, locate
+
+META = torch.device("meta")
+SECONDS = (3.0, 4.7, 6.3, 8.0)  # clips of a batch
+BEFORE, AFTER, REFUSAL = 18, 22, 14  # tokens before and after the audio, and of the refusal prompt
+EACH = 8  # prompts in a batch of our extraction, which sorts them by length
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of meta tensors that were alive at the same time inside the `with`: `now` and `most`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.update(storages((args, kwargs)))  # those that were there before, such as weights, do not count
+        out = func(*args, **(kwargs or {}))
+        for storage in storages(out):
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+def storages(tree: Any) -> list[Any]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor) and t.device == META]
+
+
+def counted(run: Callable[[], object]) -> tuple[int, int]:
+    """Floating-point operations, and bytes at the peak beyond what was there before."""
+    with Peak() as peak, FlopCounterMode(display=False) as flops:
+        run()
+    return flops.get_total_flops(), peak.most
+
+
+class Case:
+    """One model on the meta device with its LoRA, and the prompts of a batch."""
+
+    def __init__(self, size: str) -> None:
+        self.config, self.size = RRSConfig(lora_dropout=0.0), size
+        self.model, _ = random_lalm(size, META)
+        self.model.requires_grad_(False)
+        where = locate(self.model)
+        self.reader = Reader(small := random_lalm("tiny", torch.device("cpu"))[0], locate(small), lambda *_: {})
+        self.reader.model, self.reader.location, self.reader.exact = self.model, where, True  # nothing to check here
+        self.lora = LoRA(self.model, linear_paths(where, self.config.target_modules), r=16, alpha=4.0).attach().train()
+        self.frames = [round(25 * s) for s in SECONDS]  # positions of each clip
+        self.weights = sum(p.numel() for p in where.layers.parameters())  # of the decoder's blocks
+        inner: Any = getattr(self.model, "model", self.model)  # where transformers has the tower, since 5.24
+        self.tower, self.projector = inner.audio_tower, inner.multi_modal_projector
+
+    def prompts(self, frames: Sequence[int], more: int = 0) -> list[Prompt]:
+        """Prompts of these clips, with `more` tokens at the end. They share the ids before the audio alone."""
+        out, hidden = [], self.reader.location.head_weight.shape[1]
+        for i, n in enumerate(frames, 1):
+            ids = torch.cat([torch.zeros(BEFORE).long(), torch.full((n + AFTER + more,), i)])
+            out.append(Prompt(ids, torch.empty(n, hidden, device=META, dtype=torch.bfloat16), BEFORE, True))
+        return out
+
+    def heard(self, clips: int) -> Tensor:
+        """Runs the audio tower and the projector for so many clips, in the tower's window."""
+        sizes = SIZES[self.size]
+        mel = torch.empty(clips, sizes["mel"], 100 * sizes["window"], device=META, dtype=torch.bfloat16)
+        return self.projector(self.tower(mel).last_hidden_state)
+
+    def whole(self, prompts: Sequence[Prompt]) -> Any:
+        """The whole model on a padded batch, as the recipe runs it."""
+        self.heard(len(prompts))
+        inputs = self.reader.collate(prompts)
+        n = inputs["inputs_embeds"].shape[:2]  # a ready mask: what is in another one would decide, and nothing is
+        inputs["attention_mask"] = torch.ones(n[0], 1, n[1], n[1], dtype=torch.bool, device=META)
+        out = self.reader.location.decoder(**inputs, output_hidden_states=True, use_cache=False)
+        return out, self.reader.location.head(out[0])  # all hidden states and all logits
+
+    # -- a training step: two batches, in which each of the clips' lengths comes twice
+
+    def our_step(self, batches: Sequence[Sequence[int]]) -> None:
+        for frames in batches:
+            prompts = self.prompts(frames)
+            items = [TrainItem(Example("x"), "audio-only", torch.zeros(p.rows[:1].shape)) for p in prompts]
+            to_targets(self.reader, prompts, items).mean().backward()
+        (self.config.penalty * self.lora.penalty()).backward()
+
+    def their_step(self) -> None:
+        for _ in range(2):
+            out, _logits = self.whole(self.prompts(self.frames))
+            loss = F.mse_loss(out[0][:, -1].float(), torch.empty_like(out[0][:, -1], dtype=torch.float32))
+            for a, b in zip(self.lora.A, self.lora.B, strict=True):
+                loss = loss + self.config.penalty * ((self.lora.scale * b @ a) ** 2).sum()
+            loss.backward()
+
+    # -- extraction of a harmful and a benign example with each length: R_b, R_h and R_h+
+
+    @torch.no_grad()
+    def our_extraction(self) -> None:
+        """EACH times as many, in batches of one length; without the audio tower, which hears each clip once."""
+        for n in self.frames:
+            for more in (0, 0, REFUSAL):
+                self.reader.last_hidden(self.prompts([n] * EACH, more))
+
+    @torch.no_grad()
+    def their_extraction(self) -> None:
+        for n in self.frames:
+            for more in (0, 0, REFUSAL):
+                self.whole(self.prompts([n], more))
+
+    def floors(self) -> tuple[float, float]:
+        tower, own = sum(p.numel() for p in self.tower.parameters()), sum(self.frames) + AFTER * len(self.frames)
+        step = 4.0 * self.weights * 2 * (BEFORE + own)
+        heard = 2.0 * tower * 50 * SIZES[self.size]["window"] * 2 * len(self.frames)
+        return step, heard + 2.0 * self.weights * (2 * own + REFUSAL * len(self.frames))
+
+
+def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
+    """Markdown: what each side needs, and how far it is from the floor."""
+    lines = [
+        "| | step, 10¹² operations | ÷ floor | step, GB | extraction, 10¹² operations | ÷ floor | extraction, GB |"
+    ]
+    lines.append("| --- " * 7 + "|")
+    for size in sizes:
+        case = Case(size)
+        still = sum(p.numel() * p.element_size() for p in case.model.parameters())
+        state = still + 12 * sum(p.numel() for p in case.lora.parameters())  # AdamW's moments; gradients are counted
+        floors = case.floors()
+        lines.append(f"| {size}, floor | {floors[0] / 1e12:.1f} | 1 | – | {floors[1] / 1e12:.1f} | 1 | – |")
+        few, many = case.frames[: len(SECONDS) // 2], case.frames[len(SECONDS) // 2 :]
+        sides = {
+            "ours": partial(case.our_step, [case.frames] * 2),
+            "ours, group_by_length": partial(case.our_step, [sorted(few * 2), sorted(many * 2)]),
+            "the recipe's": case.their_step,
+        }
+        theirs, (once, alone), (all_, batch) = map(
+            counted, (case.their_extraction, torch.no_grad()(lambda case=case: case.heard(1)), case.our_extraction)
+        )
+        ours = all_ // EACH + 2 * len(SECONDS) * once, max(alone, batch)
+        for name, step in sides.items():
+            flops, peak = counted(step)
+            case.lora.zero_grad(set_to_none=True)
+            vectors, most = theirs if name == "the recipe's" else ours
+            cells = [f"{flops / 1e12:.1f}", f"{flops / floors[0]:.2f}", f"{(state + peak) / 1e9:.1f}"]
+            cells += [f"{vectors / 1e12:.1f}", f"{vectors / floors[1]:.2f}", f"{(still + most) / 1e9:.1f}"]
+            lines.append(f"| {size}, {name} | {' | '.join(cells)} |")
+    about = f"A step: two batches of {len(SECONDS)} prompts, clips of {SECONDS} s."
+    return "\n".join([*lines, f"\n{about} Extraction: a harmful and a benign example with each of these lengths."])
+
+
+def main() -> None:
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
