@@ -1318,6 +1318,7 @@ class Runner:
         if usefulness:
             measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
         report.notes += notes
+        report.curve = self.record.get("calibrated", {}).get("curve", [])
         report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
@@ -2069,7 +2070,7 @@ class RRS(Runner):
             lora.scale = present
         lora.scale, self.report = chosen.scale * present, None
         result = Calibration(limits, vanilla, points, chosen)
-        self.record["calibrated"] = asdict(result)
+        self.record["calibrated"] = {**asdict(result), "curve": result.curve()}
         self._say(str(result))
         if over > 1e-9 or silent:
             said = (
