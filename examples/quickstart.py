@@ -36,13 +36,13 @@ CONFIG = RRSConfig(
     refusal_prompt="auto",
     refusal="auto",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
-    # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest 30% do most.
+    # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest fifth do most.
     keep_tokens=16,
-    keep_share=0.3,
+    keep_share=0.2,
     # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange.
     direction="natural",
     harmful_strength=4.4,
-    benign_strength=1.8,
+    benign_strength=2.0,
     layers=(0.4, 1.0),  # all blocks told held-out twins apart no better at the same number of steps, and are slower
     penalty=2e-5,  # it sums over modules while the distance averages over features: a weight of 1 freezes this model
     lora_alpha=32.0,
