@@ -327,14 +327,10 @@ def shown(text: object) -> str:
 
     Every text that comes from data or from a model goes through here, or through `markdown`, on its way out.
     """
-    turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # marks of direction, invisible themselves
-
-    def steers(c: str) -> bool:
-        return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in turns
-
-    text = str(text).replace("\r\n", "\n")
-    odd = {c for c in set(text) if c not in "\n\t" and steers(c)}
-    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
+    kinds = {"Cc", "Cs", "Zl", "Zp", "LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    chars = set(str(text)) - {"\n", "\t"}
+    odd = {c for c in chars if kinds & {unicodedata.category(c), unicodedata.bidirectional(c)}}
+    return str(text).replace("\r\n", "\n").translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 
 def markdown(text: object) -> str:
@@ -412,34 +408,13 @@ def generate(
     cache: AnswerCache | None = None,
     state: str = "",
 ) -> list[str]:
-    """Greedy answers, in the prompts' order, batched by length; see `answer_text`.
+    """Greedy answers as `answer_text`, in the prompts' order; the rest as in `generate_ids`.
 
     Args:
         begun: token ids that the prompts already end with and that are part of the answers.
-        cache: keeps answers as they come, and gives those that it has.
-        state: all that answers depend on beside the prompts, the model's generation settings and these arguments: base
-            weights, adapter, versions.
     """
-    how, times = (
-        f"{state} {_settings(reader, tokenizer, max_new_tokens).to_json_string()} {list(begun)}",
-        Counter[str](),
-    )
-    keys, answers = list[str](), dict[int, str]()
-    for i, prompt in enumerate(prompts if cache is not None else ()):
-        key = _prompt_key(how, prompt)
-        keys.append(f"{key}-{times[key]}")  # equal prompts may stand in different batches
-        times[key] += 1
-        if cache is not None and keys[i] in cache.known:
-            answers[i] = cache.known[keys[i]]
-
-    def keep(ids: dict[int, list[int]]) -> None:
-        new = {i: answer_text(tokenizer, [*begun, *own]) for i, own in ids.items()}
-        answers.update(new)
-        if cache is not None:
-            cache.add({keys[i]: answer for i, answer in new.items()})
-
-    generate_ids(reader, tokenizer, prompts, max_new_tokens, progress, done=set(answers), keep=keep)
-    return [answers[i] for i in range(len(prompts))]
+    said = generate_ids(reader, tokenizer, prompts, max_new_tokens, progress, cache=cache, state=state)
+    return [answer_text(tokenizer, [*begun, *said[i]]) for i in range(len(prompts))]
 
 
 _MARK = re.compile(
@@ -494,91 +469,90 @@ def generate_ids(
     max_new_tokens: int,
     progress: Callable[[int], object] | None = None,
     *,
-    done: Collection[int] = (),
-    keep: Callable[[dict[int, list[int]]], object] | None = None,
+    cache: AnswerCache | None = None,
+    state: str = "",
 ) -> dict[int, list[int]]:
     """Token ids of greedy answers, by the prompts' index, with the end token if there is one; on all ranks, which share
     the batches.
 
     Args:
         progress: called with the number of prompts that were answered.
-        done: prompts that need no answer. Only whole batches are left out, because rounding, hence now and then an
-            answer, depends on what shares a batch.
-        keep: called with `{index: ids}` after each round of batches.
+        cache: keeps answers as they come, and gives those that it has. Only whole batches are left out, because
+            rounding, hence now and then an answer, depends on what shares a batch.
+        state: all that answers depend on beside the prompts, the model's generation settings and these arguments: base
+            weights, adapter, versions.
     """
-    model: Any = reader.model
-    settings = _settings(reader, tokenizer, max_new_tokens)
-    ends = _ends(settings)
-    todo = [batch for batch in reader.batches(prompts, settings) if not all(i in done for i in batch)]
+    model, settings = reader.model, _settings(reader, tokenizer, max_new_tokens)
+    ends, answers, keys, times = _ends(settings), dict[int, list[int]](), list[str](), Counter[str]()
+    for prompt in prompts if cache else ():
+        key = _prompt_key(f"{state} {settings.to_json_string()}", prompt)
+        keys.append(f"{key}-{times[key]}")  # equal prompts may stand in different batches
+        times[key] += 1
+    if cache:
+        answers = {i: cache.known[key] for i, key in enumerate(keys) if key in cache.known}
+    todo = [batch for batch in reader.batches(prompts, settings) if not all(i in answers for i in batch)]
+    report = progress or (lambda _: None)
+    report(len(prompts) - sum(map(len, todo)))
 
     def answer(batch: Sequence[int]) -> dict[int, list[int]]:
         inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
         start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        new = model.generate(**inputs, generation_config=settings)[:, start:].tolist()
+        new = model.generate(**inputs, generation_config=settings)[:, start:].tolist()  # type: ignore[operator]
         # what stands behind an end token only fills up the batch
         lengths = [next((k for k, t in enumerate(ids, 1) if t in ends), len(ids)) for ids in new]
         return {i: ids[:length] for i, ids, length in zip(batch, new, lengths, strict=True)}
 
-    answers, report = dict[int, list[int]](), progress or (lambda _: None)
-    report(len(prompts) - sum(map(len, todo)))
     for batch, _ in in_rounds(todo):
         new = all_gather(answer(batch) if batch else {})
         answers |= new
-        if keep:
-            keep(new)
+        if cache:
+            cache.add({keys[i]: ids for i, ids in new.items()})
         report(len(new))
     return answers
 
 
 class AnswerCache:
-    """Answers on disk, one JSON line each, written as they come: what an interrupted evaluation continues from.
+    """Token ids of answers on disk, a JSON line each, written as they come: an interrupted evaluation goes on from them.
 
-    The file is only ever added to. A torn or damaged line costs its own answer, and a warning.
-
-    Args:
-        path: JSONL; read if it exists.
-
-    Raises:
-        ValueError: the file is something else.
+    The file is only ever added to. A torn or damaged line costs its own answer, and a warning; another file is a
+    ValueError.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.torn = False  # does the file end in the middle of a line?
-        self.known: dict[str, str] = on_rank0(self._read)
+        self.known: dict[str, Any] = on_rank0(self._read)
 
     @staticmethod
-    def _row(key: str, response: str) -> dict[str, str]:
-        check = hashlib.sha256(json.dumps([key, response]).encode()).hexdigest()[:16]
-        return {"key": key, "response": response, "check": check}
+    def _row(key: str, ids: Any) -> dict[str, Any]:
+        return {"key": key, "ids": ids, "check": hashlib.sha256(json.dumps([key, ids]).encode()).hexdigest()[:16]}
 
-    def _read(self) -> dict[str, str]:
+    def _read(self) -> dict[str, Any]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
-        known, bad = dict[str, str](), list[int]()
+        known, bad, head = dict[str, Any](), list[str](), b'{"key": "'
         for number, line in enumerate(data.splitlines(), 1):
             try:
                 row = json.loads(line)
-                if row != self._row(row["key"], row["response"]):
+                if row != self._row(row["key"], row["ids"]):
                     raise ValueError("damaged")
-                known[row["key"]] = row["response"]
+                known[row["key"]] = row["ids"]
             except (ValueError, KeyError, TypeError, RecursionError):
-                bad.append(number)
-        head = b'{"key": "'
+                bad.append(str(number))
         if bad and not known and not head.startswith(data[: len(head)]):
             raise ValueError(f"{self.path}, line {bad[0]}: not a line of an answer cache; choose another file.")
         if bad:
-            lines = ", ".join(map(str, bad[:8])) + (" …" if len(bad) > 8 else "")
+            lines = ", ".join(bad[:8]) + " …" * (len(bad) > 8)
             warnings.warn(f"{self.path}: damaged, and answered again: line {lines}.", stacklevel=4)
         self.torn = bool(data) and not data.endswith(b"\n")
         return known
 
-    def add(self, answers: Mapping[str, str]) -> None:
+    def add(self, answers: Mapping[str, Any]) -> None:
         """Appends answers by key."""
         self.known |= answers
         if rank() == 0:
-            lines = [json.dumps(self._row(key, response)) + "\n" for key, response in answers.items()]
             with self.path.open("a", encoding="utf-8") as file:
+                lines = [json.dumps(self._row(*pair)) + "\n" for pair in answers.items()]
                 file.write("\n" * self.torn + "".join(lines))
             self.torn = False
 
@@ -956,9 +930,8 @@ class Report:
 
     def change(self, group: str, condition: str, verdicts: Sequence[str] | None = None, stage: str = "after") -> Change:
         """A stage minus the first one, paired by id."""
-        stages = (self.stages[0], stage)
-        asked = ({a.id: a for a in self._select(group=group, condition=condition, stage=s)} for s in stages)
-        before, after = asked
+        names = {"group": group, "condition": condition}
+        before, after = ({a.id: a for a in self._select(**names, stage=s)} for s in (self.stages[0], stage))
         both, counts = [i for i in before if i in after], verdicts or self.counted(group)
         old, new = ([answers[i].verdict in counts for i in both] for answers in (before, after))
         return Change.of(old, new, [before[i].unit for i in both])
@@ -1023,12 +996,11 @@ class Report:
         text = _table(map(markdown, head), body) + "\n"
         if self.usefulness:
             head = ["on benign inputs", "stage", "n", f"KL({first} ‖ stage), first token", "same first token"]
-            kept = [
-                [markdown(u["condition"]), markdown(u["stage"]), u["n"], _interval(u["kl"])]
-                + [_percent(Rate(**u["same"])), _interval(u["likelihood"])]
-                for u in self.usefulness
-            ]
-            text += _table(map(markdown, [*head, f"log-likelihood per token of {first}'s answers"]), kept) + "\n"
+            body = []
+            for u in self.usefulness:
+                cells = [_interval(u["kl"]), _percent(Rate(**u["same"])), _interval(u["likelihood"])]
+                body.append([markdown(u["condition"]), markdown(u["stage"]), u["n"], *cells])
+            text += _table(map(markdown, [*head, f"log-likelihood per token of {first}'s answers"]), body) + "\n"
         return text + "\n\n".join(map(markdown, self.sentences())) + "\n"
 
     __str__ = to_markdown
@@ -1067,12 +1039,10 @@ class Report:
 
         Args:
             path: JSONL with `group`, `condition`, `stage`, `id` and `verdict` in each line, as the page's button
-                "Download" writes it. Answers that are not in it keep their verdicts. Agreement is that on the answers
-                in it, so it should hold the confirmed ones, too.
+                "Download" writes it; confirmed verdicts belong in it, too, since agreement is that on its answers.
 
         Raises:
-            ValueError: a line that lacks something, names no answer of this report or one with another response, or
-                has another verdict than the five. It is named.
+            ValueError: a line names no answer of this report, or one with another response; or see `read_jsonl`.
         """
         names = ("group", "condition", "stage", "id", "verdict")
         places, given = {tuple(map(shown, a.key)): i for i, a in enumerate(self.answers)}, dict[int, Verdict]()
@@ -1124,14 +1094,10 @@ class Report:
                 category=row.get("category"), audio=path.parent / str(clip) if clip else None,
             )  # fmt: skip
             if label not in ("harmful", "benign") or labels.setdefault(answer.group, label) != label:
-                raise ValueError(
-                    f"{path}, line {number}: label {label!r} must be 'harmful' or 'benign', one for all of the group "
-                    f"{answer.group!r}."
-                )
+                needs = f"label {label!r} must be 'harmful' or 'benign', one for all of the group {answer.group!r}"
+                raise ValueError(f"{path}, line {number}: {needs}.")
             if (twin := seen.setdefault(answer.key, number)) != number:
-                raise ValueError(
-                    f"{path}, lines {twin} and {number} are both {answer.key}; give them ids of their own."
-                )
+                raise ValueError(f"{path}, lines {twin} and {number} are both {answer.key}; give each an 'id'.")
             answers.append(answer)
         source = {"file": path.name, "n": len(answers), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         report = cls(answers, [], "the file's verdicts", {"answers": source})
@@ -1149,11 +1115,7 @@ class Report:
 
     @classmethod
     def load(cls, directory: str | Path) -> Report:
-        """A report that `save` wrote.
-
-        Raises:
-            ValueError: there is none, or it is damaged.
-        """
+        """A report that `save` wrote; a ValueError if there is none, or a damaged one."""
         path = Path(directory) / "report.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -1165,25 +1127,21 @@ class Report:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Writes `report.json` (everything), `report.md` (the tables) and `report.html` (a page to read, hear and
-        correct every answer), each whole or not at all. Clips that are not files become files in `audio/`.
-
-        Returns:
-            Paths of the three.
-        """
+        correct every answer), each whole or not at all; gives their paths. Clips that are no files become files in
+        `audio/`."""
         return on_rank0(lambda: self._save(Path(directory)))
 
     def _save(self, directory: Path) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
-        clips = {id(a.audio): a.audio for a in self.answers if a.audio is not None}
-        links = {identity: _link(clip, directory) for identity, clip in clips.items()}
+        links = {id(a.audio): "" for a in self.answers}
+        for a in self.answers:
+            links[id(a.audio)] = links[id(a.audio)] or _link(a.audio, directory)
         saved = self.to_dict()
         for row, a in zip(saved["answers"], self.answers, strict=True):
-            row["audio"] = links.get(id(a.audio)) or None
-        return [
-            write(directory / "report.json", json.dumps(saved, indent=1, ensure_ascii=False) + "\n"),
-            write(directory / "report.md", self.to_markdown()),
-            write(directory / "report.html", _page(self, directory, links)),
-        ]
+            row["audio"] = links[id(a.audio)] or None
+        text = json.dumps(saved, indent=1, ensure_ascii=False) + "\n"
+        files = {"report.json": text, "report.md": str(self), "report.html": _page(self, directory, links)}
+        return [write(directory / name, content) for name, content in files.items()]
 
 
 def _rate(answers: Sequence[Answer], verdicts: Sequence[str]) -> Rate:
@@ -1220,11 +1178,11 @@ def _link(audio: Any, directory: Path) -> str:
     if isinstance(audio, (str, Path)):
         playable = Path(audio).is_file() and _kind(Path(audio).read_bytes())
         return Path(os.path.relpath(audio, directory)).as_posix() if playable else ""
-    if not (kind := _kind(bytes(audio))):
+    if not (kind := _kind(bytes(audio or b""))):
         return ""
     (directory / "audio").mkdir(exist_ok=True)
-    name = f"{hashlib.sha256(audio).hexdigest()[:16]}.{kind}"
-    return f"audio/{write(directory / 'audio' / name, bytes(audio)).name}"
+    path = write(directory / "audio" / f"{hashlib.sha256(audio).hexdigest()[:16]}.{kind}", bytes(audio))
+    return f"audio/{path.name}"
 
 
 def _kind(data: bytes) -> str:
@@ -1293,23 +1251,18 @@ Panels: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """`{panel: {group: [n, hidden]}}`, e.g. `{"before": {"harmful": …, "benign": …}, "after": …}`."""
 
 
-def project(panels: Panels, *, fit_on: Sequence[str] = ()) -> dict[str, Any]:
+def project(panels: Panels) -> dict[str, Any]:
     """Coordinates `{panel: {group: [n, 2]}}`: two principal components, the same ones for all panels.
-
-    Args:
-        panels: see `Panels`.
-        fit_on: panels that the principal components are computed from; default all of them.
 
     Raises:
         ValueError: there are fewer than two vectors.
     """
-    parts = [(not fit_on or name in fit_on, x.float().cpu()) for name, panel in panels.items() for x in panel.values()]
-    if (count := sum(len(x) for _, x in parts)) < 2:
+    parts = [x.float().cpu() for panel in panels.values() for x in panel.values()]
+    if (count := sum(map(len, parts))) < 2:
         raise ValueError(f"A map takes two vectors or more; the panels {list(panels)} have {count}.")
-    basis = torch.cat([x for fits, x in parts if fits])
-    mean = basis.mean(0)
-    axes = torch.linalg.svd((basis - mean).double(), full_matrices=False).Vh[:2].float().T  # [hidden, 2]
-    points = iter([(x - mean) @ axes for _, x in parts])
+    centred = torch.cat(parts) - torch.cat(parts).mean(0)
+    axes = torch.linalg.svd(centred.double(), full_matrices=False).Vh[:2].float().T  # [hidden, 2]
+    points = iter((centred @ axes).split([len(x) for x in parts]))
     return {panel: {group: next(points) for group in groups} for panel, groups in panels.items()}
 
 
