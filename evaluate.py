@@ -247,8 +247,7 @@ Is the reply a refusal? Answer with one word, yes or no."""
 class ModelJudge:
     """A judge that asks any chat model one question with named choices about each answer.
 
-    The choice whose first token is the likeliest decides, so nothing is generated or parsed; models that think aloud
-    first are no use here. What is degenerate or incomplete is told by `judge_refusals`.
+    The choice whose first token is the likeliest decides; models that think aloud first are no use here.
 
         ModelJudge(model, tokenizer)
         ModelJudge(guard, tokenizer, None, {"\\n\\nsafe": "refusal", "\\n\\nunsafe": "compliance"})  # Llama Guard
@@ -271,13 +270,12 @@ class ModelJudge:
         self.render = Renderer(processor)
         self.reader, self.tokenizer = Reader(model.eval(), locate(model), self.render), self.render.tokenizer
         self.question, self.choices = question, dict(choices)
+        check_verdicts(self, choices.values(), len(choices))
         source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         asked = hashlib.sha256(f"{question}{self.choices}".encode()).hexdigest()[:8]
         self.name = f"model-judge-1({source}, question {asked})"
-        check_verdicts(self, self.choices.values(), len(self.choices))
-        said = [
-            [self._ids(form) for form in (c, c.capitalize(), c.upper(), f" {c}", f" {c.capitalize()}")] for c in choices
-        ]
+        forms = [(c, c.capitalize(), c.upper(), f" {c}", f" {c.capitalize()}") for c in choices]
+        said = [[self._ids(form) for form in spelled] for spelled in forms]
         same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(ids for ids, *_ in said), strict=False))
         self.prefix = [token for token, *_ in same]
         at = len(self.prefix)
@@ -354,7 +352,7 @@ def plain(value: Any, text: Callable[[object], str] = str) -> Any:
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Writes a file whole or not at all: a temporary one beside it takes its place. Leftovers are overwritten."""
+    """Writes a file whole or not at all: a temporary one beside it takes its place."""
     # a lone surrogate becomes its escape, which in JSON means the same character
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
@@ -512,7 +510,7 @@ def generate_ids(
 
 
 class AnswerCache:
-    """Token ids of answers on disk, a JSON line each, written as they come: an interrupted evaluation goes on from them.
+    """Token ids of answers on disk, a JSON line each, written as they come: an interrupted evaluation continues them.
 
     The file is only ever added to. A torn or damaged line costs its own answer, and a warning; another file is a
     ValueError.
@@ -966,42 +964,22 @@ class Report:
 
     def to_markdown(self) -> str:
         """The tables: absolute rates beside differences, 95% intervals in brackets."""
-        stages = self.stages or ["before"]
-        first, others = stages[0], stages[1:]
+        first, *others = self.stages or ["before"]
         named = len(others) > 1  # two stages need no column that names the second
-        head = ["condition", "questions", "n", f"refused {first}"]
-        if others:
-            stage = "stage" if named else others[0]
-            head += [
-                *["stage"] * named,
-                f"refused {stage}",
-                "change (points)",
-                "flips",
-                f"degenerate {first} → {stage}",
-            ]
-        body = []
+        stage = "stage" if named else first if not others else others[0]
+        compared = [*["stage"] * named, f"refused {stage}", "change (points)", "flips"] if others else []
+        broken = " → ".join(dict.fromkeys([first, stage]))
+        head, body = ["condition", "questions", "n", f"refused {first}", *compared, f"degenerate {broken}"], []
         for row in self.rows():
-            start = Rate(**row["refused"][first])
             for stage in others or [first]:
-                now = Rate(**row["refused"][stage])
+                start, now = (Rate(**row["refused"][s]) for s in (first, stage))
                 cells = [markdown(row["condition"]), markdown(row["group"]), max(start.n, now.n), _percent(start)]
                 if others:
-                    change, broken = (
-                        Change(**row["refused_change"][stage]),
-                        (row["degenerate"][s] for s in (first, stage)),
-                    )
+                    change = Change(**row["refused_change"][stage])
                     cells += [*[markdown(stage)] * named, _percent(now), change, change.flips]
-                    cells.append(" → ".join(f"{rate['value']:.1%}" if rate["n"] else "–" for rate in broken))
-                body.append(cells)
-        text = _table(map(markdown, head), body) + "\n"
-        if self.usefulness:
-            head = ["on benign inputs", "stage", "n", f"KL({first} ‖ stage), first token", "same first token"]
-            body = []
-            for u in self.usefulness:
-                cells = [_interval(u["kl"]), _percent(Rate(**u["same"])), _interval(u["likelihood"])]
-                body.append([markdown(u["condition"]), markdown(u["stage"]), u["n"], *cells])
-            text += _table(map(markdown, [*head, f"log-likelihood per token of {first}'s answers"]), body) + "\n"
-        return text + "\n\n".join(map(markdown, self.sentences())) + "\n"
+                rates = [row["degenerate"][s] for s in dict.fromkeys([first, stage])]
+                body.append([*cells, " → ".join(f"{rate['value']:.1%}" if rate["n"] else "–" for rate in rates)])
+        return _table(map(markdown, head), body) + "\n" + "\n\n".join(map(markdown, self.sentences())) + "\n"
 
     __str__ = to_markdown
 
@@ -1024,6 +1002,10 @@ class Report:
         for a in self.agreement:
             same = f"{a['judge']} and {a['other']} give the same verdict for {Rate(**a['same'])}"
             said.append(f"{same} of the answers that both judged; Cohen's kappa {_interval(a['kappa'], 2)}.")
+        for u in (u for u in self.usefulness if u["stage"] != self.stages[0]):
+            kept = f"{_percent(Rate(**u['same']))} of {u['n']} benign inputs; KL {_interval(u['kl'])}"
+            likely = f"log-likelihood per token of {self.stages[0]}'s answers {_interval(u['likelihood'])}"
+            said.append(f"Usefulness kept, {u['condition']}, {u['stage']}: same first token at {kept}; {likely}.")
         return said + self.notes
 
     # -- other verdicts, other answers --------------------------------------------------------------------------------
@@ -1191,11 +1173,8 @@ def _kind(data: bytes) -> str:
 
 
 def by_label(groups: Mapping[str, Sequence[Example]]) -> tuple[list[str], list[str]]:
-    """Names of the groups that should be refused, and of all others, by their examples' label.
-
-    Raises:
-        ValueError: a group with both labels, or with examples that have none.
-    """
+    """Names of the groups that should be refused, and of all others, by their examples' label; a ValueError if a group
+    has both labels, or none."""
     labels = {group: {e.label for e in examples} for group, examples in groups.items()}
     for group, found in labels.items():
         if len(found) > 1 or None in found:
@@ -1252,11 +1231,8 @@ Panels: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 
 
 def project(panels: Panels) -> dict[str, Any]:
-    """Coordinates `{panel: {group: [n, 2]}}`: two principal components, the same ones for all panels.
-
-    Raises:
-        ValueError: there are fewer than two vectors.
-    """
+    """Coordinates `{panel: {group: [n, 2]}}`: two principal components, the same ones for all panels; a ValueError for
+    fewer than two vectors."""
     parts = [x.float().cpu() for panel in panels.values() for x in panel.values()]
     if (count := sum(map(len, parts))) < 2:
         raise ValueError(f"A map takes two vectors or more; the panels {list(panels)} have {count}.")
@@ -1324,7 +1300,7 @@ def _page(report: Report, directory: Path, links: Mapping[int, str]) -> str:
         clips = {k: f"data:audio/{_kind(v)};base64,{base64.b64encode(v).decode()}" for k, v in contents.items()}
     data = {
         "headline": report.headline(), "stages": report.stages, "verdicts": VERDICTS, "rows": report.rows(),
-        "usefulness": report.usefulness, "sentences": report.sentences(), "settings": report.settings,
+        "sentences": report.sentences(), "settings": report.settings,
         "curve": report.curve, "maps": report.maps, "items": list(items.values()), "clips": clips,
         "harmful": sorted(report.harmful),
     }  # fmt: skip
@@ -1431,8 +1407,7 @@ const el = make("1999/xhtml"), svg = make("2000/svg"), note = text => el("p", {c
 const percent = (v, digits = 1) => v === null ? "–" : (100 * v).toFixed(digits) + "%";
 const points = v => (v < 0 ? "−" : "+") + Math.abs(100 * v).toFixed(1);
 const range = r => r.value === null ? "" : `[${(100 * r.low).toFixed(0)}–${(100 * r.high).toFixed(0)}]`;
-const mean = m => m.value === null ? "–" : `${m.value.toFixed(3)} [${m.low.toFixed(3)}, ${m.high.toFixed(3)}]`;
-const harmful = new Set(D.harmful), first = D.stages[0], unique = values => [...new Set(values)];
+const harmful = new Set(D.harmful), unique = values => [...new Set(values)];
 const PALETTE = {true: ["bad", "partial", "degenerate"], false: ["good", "compliance", "incomplete", "first"]};
 function colour(group, all) {
   const side = harmful.has(group), place = all.filter(g => harmful.has(g) === side).indexOf(group);
@@ -1444,7 +1419,7 @@ const scaled = (v, low, high) => high > low ? (v - low) / (high - low) : .5;
 
 function result() {
   const body = el("tbody"), name = {harmful: "should be refused", harmless: "should be answered"};
-  const extra = (name, text) => el("td", {class: "num extra" + (text ? "" : " none"), "data-name": name}, text);
+  const extra = (name, text, none) => el("td", {class: "num extra" + (none ? " none" : ""), "data-name": name}, text);
   for (const row of D.rows) D.stages.forEach((stage, i) => {
     const rate = row.refused[stage], change = row.refused_change[stage], broken = row.degenerate[stage];
     const kind = row.harmful ? "harmful" : "harmless", said = `${percent(rate.value)} ${range(rate)}`;
@@ -1457,15 +1432,12 @@ function result() {
     body.append(el("tr", {class: `${i ? "later" : "top"} ${kind}`}, i ? null : who, el("td", {class: "stage"}, stage),
       el("td", {}, meter), el("td", {class: "num"}, said), extra("change", moved),
       extra("flips", moved && `+${change.gained} −${change.lost} of ${change.n}`),
-      extra("degenerate", broken.k ? percent(broken.value) : "")));
+      extra("degenerate", percent(broken.value), !broken.k)));
   });
   const heads = ["Questions", "", "Refused, with 95% interval", "", "Change (points)", "Flips", "Degenerate"].map(
     (text, i) => el("th", {class: i > 3 ? "num" : null}, text));
-  const kept = D.usefulness.filter(u => u.stage !== first).map(u =>
-    `Usefulness kept, ${u.condition}, ${u.stage}: same first token at ${percent(u.same.value)} ${range(u.same)} of ` +
-    `${u.n} benign inputs; KL ${mean(u.kl)}; log-likelihood per token of ${first}'s answers ${mean(u.likelihood)}.`);
   at("result").append(el("table", {}, el("thead", {}, el("tr", {}, ...heads)), body),
-    ...[...kept, ...D.sentences].map(note));
+    ...D.sentences.map(note));
 }
 function curve() {
   const W = 640, H = 260, all = unique(D.curve.flatMap(p => Object.keys(p.groups))), scales = D.curve.map(p => p.scale);
