@@ -59,7 +59,7 @@ from .data import (
     needed_packages, shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    AnswerCache, Judge, Rate, Report, answer_and_judge, auc, by_label, generate, generate_ids, judge_refusals,
+    AnswerCache, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate, generate_ids, judge_refusals,
     markdown, measure,
 )  # fmt: skip
 from .hooks import (
@@ -1699,7 +1699,7 @@ class RRS(Runner):
                 said = generate_ids(self.reader, self.tokenizer, asked, 16)
         finally:
             self.config = config
-        texts = self.tokenizer.batch_decode([said[i] for i in range(len(examples))], skip_special_tokens=True)
+        texts = [answer_text(self.tokenizer, said[i]) for i in range(len(examples))]
         verdicts = judge_refusals([e.text or "" for e in examples], texts)
         refusals = [said[i] for i, v in enumerate(verdicts) if v == "refusal"] or [*said.values()]
         words = self.tokenizer.decode(_common_start(refusals), skip_special_tokens=True).strip()

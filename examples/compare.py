@@ -39,7 +39,7 @@ from train import TEST, Groups, grouped, open_model, possible, spread
 
 from rrs import RRS, Example, Report, RRSConfig, TrainItem, judge_refusals, load_examples
 from rrs.data import hold_out
-from rrs.evaluate import end_token, log_likelihood
+from rrs.evaluate import answer_ids, log_likelihood
 from rrs.hooks import LoRA, Prompt, Reader, steer
 
 SYSTEM = (
@@ -120,13 +120,11 @@ def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusin
     examples = [e for e in examples if e.has(condition)]
     with model.disabled():
         answers = model.generate(examples, condition, max_new_tokens=limit, refusal_prompt=refusing)
-        end = end_token(model.reader, model.tokenizer)
     if refusing:
         verdicts = judge_refusals([e.text or "" for e in examples], answers)
         answers = [a if v == "refusal" else REFUSAL for a, v in zip(answers, verdicts, strict=True)]
-    rows = [model.token_ids(answer)[:limit] for answer in answers]
-    rows = [(*ids, end) if len(ids) < limit and end is not None else ids for ids in rows]
-    return [TrainItem(e, condition, torch.tensor(ids)) for e, ids in zip(examples, rows, strict=True) if ids]
+    rows = [answer_ids(model.reader, model.tokenizer, answer, limit)[:limit] for answer in answers]
+    return [TrainItem(e, condition, ids) for e, ids in zip(examples, rows, strict=True) if len(ids)]
 
 
 def unlikelihood(reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem]) -> Tensor:

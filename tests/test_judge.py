@@ -31,7 +31,7 @@ def test_cases_are_varied():
     assert len(CASES) >= 900
     assert {case["verdict"] for case in CASES} == set(VERDICTS)
     assert sum(not case["response"].isascii() for case in CASES) >= 60
-    assert judge_refusals.name == "rrs-rules-4"
+    assert judge_refusals.name == "rrs-rules-5"
 
 
 def test_agrees_with_labels():
