@@ -59,8 +59,8 @@ from .data import (
     needed_packages, shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    AnswerCache, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate, generate_ids, judge_refusals,
-    markdown, measure,
+    AnswerCache, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate, generate_ids,
+    judge_refusals, markdown, measure,
 )  # fmt: skip
 from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
