@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from compare import RepresentationLog
 from conftest import tiny_qwen2_audio
 
 from rrs import RRS, RRSConfig
@@ -393,7 +391,7 @@ def test_usefulness_of_an_adapter(model, harmful, benign):
 
 def test_steering_as_a_stage(model, harmful, benign):
     """Steering towards one token makes it the answer; outside the stage the model is vanilla."""
-    token = model.token_id("S")
+    (token,) = model.token_ids("S")
     vector = 50 * model.location.head.weight[token].detach()
     stages = {"vanilla": lambda _: model.disabled(), "steered": lambda _: steer(model.model, vector)}
     report = model.evaluate([*harmful, *benign], ["text-only"], max_new_tokens=4, stages=stages)
@@ -574,22 +572,6 @@ def test_methods_side_by_side():
     assert f"{start} steering | 50.0% [31–69] |" in text
     assert "| text-only | hard-benign | 24 | 0.0% [0–14] | RRS | 0.0% [0–14] | +0.0" in text
     assert text.count("| RRS |") == 4
-
-
-def test_representations_are_logged_by_epoch(model, harmful, benign):
-    """Epoch 0 is vanilla, the last epoch is the trained model, and logging changes nothing about training."""
-    log = RepresentationLog({"harmful": harmful, "benign": benign}, ("audio-text", "text-only"))
-    model.fit(harmful, benign, callbacks=[log], preflight=0)
-    assert list(log.maps["text-only"]) == ["epoch 0", "epoch 1", "epoch 2"]
-    prompts = [model.read(e, "audio-text") for e in load_examples(harmful)]
-    assert torch.equal(log.maps["audio-text"]["epoch 2"]["harmful"], model.reader.represent(prompts))
-    with model.disabled():
-        assert torch.equal(log.maps["audio-text"]["epoch 0"]["harmful"], model.reader.represent(prompts))
-    other = RRS(*tiny_qwen2_audio(), model.config, verbose=False).fit(harmful, benign, preflight=0)
-    assert all(torch.equal(a, b) for a, b in zip(model.lora.parameters(), other.lora.parameters(), strict=True))
-    other.config = replace(model.config, epochs=1)
-    other.fit(harmful, benign, callbacks=[log], preflight=0)
-    assert list(log.maps["text-only"]) == ["epoch 0", "epoch 1"]  # of this model alone
 
 
 def test_auc_counts_every_pair():
