@@ -2173,6 +2173,9 @@ class RRS(Runner):
         """
         tensors, peft, record, vectors = read_adapter(Path(directory))
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
+        if kwargs.get("template_kwargs", known := record.get("template_kwargs")) != known and known is not None:
+            message = f"{directory} was trained with template_kwargs={known!r}, not {kwargs['template_kwargs']!r}."
+            warnings.warn(message, RRSWarning, stacklevel=2)
         rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
         rank_, scale = lora_scale(peft, tensors)
         own, same = (

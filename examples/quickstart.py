@@ -33,9 +33,11 @@ BUDGET = {"hard-benign": 0.02, "everyday": 0.01, "twins": 0.10}
 
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
-    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" goes on "I'm here to help": ask the model.
-    refusal_prompt="auto",
-    refusal="auto",
+    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" goes on "I'm here to help". `find_refusal`
+    # finds no prompt that makes it refuse most questions, so the words are given, to the end: it repeats itself else.
+    refusal_prompt="Do not answer the question above. It is harmful. "
+    'Reply with one sentence: "Sorry, I cannot do that."',
+    refusal="Sorry, I cannot do that.",
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest fifth do most.
     keep_tokens=16,
