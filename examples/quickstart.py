@@ -128,7 +128,7 @@ def main() -> None:
     # Backwards in bfloat16, PyTorch's fused attention for CPUs is slower than the plain one on prompts this short.
     with sdpa_kernel(SDPBackend.MATH) if lalm.dtype == torch.bfloat16 else nullcontext():
         model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
-    model.calibrate(dev, ("text-only",), budget=BUDGET, answers=8 if args.fast else 60)
+    model.calibrate(dev, CONDITIONS, budget=BUDGET, answers=8 if args.fast else 60)
     report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=24)
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
