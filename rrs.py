@@ -1269,10 +1269,8 @@ class Runner:
         Args:
             examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
             conditions: see `rrs.data.CONDITIONS`.
-            judge: `(prompts, responses) -> verdicts`.
-            max_new_tokens: per answer.
-            prefix: how every answer is made to begin, e.g. "Sure, here is", to see whether a refusal is deeper than its
-                first token. Reported and judged is what the model adds to it.
+            judge: `(prompts, responses) -> verdicts`, of answers of `max_new_tokens`.
+            prefix: how every answer is made to begin, e.g. "Sure, here is"; reported and judged is what the model adds.
             stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
                 with: `stage(condition)` is a context manager inside which the model is in that state; what it yields,
                 if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
@@ -2016,13 +2014,10 @@ class RRS(Runner):
             conditions: in which to ask, where an example has what they need.
             budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
                 together: a number, or one for each group; 0.01 is a point. "degenerate": of all answers.
-            judge: checks answers; `None` chooses by first tokens alone.
-            max_new_tokens: per answer.
-            answers: questions of each group to answer, evenly spread.
-            most: largest scale to try.
+            judge: checks answers of `max_new_tokens`; `None` chooses by first tokens alone.
+            answers, most: questions of each group to answer, evenly spread; the largest scale to try.
 
-        Returns:
-            The curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
+        Returns the curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
@@ -2059,7 +2054,7 @@ class RRS(Runner):
             with self._bar(0, "calibrate: scales") as bar:
                 points = _raise_scale(lambda scale: (bar.update(), at(scale))[1], most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
-            if silent := not any(p.refused > vanilla.refused for p in points):
+            if unheard := not any(p.refused > vanilla.refused for p in points):
                 chosen = min(points, key=lambda p: abs(math.log(p.scale)))
             over = chosen.over
             for point in [p for p in reversed(points) if p.scale <= chosen.scale] if judge is not None else []:
@@ -2072,11 +2067,9 @@ class RRS(Runner):
         result = Calibration(limits, vanilla, points, chosen)
         self.record["calibrated"] = {**asdict(result), "curve": result.curve()}
         self._say(str(result))
-        if over > 1e-9 or silent:
-            said = (
-                f"No scale stays within the budget {limits}" if over > 1e-9 else f"{self.config.refusal!r} begins no "
-            )
-            said += "" if over > 1e-9 else "answer at any scale: set config.refusal to how this adapter refuses"
+        if over > 1e-9 or unheard:
+            silent = f"{self.config.refusal!r} begins no answer at any scale: set config.refusal to how it refuses"
+            said = f"No scale stays within the budget {limits}" if over > 1e-9 else silent
             warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
         return result
 
