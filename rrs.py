@@ -2017,7 +2017,7 @@ class RRS(Runner):
             judge: checks answers of `max_new_tokens`; `None` chooses by first tokens alone.
             answers, most: questions of each group to answer, evenly spread; the largest scale to try.
 
-        Returns the curve and the chosen point. A warning says if no scale is within the budget; the mildest is then set.
+        Returns the curve and the chosen point. A warning says if no scale is within the budget; the mildest is set.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
