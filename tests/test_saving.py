@@ -414,3 +414,11 @@ def test_a_fingerprint_is_the_bases(fitted):
     assert fitted.record["base"]["fingerprint"] == before
     with fitted.disabled():
         assert fingerprint(fitted.model) == before
+
+
+def test_other_template_settings_than_in_training_are_said(tmp_path, harmful, benign):
+    r = RRS(*tiny_qwen2_audio(), RRSConfig(epochs=1), verbose=False, template_kwargs={"enable_thinking": False})
+    r.fit(harmful, benign, preflight=0).save(tmp_path / "a")
+    assert RRS.load(tmp_path / "a", *tiny_qwen2_audio(), verbose=False).template_kwargs == {"enable_thinking": False}
+    with pytest.warns(RRSWarning, match=r"was trained with template_kwargs=.*False.* not .*True"):
+        RRS.load(tmp_path / "a", *tiny_qwen2_audio(), verbose=False, template_kwargs={"enable_thinking": True})
