@@ -1295,11 +1295,8 @@ class Runner:
         if both := shared([e for _, e in harmful], [e for _, e in harmless]):
             notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
             warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
-        base, begun, known = (
-            fingerprint(self.model, self.location.decoder),
-            self.token_ids(prefix),
-            AnswerCache(cache) if cache else None,
-        )
+        base = fingerprint(self.model, self.location.decoder)
+        begun, known = self.token_ids(prefix), AnswerCache(cache) if cache else None
 
         @contextmanager
         def at(stage: str, condition: str) -> Iterator[Any]:
