@@ -595,16 +595,6 @@ def log_likelihood(reader: Reader, prompts: Sequence[Prompt], answers: Sequence[
     return torch.stack([-x.mean() for x in losses.split([len(a) for a in answers])])
 
 
-def answer_ids(reader: Reader, tokenizer: Any, answer: str, limit: int) -> Tensor:
-    """Token ids `[length]` of a generated answer, with the end token unless `limit` tokens cut it off: of several, the
-    one that ends the turn in prompts (Gemma's `<end_of_turn>`, not `<eos>`)."""
-    ids, model = tokenizer(answer, add_special_tokens=False)["input_ids"], reader.model
-    ends = _ends(model.generation_config) or [tokenizer.eos_token_id]
-    turns = [i for i in reader.read("Hello.").ids.tolist() if i in ends] if len(ends) > 1 else []
-    end = [ends[0], *turns][-1]
-    return torch.tensor([*ids, end] if 0 < len(ids) < limit and end is not None else ids, dtype=torch.long)
-
-
 @torch.no_grad()
 def measure(
     report: Report,
@@ -612,54 +602,33 @@ def measure(
     conditions: Sequence[str],
     at: Callable[[str, str], AbstractContextManager[Any]],
     n: int,
-    limit: int,
     begun: Sequence[int] = (),
 ) -> None:
     """Adds `report.usefulness` and `report.maps`, in each condition on at most n inputs of each side, spread over all.
 
     Args:
-        report: holds the first stage's answers.
         at: `(stage, condition) ->` a context manager that yields the `RRS` which answers in that state.
-        limit: tokens at which answers were cut off.
         begun: token ids that every answer was made to begin with.
     """
-    said, start = {a.key: a.response for a in report.answers}, report.stages[:1]
     for condition in conditions:
         sides = [[(g, e) for g in side for e in groups[g] if e.has(condition)] for side in by_label(groups)]
         harmful, benign = (rows[:: -(-len(rows) // n) or 1] for rows in sides)
-        panels, vanilla, own = dict[str, dict[str, Tensor]](), torch.empty(0), list[Tensor]()
-        for stage in report.stages if harmful or benign else ():
+        asked, clusters = [*benign, *harmful], [e.cluster for _, e in benign]
+        panels, vanilla = dict[str, dict[str, Tensor]](), torch.empty(0)
+        for stage in report.stages if asked else ():
             with at(stage, condition) as who:
-                reader: Reader = who.reader
-                prompts = [who.read(e, condition).extended(begun) for _, e in [*benign, *harmful]]
-                h = reader.represent(prompts)  # [n, hidden]
-                if [stage] == start:
-                    texts = [said[group, condition, stage, e.id] for group, e in benign]
-                    vanilla, own = h, [answer_ids(reader, who.tokenizer, text, limit) for text in texts]
-                names = [group for group, _ in [*benign, *harmful]]
-                panels[stage] = {g: h[torch.tensor([name == g for name in names])] for g in groups if g in names}
+                h = who.reader.represent([who.read(e, condition).extended(begun) for _, e in asked])  # [n, hidden]
+                vanilla = vanilla if len(vanilla) else h  # the first stage's
+                places = {g: torch.tensor([name == g for name, _ in asked]) for g in dict.fromkeys(g for g, _ in asked)}
+                panels[stage] = {g: h[place] for g, place in places.items()}
                 if benign:
-                    now = _usefulness(reader, prompts, vanilla[: len(benign)], h, own, [e.cluster for _, e in benign])
-                    report.usefulness.append({"condition": condition, "stage": stage, "n": len(benign), **now})
-        if len(panels) * len([*benign, *harmful]) > 1:
+                    kl, same = first_token_change(who.reader, vanilla[: len(benign)], h[: len(benign)])
+                    report.usefulness.append({
+                        "condition": condition, "stage": stage, "n": len(benign),
+                        "kl": asdict(Mean.of(kl.tolist(), clusters)), "same": asdict(Rate.of(same.tolist(), clusters)),
+                    })  # fmt: skip
+        if len(panels) * len(asked) > 1:
             report.maps[condition] = project(panels)
-
-
-def _usefulness(
-    reader: Reader, prompts: Sequence[Prompt], vanilla: Tensor, h: Tensor, own: Sequence[Tensor], clusters: list[Any]
-) -> dict[str, Any]:
-    """How much of the answers to the first prompts is as it was; `own` are the first stage's answers to them."""
-    kl, same = first_token_change(reader, vanilla, h[: len(vanilla)])
-    likely: dict[int, float] = {}
-    for batch in reader.batches([p.extended(a.tolist()) for p, a in zip(prompts, own, strict=False)]):
-        if told := [i for i in batch if len(own[i])]:
-            scores = log_likelihood(reader, [prompts[i] for i in told], [own[i] for i in told])
-            likely |= zip(told, scores.tolist(), strict=True)
-    return {
-        "kl": asdict(Mean.of(kl.tolist(), clusters)),
-        "same": asdict(Rate.of(same.tolist(), clusters)),
-        "likelihood": asdict(Mean.of(likely.values(), [clusters[i] for i in likely])),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -886,8 +855,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """Sentences that belong under the table."""
     usefulness: list[dict[str, Any]] = field(default_factory=list)
-    """`{condition, stage, n, kl, same, likelihood}` on benign inputs: the first token against the first stage's, and
-    the mean log-probability per token of the first stage's own answers."""
+    """`{condition, stage, n, kl, same}` on benign inputs: the first token against the first stage's."""
     agreement: list[dict[str, Any]] = field(default_factory=list)
     """Of this report's verdicts with others: `{judge, other, n, same, kappa}`; see `agreement`."""
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -1007,8 +975,7 @@ class Report:
             said.append(f"{same} of the answers that both judged; Cohen's kappa {_interval(a['kappa'], 2)}.")
         for u in (u for u in self.usefulness if u["stage"] != self.stages[0]):
             kept = f"{_percent(Rate(**u['same']))} of {u['n']} benign inputs; KL {_interval(u['kl'])}"
-            likely = f"log-likelihood per token of {self.stages[0]}'s answers {_interval(u['likelihood'])}"
-            said.append(f"Usefulness kept, {u['condition']}, {u['stage']}: same first token at {kept}; {likely}.")
+            said.append(f"Usefulness kept, {u['condition']}, {u['stage']}: same first token at {kept}.")
         return said + self.notes
 
     # -- other verdicts, other answers --------------------------------------------------------------------------------

@@ -1311,7 +1311,7 @@ class Runner:
 
         report = answer_and_judge(groups, conditions, list(stages), answer, judge)
         if usefulness:
-            measure(report, groups, conditions, at, usefulness, max_new_tokens, begun)
+            measure(report, groups, conditions, at, usefulness, begun)
         report.notes += notes
         report.curve = self.record.get("calibrated", {}).get("curve", [])
         report.settings = {  # whatever it takes to run again

@@ -39,8 +39,8 @@ from train import TEST, Groups, grouped, open_model, possible, spread
 
 from rrs import RRS, Example, Report, RRSConfig, TrainItem, judge_refusals, load_examples
 from rrs.data import hold_out
-from rrs.evaluate import answer_ids, log_likelihood
-from rrs.hooks import LoRA, Prompt, Reader, steer
+from rrs.evaluate import answer_text, generate_ids, log_likelihood
+from rrs.hooks import LoRA, Prompt, Reader, frozen, steer
 
 SYSTEM = (
     "You are a helpful assistant. If a request is harmful, illegal or unethical, refuse it and say that you are "
@@ -118,13 +118,15 @@ def sarsteer_vectors(
 def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusing: bool, limit: int) -> list[TrainItem]:
     """Each example with the token ids of what the vanilla model says to it, or says when it is told to refuse."""
     examples = [e for e in examples if e.has(condition)]
-    with model.disabled():
-        answers = model.generate(examples, condition, max_new_tokens=limit, refusal_prompt=refusing)
+    with model.disabled(), frozen(model.model):
+        prompts = [model.read(e, condition, refusal_prompt=refusing) for e in examples]
+        said = generate_ids(model.reader, model.tokenizer, prompts, limit)
     if refusing:
-        verdicts = judge_refusals([e.text or "" for e in examples], answers)
-        answers = [a if v == "refusal" else REFUSAL for a, v in zip(answers, verdicts, strict=True)]
-    rows = [answer_ids(model.reader, model.tokenizer, answer, limit)[:limit] for answer in answers]
-    return [TrainItem(e, condition, ids) for e, ids in zip(examples, rows, strict=True) if len(ids)]
+        texts = [answer_text(model.tokenizer, said[i]) for i in range(len(examples))]
+        verdicts = judge_refusals([e.text or "" for e in examples], texts)
+        fixed = [*model.token_ids(REFUSAL), model.tokenizer.eos_token_id]
+        said = {i: said[i] if v == "refusal" else fixed for i, v in enumerate(verdicts)}
+    return [TrainItem(e, condition, torch.tensor(said[i])) for i, e in enumerate(examples) if said[i]]
 
 
 def unlikelihood(reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem]) -> Tensor:
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--benign", type=Path, help="to train on; default: the quickstart's")
     parser.add_argument("--test", action=Groups, default={}, **TEST)
     parser.add_argument("--budget", type=float, help="of each harmless group; default: the quickstart's, else 0.01")
+    parser.add_argument("--every", type=int, default=1, help="train on and choose by every n-th question only")
     parser.add_argument("--fast", action="store_true", help="a tenth of the data, no grid: does everything run?")
     args = parser.parse_args()
     import quickstart
@@ -286,6 +289,7 @@ def main() -> None:
     grid = ((1.0, 1),) if args.fast else GRID
     if args.fast:
         train, dev, test = ({k: v[::10] for k, v in groups.items()} for groups in (train, dev, test))
+    train, dev = ({k: v[:: args.every] for k, v in groups.items()} for groups in (train, dev))
     print(compare(open_model(args.model), train, dev, test, args.out, budget=budget, grid=grid))
 
 

@@ -376,8 +376,7 @@ def test_usefulness_of_an_adapter(model, harmful, benign):
     before, after = report.usefulness
     assert (before["stage"], before["n"], before["same"]["value"]) == ("before", 5, 1)
     assert before["kl"]["value"] < 1e-6 < after["kl"]["value"]
-    assert before["likelihood"]["value"] > after["likelihood"]["value"]  # nothing likes greedy answers better
-    assert "log-likelihood per token of before's answers" in str(report)
+    assert "Usefulness kept, text-only, after: same first token at" in str(report)
     assert report.settings["data"]["benign"]["n"] == 5
     points = {
         stage: {group: len(xy) for group, xy in panel.items()} for stage, panel in report.maps["text-only"].items()

@@ -99,7 +99,7 @@ def test_a_saved_report_is_loaded_as_it_was(tmp_path):
     report.maps["audio-text"] = project({"before": {"harmful": torch.randn(5, 4)}})
     report.usefulness = [{"condition": "c", "stage": "before", "n": 0, "kl": {"value": math.nan, "low": math.nan,
                           "high": math.nan}, "same": {"k": 0, "n": 0, "value": math.nan, "low": math.nan,
-                          "high": math.nan}, "likelihood": {"value": math.nan}}]  # fmt: skip
+                          "high": math.nan}}]  # fmt: skip
     files = report.save(tmp_path / "r")
     assert [f.name for f in files] == ["report.json", "report.md", "report.html"]
     assert json.loads(files[0].read_text(), parse_constant=pytest.fail)["table"][0]["group"] == "harmful"

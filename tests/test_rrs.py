@@ -903,17 +903,6 @@ def test_groups_are_what_their_labels_say(tiny, harmful, benign):
     assert {g: len(rows) for g, rows in rrs.grouped([*harmful, *benign]).items()} == {"harmful": 6, "benign": 5}
 
 
-def test_the_likelihood_is_of_a_questions_own_answer(tiny, benign):
-    """Also where two groups number their questions alike."""
-    r, found = RRS(*tiny, small(), verbose=False), []
-    for ids in ("ab", "aa"):
-        pair = [[{**benign[i], "id": name}] for i, name in enumerate(ids)]
-        report = r.evaluate({"benign": pair[0], "hard-benign": pair[1]}, ("text-only",), max_new_tokens=8)
-        found.append(report.usefulness[0]["likelihood"]["value"])
-    assert len({a.response for a in report.answers}) == 2
-    assert found[0] == found[1]
-
-
 def test_a_string_is_not_its_letters(tiny, harmful):
     r = RRS(*tiny, small(), verbose=False)
     with pytest.raises(
