@@ -351,17 +351,31 @@ def plain(value: Any, text: Callable[[object], str] = str) -> Any:
     return value if value is None or isinstance(value, (bool, int)) else text(value)
 
 
-def write(path: Path, content: str | bytes) -> Path:
-    """Writes a file whole or not at all: a temporary one beside it takes its place."""
-    # a lone surrogate becomes its escape, which in JSON means the same character
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
+SCRATCH = ".rrs-tmp"  # how files that are being written end
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
+    """Writes files so that each appears complete or not at all, the first one last; what a killed run left is removed.
+
+    Raises:
+        OSError: no room or no access; the files that were there before are as they were.
+    """
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob(f".*{SCRATCH}"):
+        old.unlink(missing_ok=True)
+    scratch = {folder / name: folder / f".{name}{SCRATCH}" for name in files}
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        for path, content in zip(scratch, files.values(), strict=True):
+            # a lone surrogate becomes its escape, which in JSON means the same character
+            data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+            scratch[path].write_bytes(data)
+    except OSError as error:
+        for temporary in scratch.values():
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} can't be written ({error.strerror}); make room or access there") from error
+    for path in reversed(scratch):
+        os.replace(scratch[path], path)
+    return [*scratch]
 
 
 def read_jsonl(path: str | Path, needs: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
@@ -859,7 +873,7 @@ class Report:
     agreement: list[dict[str, Any]] = field(default_factory=list)
     """Of this report's verdicts with others: `{judge, other, n, same, kappa}`; see `agreement`."""
     curve: list[dict[str, Any]] = field(default_factory=list)
-    """What `RRS.calibrate` tried: `{scale, groups: {name: {value, low, high}}, chosen: bool}`."""
+    """What `RRS.calibrate` tried: `{scale, groups: {name: {value, low, high}}, chosen: bool, …}`; see `Point`."""
     maps: dict[str, Any] = field(default_factory=dict)
     """`{condition: project(panels)}`: representations in two dimensions."""
 
@@ -1093,7 +1107,7 @@ class Report:
             row["audio"] = links[id(a.audio)] or None
         text = json.dumps(saved, indent=1, ensure_ascii=False) + "\n"
         files = {"report.json": text, "report.md": str(self), "report.html": _page(self, directory, links)}
-        return [write(directory / name, content) for name, content in files.items()]
+        return write_files(directory, files)
 
 
 def _rate(answers: Sequence[Answer], verdicts: Sequence[str]) -> Rate:
@@ -1132,9 +1146,9 @@ def _link(audio: Any, directory: Path) -> str:
         return Path(os.path.relpath(audio, directory)).as_posix() if playable else ""
     if not (kind := _kind(bytes(audio or b""))):
         return ""
-    (directory / "audio").mkdir(exist_ok=True)
-    path = write(directory / "audio" / f"{hashlib.sha256(audio).hexdigest()[:16]}.{kind}", bytes(audio))
-    return f"audio/{path.name}"
+    name = f"{hashlib.sha256(audio).hexdigest()[:16]}.{kind}"
+    write_files(directory / "audio", {name: bytes(audio)})
+    return f"audio/{name}"
 
 
 def _kind(data: bytes) -> str:

@@ -59,8 +59,8 @@ from .data import (
     needed_packages, shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    AnswerCache, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate, generate_ids,
-    judge_refusals, markdown, measure,
+    SCRATCH, AnswerCache, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate, generate_ids,
+    judge_refusals, markdown, measure, write_files,
 )  # fmt: skip
 from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
@@ -496,28 +496,7 @@ class Step:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files that appear complete or not at all, and know when they are damaged
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files so that each appears complete or not at all, the first one last; what a killed run left is removed.
-
-    Raises:
-        OSError: no room or no access; the files that were there before are as they were.
-    """
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob(".*.tmp"):
-        old.unlink(missing_ok=True)
-    scratch = {folder / name: folder / f".{name}.tmp" for name in files}
-    try:
-        for path, content in zip(scratch, files.values(), strict=True):
-            scratch[path].write_bytes(content)
-    except OSError as error:
-        for temporary in scratch.values():
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} can't be written ({error.strerror}); make room or access there") from error
-    for path in reversed(scratch):
-        os.replace(scratch[path], path)
+# Files that know when they are damaged
 
 
 def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
@@ -629,7 +608,7 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     path = Path(directory).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; choose a folder.")
-    held = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")} if path.exists() else set()
+    held = {p.name for p in path.iterdir() if not p.name.endswith(SCRATCH)} if path.exists() else set()
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
     ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
@@ -770,6 +749,7 @@ class Point:
     over: float  # by how much the worst of the other groups is beyond its budget; 0 or less is within
     auc: dict[str, float]  # how well harmful inputs are told from those of each other group, wherever the border lies
     answers: dict[str, Rate] = field(default_factory=dict)  # refused by judged answers, and "degenerate"; if asked for
+    chosen: bool = False
 
 
 @dataclass
@@ -791,13 +771,6 @@ class Calibration:
             said = f"{before[n].value:.1%} → {rate.value:.1%} [{rate.low:.0%}–{rate.high:.0%}]"
             lines.append(f"by answers, vanilla → *: {n} {said}")
         return "\n".join(lines)
-
-    def curve(self) -> list[dict[str, Any]]:
-        """The points as a `Report` draws them."""
-        return [
-            {"scale": p.scale, "chosen": p is self.chosen, "groups": {n: asdict(r) for n, r in p.groups.items()}}
-            for p in (self.vanilla, *self.points)
-        ]
 
 
 def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
@@ -1313,7 +1286,8 @@ class Runner:
         if usefulness:
             measure(report, groups, conditions, at, usefulness, begun)
         report.notes += notes
-        report.curve = self.record.get("calibrated", {}).get("curve", [])
+        if calibrated := self.record.get("calibrated"):
+            report.curve = [calibrated["vanilla"], *calibrated["points"]]
         report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
@@ -2061,8 +2035,9 @@ class RRS(Runner):
         finally:
             lora.scale = present
         lora.scale, self.report = chosen.scale * present, None
+        chosen.chosen = True
         result = Calibration(limits, vanilla, points, chosen)
-        self.record["calibrated"] = {**asdict(result), "curve": result.curve()}
+        self.record["calibrated"] = asdict(result)
         self._say(str(result))
         if over > 1e-9 or unheard:
             silent = f"{self.config.refusal!r} begins no answer at any scale: set config.refusal to how it refuses"

@@ -447,7 +447,7 @@ def test_numbers_that_are_none_are_refused(folder, value):
 
 def test_save_writes_inside_a_folder_that_is_there(trained, tmp_path, monkeypatch):
     """A mount point can be written in, but neither renamed nor removed."""
-    (tmp_path / ".left.safetensors.tmp").write_text("left by a killed run")
+    (tmp_path / ".left.safetensors.rrs-tmp").write_text("left by a killed run")
     kept = tmp_path.stat().st_ino
     monkeypatch.setattr(shutil, "rmtree", None)
     assert trained[0].save(tmp_path) == tmp_path

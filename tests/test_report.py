@@ -121,7 +121,7 @@ def test_a_saved_report_is_loaded_as_it_was(tmp_path):
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     make().save(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    (tmp_path / ".report.md.tmp").write_bytes(b"half of it")  # of a run that was killed
+    (tmp_path / ".report.md.rrs-tmp").write_bytes(b"half of it")  # of a run that was killed
     plain = type(tmp_path).write_bytes
 
     def full(path, data):

@@ -248,7 +248,7 @@ def test_a_save_that_is_broken_off_is_the_old_one_the_new_one_or_said(fitted, tm
 
 
 def test_files_appear_complete_or_not_at_all(tmp_path, monkeypatch):
-    (tmp_path / ".left.tmp").write_text("by a killed run")
+    (tmp_path / ".left.rrs-tmp").write_text("by a killed run")
     write_files(tmp_path, {"a": b"1", "b": b"2"})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"1", "b": b"2"}
     order, replace, write = [], os.replace, Path.write_bytes
@@ -258,7 +258,7 @@ def test_files_appear_complete_or_not_at_all(tmp_path, monkeypatch):
 
     def full(path, content):
         write(path, content)
-        if path.name == ".b.tmp":
+        if path.name == ".b.rrs-tmp":
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
