@@ -29,9 +29,7 @@ from rrs.hooks import LoRA, Prompt, Reader, linear_paths, locate
 
 META = torch.device("meta")
 SECONDS = (3.0, 4.7, 6.3, 8.0)  # clips of a batch that is drawn at random
-MANY = tuple(
-    3 + 5 * i / 127 for i in range(128)
-)  # of 32 batches, which group_by_length sorts first
+MANY = tuple(3 + 5 * i / 127 for i in range(128))  # of 32 batches, which group_by_length sorts first
 BEFORE, AFTER, REFUSAL = 18, 22, 14  # tokens before and after the audio, and of the refusal prompt
 EACH = 8  # prompts in a batch of our extraction, which sorts them by length
 
