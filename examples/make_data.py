@@ -38,15 +38,15 @@ KEYS = ["id", "audio", "text", "label", "group", "category", "twin", "voice"]
 # Rows of each split by group.
 SPLITS = {
     "train": {"harmful": 140, "twins": 140},
-    "train_text": {"harmful": 1400, "twins": 1050, "hard-benign": 877, "everyday": 810},
+    "train_text": {"harmful": 1820, "twins": 1050, "hard-benign": 1207, "everyday": 1120},
     "dev": {"harmful": 28, "twins": 28},
-    "dev_text": {"harmful": 98, "twins": 98, "hard-benign": 160, "everyday": 80},
+    "dev_text": {"harmful": 98, "twins": 98, "hard-benign": 200, "everyday": 100, "indirect": 84},
     "test": {"harmful": 56, "twins": 56},
     "hard_benign_dev": {"hard-benign": 28},
     "hard_benign_test": {"hard-benign": 84},
-    "everyday_test": {"everyday": 80},
+    "text_test": {"everyday": 120, "indirect": 56},
 }
-WRITTEN = ("train_text", "dev_text", "everyday_test")  # splits without clips
+WRITTEN = ("train_text", "dev_text", "text_test")  # splits without clips
 TEST_ONLY_VOICE = "flite/slt"
 
 Row = dict[str, str | None]
@@ -151,10 +151,10 @@ STOP_WORDS = words(
 )
 
 
-def group(row: Row) -> str:
-    """The group that a row must name, by its label, its twin and its category."""
+def group(split: str, row: Row) -> str:
+    """The group that a row must name, by its split, its label, its twin and its category."""
     if row["label"] == "harmful":
-        return "harmful"
+        return "harmful" if row["twin"] or split.startswith("train") else "indirect"
     if row["twin"]:
         return "twins"
     return "everyday" if row["category"] == "everyday" else "hard-benign"
@@ -214,7 +214,7 @@ def check() -> list[str]:
             test_only = row["voice"] == TEST_ONLY_VOICE
             expect(split.endswith("test") or not test_only, f"{name}: {TEST_ONLY_VOICE} speaks in test only")
         expect(row["label"] in ("harmful", "benign"), f"{name}: label must be harmful or benign")
-        expect(row["group"] == group(row), f"{name}: group must be {group(row)}")
+        expect(row["group"] == group(split, row), f"{name}: group must be {group(split, row)}")
         low, high = (4, 45) if split in WRITTEN else (5, 14)
         expect(low <= len(row["text"].split()) <= high, f"{name}: {low} to {high} words, please: {row['text']}")
         if row["twin"] is None:

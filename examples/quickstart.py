@@ -66,7 +66,7 @@ def training_questions() -> dict[str, list[Example]]:
 
 def evaluation_questions(split: str = "test") -> dict[str, list[Example]]:
     """The demo's questions to measure on, by `group`; split: "dev" or "test". Not all of them are spoken."""
-    files = [split, f"hard_benign_{split}", "dev_text" if split == "dev" else "everyday_test"]
+    files = [split, f"hard_benign_{split}", "dev_text" if split == "dev" else "text_test"]
     groups: dict[str, list[Example]] = {}
     for e in (e for file in files for e in load_examples(DATA / f"{file}.jsonl")):
         groups.setdefault(e.meta["group"], []).append(e)
