@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -158,36 +157,6 @@ def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], 
         return {_marks(e)["question"]} | (links if twins else set())
 
     return [e.id for e in ours if sought(e) & known]
-
-
-def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and, of each label about `share`, examples to choose by.
-
-    Twins, and whatever asks the same question (`Example.cluster`), stay together.
-    """
-    other = {"harmful": "benign", "benign": "harmful", None: None}
-
-    def known_by(e: Example) -> list[Any]:  # ids count within a label: two files may number their rows alike
-        twin = e.meta.get("twin")
-        return [(e.label, e.id), ("question", e.cluster), *([(other[e.label], str(twin))] if twin else [])]
-
-    families = dict[Any, list[Example]]()
-    for e in examples:
-        joined = {id(family): family for key in known_by(e) if (family := families.get(key))}
-        family = [*chain.from_iterable(joined.values()), e]
-        families |= {key: family for member in family for key in known_by(member)}
-    apart = {id(family): family for family in families.values()}.values()
-    order = {id(f): hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest() for f in apart}
-    wanted = {label: share * sum(e.label == label for e in examples) for label in other}
-    held = set[int]()
-    for family in sorted(apart, key=lambda family: order[id(family)]):
-        if any(wanted[e.label] > 0 for e in family):
-            held |= {id(e) for e in family}
-            for e in family:
-                wanted[e.label] -= 1
-    if len(held) == len(examples):
-        raise DataError(f"{len(examples)} examples in {len(apart)} families of twins are too few to hold some out.")
-    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

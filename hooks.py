@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationConfig
 from transformers.utils.versions import require_version
@@ -777,13 +778,10 @@ class Reader:
 
 def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     """Token ids `[batch, length]`, padded with each row's own first one, and their mask."""
-    length = max(map(len, rows))
-    ids = torch.stack([row[:1].expand(length) for row in rows])
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), None) if side == "left" else slice(len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask
+    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    first = torch.stack([row[:1] for row in rows])
+    return torch.where(mask.bool(), ids, first), mask
 
 
 def _ends(h: Tensor, lengths: Sequence[int], last: int) -> Tensor:
