@@ -97,34 +97,25 @@ class Example:
     @cached_property
     def audio_hash(self) -> str:
         """SHA-256 (hex) of the clip as it is stored, wherever that is; `""` without one."""
-        digest = hashlib.sha256()
         if self.audio is None:
             return ""
         if isinstance(self.audio, (str, Path)):
-            try:
-                with open(_checked_size(self.audio, f"{self.id} ({self.audio})"), "rb") as file:
-                    while chunk := file.read(2**20):
-                        digest.update(chunk)
-            except OSError as error:
-                raise DataError(f"{self.id}: {self.audio} can't be read ({error}); check the path.") from None
+            stored = _read(self.audio, f"{self.id} ({self.audio})")
         elif isinstance(self.audio, Mapping) and "array" in self.audio:
             array = np.asarray(self.audio["array"])
-            digest.update(f"{self.audio.get('sampling_rate')} {array.dtype} {array.shape}".encode() + array.tobytes())
+            stored = f"{self.audio.get('sampling_rate')} {array.dtype} {array.shape}".encode() + array.tobytes()
         else:
-            digest.update(self.audio if isinstance(self.audio, bytes) else repr(self.audio).encode())
-        return digest.hexdigest()
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of all that training and evaluation use of the example."""
-        used = [self.id, self.text, self.label, self.audio_hash, self.messages]
-        return hashlib.sha256(json.dumps(used).encode()).hexdigest()
+            stored = self.audio if isinstance(self.audio, bytes) else repr(self.audio).encode()
+        return hashlib.sha256(stored).hexdigest()
 
 
 def content_hash(examples: Iterable[Example], render: Any = None) -> str:
     """SHA-256 (hex) of examples in their order, wherever their files lie, and of the settings of a `Renderer`."""
-    settings = json.dumps(getattr(render, "settings", None), sort_keys=True, default=repr)
-    return hashlib.sha256("\n".join([settings, *(e.digest for e in examples)]).encode()).hexdigest()
+    lines = [json.dumps(getattr(render, "settings", None), sort_keys=True, default=repr)]
+    for e in examples:
+        used = json.dumps([e.id, e.text, e.label, e.audio_hash, e.messages])  # by training and evaluation
+        lines.append(hashlib.sha256(used.encode()).hexdigest())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def lacking(examples: Sequence[Example], condition: str) -> str:
@@ -168,40 +159,6 @@ def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], 
     return [e.id for e in ours if sought(e) & known]
 
 
-def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and, of each label about `share`, examples to choose by.
-
-    Twins, and whatever asks the same question (`Example.cluster`), stay together.
-    """
-    other = {"harmful": "benign", "benign": "harmful", None: None}
-    parent: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-    def root(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        while parent.setdefault(key, key) != key:
-            key = parent[key]
-        return key
-
-    for e in examples:  # ids count within a label: two files may number their rows alike
-        twin = (other[e.label], str(e.meta.get("twin"))) if e.meta.get("twin") else (e.label, e.id)
-        for key in (twin, ("question", e.cluster)):
-            parent[root((e.label, e.id))] = root(key)
-    families: dict[tuple[Any, ...], list[Example]] = {}
-    for e in examples:
-        families.setdefault(root((e.label, e.id)), []).append(e)
-    still = {label: share * sum(e.label == label for e in examples) for label in other}
-    held = set[int]()
-    for family in sorted(
-        families.values(), key=lambda f: hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest()
-    ):
-        if any(still[e.label] > 0 for e in family):
-            held |= {id(e) for e in family}
-            for e in family:
-                still[e.label] -= 1
-    if len(held) == len(examples):
-        raise DataError(f"{len(examples)} examples in {len(families)} families of twins are too few to hold some out.")
-    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and rows to examples
 
@@ -216,9 +173,6 @@ COLUMNS = {
 """What the data sets of the field call their columns. The first name that is there is taken."""
 
 RIVALS = {"text", "prompt", "goal", "forbidden_prompt"}  # of two of these, nobody can tell which is the question
-HARMFUL = ("goal target", "prompt target audio", "forbidden_prompt", "functionalcategory", "category_name instruction")
-"""Columns of sets whose rows are all harmful: AdvBench, the same spoken, StrongREJECT, HarmBench, FigStep."""
-
 LABELS: dict[str, Label] = {
     "harmful": "harmful", "unsafe": "harmful", "benign": "benign", "safe": "benign", "harmless": "benign",
 }  # fmt: skip
@@ -235,12 +189,11 @@ def load_examples(
     audio_dir: str | Path | None = None,
     allow_outside: bool = False,
 ) -> list[Example]:
-    """Examples from a file, a folder of clips, or any iterable of rows (of `datasets` and pandas too).
+    """Examples from a file, or from any iterable of rows (of `datasets` and pandas too).
 
     A file is JSON, JSONL, CSV or TSV, whatever its name, or plain text with a question a line. Columns are found by
-    their usual names, `COLUMNS`; the others go to `meta`, in lower case. A folder gives an example for each clip in it,
-    with the words of the `.txt` beside it, if there is one, and the subfolder as category. A row is a dict, an
-    `Example`, a string (a question) or a `Path` (a clip). If its clip is not there, its text can still be used.
+    their usual names, `COLUMNS`; the others go to `meta`, in lower case. A row is a dict, an `Example`, a string (a
+    question) or a `Path` (a clip). If its clip is not there, its text can still be used.
 
     `audio` may be a path, encoded bytes, `{"array", "sampling_rate"}` or `{"bytes", "path"}`. With `datasets`, cast the
     column to `Audio(decode=False)`: clips are then decoded one by one, when they are needed.
@@ -258,8 +211,7 @@ def load_examples(
     name, folder, classes = "examples", None, ()
     if isinstance(source, (str, Path)):
         path, name = Path(source), str(source)
-        folder = path if path.is_dir() else path.parent
-        rows = _read_folder(path, allow_outside) if path.is_dir() else _read_file(path, set(given.values()))
+        rows, folder = _read_file(path, set(given.values())), path.parent
     elif isinstance(source, Mapping):
         rows = [source]
     elif isinstance(source, Iterable):
@@ -307,37 +259,18 @@ def _fields(names: set[str], given: Mapping[str, str], where: str) -> dict[str, 
     return found
 
 
-def _read_folder(path: Path, allow_outside: bool) -> list[Any]:
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    clips = [p for p in files if p.suffix.lower() in AUDIO_SUFFIXES]
-    tables = [p.name for p in files if p.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")]
-    if not clips or tables:
-        what = f"could be a folder of {len(clips)} clips or what {tables} list" if clips else "holds no audio files"
-        raise DataError(f"{path} {what}; pass the path of a manifest, or the clips: list(Path(…).rglob('*.wav')).")
-    rows = []
-    for clip in clips:
-        words, place = clip.with_suffix(".txt"), clip.relative_to(path)
-        text = None
-        if words.is_file():
-            text = _read_text(_inside(path, words.relative_to(path), str(path), allow_outside)).strip()
-        category = place.parent.as_posix() if place.parent.name else None
-        rows.append({"id": place.with_suffix("").as_posix(), "text": text, "audio": str(place), "category": category})
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _checked_size(path, str(path), remedy="split it").read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read as UTF-8 text ({error}); save it as UTF-8.") from None
-
-
 def _read_file(path: Path, wanted: set[str]) -> list[Any]:
     """The clip; or the rows of JSON, JSONL, a table; or of plain text, one for each line."""
     suffix = path.suffix.lower()
+    if path.is_dir():
+        clips = f'load_examples(sorted(Path("{path}").rglob("*.wav")))'
+        raise DataError(f"{path} is a folder; pass the path of a manifest in it, or its clips: {clips}.")
     if suffix in AUDIO_SUFFIXES:
         return [{"audio": path.name}]
-    content = _read_text(path)
+    try:
+        content = _read(path, str(path), remedy="split it").decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: can't be read as UTF-8 text ({error}); save it as UTF-8.") from None
     if content.lstrip().startswith("["):
         return list(_json(content, str(path)))
     if content.lstrip().startswith("{") or suffix in (".json", ".jsonl"):
@@ -421,8 +354,8 @@ def _example(
 ) -> Example:
     """The example of a row; `fields` says which of the source's columns (`names`) holds what."""
     meta = {column: value for column, value in row.items() if column}
-    wanted = ("text", "audio", "messages", "label", "id")
-    text, audio, chat, said, name = (meta.pop(fields.get(field, ""), None) for field in wanted)
+    wanted = ("text", "audio", "messages", "label", "id", "category")
+    text, audio, chat, said, name, category = (meta.pop(fields.get(field, ""), None) for field in wanted)
     if text is not None and not isinstance(text, str):
         raise DataError(f"{where}: {fields['text']!r} must be a string, not {type(text).__name__}.")
     if text and meta.get("contextstring"):  # HarmBench's
@@ -436,9 +369,9 @@ def _example(
     if isinstance(audio, (str, Path)):
         if name is None and Path(audio).stem == str(audio):  # neither folder nor ending: the authors' rows
             name = str(audio)
-        audio, place = find(audio, row, where)
-        if audio is None:
-            meta["missing_clip"] = str(place)
+        audio = place = find(audio, where)
+        if not place.is_file():
+            meta["missing_clip"], audio = str(place), None
         if audio is None and text is None:
             raise DataError(f"{where}: {place} does not exist, or is no ordinary file; correct the path or audio_dir=.")
     elif audio is not None and not isinstance(audio, (bytes, Mapping)):
@@ -448,52 +381,43 @@ def _example(
         raise DataError(f"{where}: 'id' must be a string or a number, not {name!r}; leave it out for 'row-{number}'.")
     if str(name).startswith("B_"):  # so the authors name a twin
         meta["twin"] = meta.get("twin") or str(name)[2:]
-    category = meta.get(fields.get("category", ""))
-    if isinstance(category, str):
-        del meta[fields["category"]]
     said = classes[said] if isinstance(said, int) and 0 <= said < len(classes) else said
+    if said is None and {"prompt", "type", "focus"} <= names:  # XSTest; unlike those of others, its rows differ
+        said = "unsafe" if str(category).startswith("contrast_") else "safe"
     label = LABELS.get(str(said).strip().lower())
-    if said is None and {"prompt", "type", "focus"} <= names:  # XSTest
-        label = "harmful" if str(row.get("type")).startswith("contrast_") else "benign"
-    elif said is None and not {"goal", "behavior"} <= names:  # JailbreakBench's files of both kinds look alike
-        label = "harmful" if any(set(known.split()) <= names for known in HARMFUL) else None
-    elif said is not None and label is None:
+    if said is not None and label is None:
         words = "neither 'harmful' nor 'benign' (nor 'unsafe' or 'safe')"
         raise DataError(f"{where}: label {said!r} is {words}; rename the column if it is no label.")
-    return Example(str(name), text, audio, label, category if isinstance(category, str) else None, meta, messages)
+    return Example(str(name), text, audio, label, None if category is None else str(category), meta, messages)
 
 
-def _find(folder: Path | None, allow_outside: bool, name: str | Path, row: Mapping[str, Any], where: str) -> Any:
-    """`(file of a clip, or None; where it should be)`.
+def _find(folder: Path | None, allow_outside: bool, name: str | Path, where: str) -> Path:
+    """The file of a clip; where it should be, if there is none.
 
     Names may lack their ending, have backslashes between folders, or compose their accents in another way.
     """
-    folders = [Path()]
-    if "task_name" in row and "dataset_name" in row:  # AIR-Bench's clips lie in a folder for each
-        folders.append(Path(f"{row['task_name']}_{row['dataset_name']}"))
     endings = ("",) if Path(name).suffix.lower() in AUDIO_SUFFIXES else ("", *AUDIO_SUFFIXES)
     plain = str(name).replace("\\", "/")
     forms = dict.fromkeys([str(name), plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))])
-    for path in (place / f"{form}{ending}" for place in folders for form in forms for ending in endings):
-        path = _inside(folder, path, where, allow_outside)
-        if path.is_file():
-            return path, path
-    return None, (folder or Path()) / folders[-1] / name
+    paths = [_inside(folder, f"{form}{ending}", where, allow_outside) for form in forms for ending in endings]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _inside(folder: Path | None, name: str | Path, where: str, allow_outside: bool) -> Path:
-    """The path that a row or a folder names; it can't lead outside its folder unless that is allowed."""
+def _inside(folder: Path | None, name: str, where: str, allow_outside: bool) -> Path:
+    """The path that a row names; it can't lead outside its folder unless that is allowed."""
     path = Path(name) if folder is None else folder / name
     try:
-        real, roots = path.resolve(), [] if folder is None else [folder.resolve()]
+        real = path.resolve()
         path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL, a name of 10,000 characters
-        raise DataError(f"{where}: the path {str(name)[:200]!r} can't be followed ({error}); correct it.") from None
-    for root in roots[:1]:  # files in the hub's cache are links from `snapshots/…` to `blobs`
-        roots += [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
-    if roots and not allow_outside and not any(real.is_relative_to(root) for root in roots):
+        raise DataError(f"{where}: the path {name[:200]!r} can't be followed ({error}); correct it.") from None
+    if folder is None or allow_outside:
+        return path
+    root = folder.resolve()  # files in the hub's cache are links from `snapshots/…` to `blobs`
+    roots = [root, *(above.parent / "blobs" for above in root.parents if above.name == "snapshots")]
+    if not any(real.is_relative_to(root) for root in roots):
         raise DataError(
-            f"{where}: {str(name)!r} lies outside the manifest's folder {folder}. Move it there; or, if you "
+            f"{where}: {name!r} lies outside the manifest's folder {folder}. Move it there; or, if you "
             "trust the manifest, pass load_examples(path, label, allow_outside=True) instead of the path."
         )
     return path
@@ -552,39 +476,33 @@ def load_audio(
     """
     if isinstance(source, Mapping):
         wave, source_rate = _array(source, name)
-        seconds = len(wave) / max(1, source_rate) if wave.ndim else 0.0
     else:
         name = f"{name} ({source})" if isinstance(source, (str, Path)) else name
         try:
-            wave, source_rate, seconds = _decode(source, name, max_seconds, max_bytes)
+            wave, source_rate = _decode(source, name, max_seconds, max_bytes)
         except DataError:
             raise
         except (soundfile.LibsndfileError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"{name}: can't be decoded as audio ({error}); re-encode it (or a video's sound) as WAV, FLAC or OGG."
             ) from None
-    if seconds > max_seconds:
-        raise DataError(f"{name}: {seconds:.1f} s is longer than the {max_seconds:g} s allowed; cut it.")
     if wave.ndim == 2 and wave.shape[1]:
         wave = wave.mean(axis=1)
     if wave.ndim != 1 or not len(wave):
         raise DataError(f"{name}: no samples (shape {list(wave.shape)}); re-export the clip.")
     if not 1_000 <= source_rate <= 1_000_000:
         raise DataError(f"{name}: a rate of {source_rate} Hz: must be positive and sound's; correct the clip's header.")
+    if (seconds := len(wave) / source_rate) > max_seconds:
+        raise DataError(f"{name}: {seconds:.1f} s is longer than the {max_seconds:g} s allowed; cut it.")
     with np.errstate(over="ignore"):
         wave = wave.astype(np.float32, copy=False)
-    high, low = float(wave.max()), float(wave.min())
-    if not math.isfinite(high - low):
+    peak = float(np.abs(wave).max())
+    if not math.isfinite(peak):
         raise DataError(f"{name}: NaN or infinite samples; re-export the clip.")
-    peak = max(high, -low)
     if peak > 8:  # overshoot of resampling or of lossy codecs stays far below
         raise DataError(f"{name}: its peak is {peak:g}, expected floats in [-1, 1]; divide PCM values by 32768.")
     if peak < 1e-4:  # -80 dB: silence, channels that cancel out, or integers that were scaled twice
         warnings.warn(f"{name}: silent, its peak is {peak:.0e}; export it again, or leave it out.", DataWarning, 2)
-    level = max(0.99, peak - 1e-4)
-    flat = (wave >= level) | (wave <= -level)
-    if len(wave) > 2 and (flat[:-2] & flat[1:-1] & flat[2:]).mean() > 0.01:
-        warnings.warn(f"{name}: clipped, its peaks are cut off flat; record it at a lower level.", DataWarning, 2)
     return resample(wave, source_rate, rate)
 
 
@@ -612,16 +530,16 @@ def _array(source: Mapping[str, Any], name: str) -> tuple[npt.NDArray[Any], int]
     return wave, rate
 
 
-def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple[Wave, int, float]:
-    """Mono samples, their rate, and the seconds that were read; warns where the file states another length.
+def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple[Wave, int]:
+    """Mono samples and their rate; warns where the file states another length.
 
     In blocks, with the channels averaged at once: memory is taken for what is there, never for what a header claims.
     """
     if isinstance(source, bytes) and len(source) > max_bytes:
         raise DataError(f"{name}: {len(source)} bytes are more than max_bytes={max_bytes}; cut the clip.")
-    content = source if isinstance(source, bytes) else _checked_size(source, name, max_bytes).read_bytes()
+    content = source if isinstance(source, bytes) else _read(source, name, max_bytes)
     wav, stated_bytes, there = _wav_lengths(content)
-    encoded = io.BytesIO(wav) if wav else io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    encoded = io.BytesIO(wav or content) if wav or isinstance(source, bytes) else str(source)
     with soundfile.SoundFile(encoded) as file:
         limit = min(max_seconds * file.samplerate, max_bytes / 4)
         blocks, total, size = [], 0, max(1, 2**20 // file.channels)
@@ -630,13 +548,12 @@ def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple
             total += len(block)
         rate, stated = file.samplerate, total * stated_bytes / there if there else file.frames
         whole = file.format != "OGG" or (content[content.rfind(b"OggS") + 5 :] or b"\0")[0] & 4  # marks the last page
-    seconds = total / max(1, rate)
     if max_seconds * rate >= total > limit:
-        raise DataError(f"{name}: {seconds:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
+        raise DataError(f"{name}: {total / rate:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
     if total <= limit and (not whole or abs(stated - total) > rate / 20):
         states = f"its header states {stated / rate:.2f} s" if whole else "its end is missing"
-        warnings.warn(f"{name}: damaged: {states}, {seconds:.2f} s are there; export it again.", DataWarning, 3)
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate, seconds
+        warnings.warn(f"{name}: damaged: {states}, {total / rate:.2f} s are there; export it again.", DataWarning, 3)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
 
 
 def _wav_lengths(content: bytes) -> tuple[bytes | None, int, int]:
@@ -658,13 +575,17 @@ def _wav_lengths(content: bytes) -> tuple[bytes | None, int, int]:
     return None, 0, 0
 
 
-def _checked_size(path: str | Path, name: str, max_bytes: int = MAX_BYTES, remedy: str = "cut the clip") -> Path:
+def _read(path: str | Path, name: str, max_bytes: int = MAX_BYTES, remedy: str = "cut the clip") -> bytes:
+    """The bytes of a file that is not too large."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{name}: no such file, or no ordinary one; correct the path.")
     if path.stat().st_size > max_bytes:
         raise DataError(f"{name}: {path.stat().st_size} bytes are more than max_bytes={max_bytes}; {remedy}.")
-    return path
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: can't be read ({error}); check the file and its permissions.") from None
 
 
 def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
@@ -735,8 +656,7 @@ TEMPLATES = {  # for processors whose checkpoints come without one
 }
 PACKAGES = {  # what processors import beyond our own requirements
     "torchvision": "torchvision pillow", "pil library": "pillow", "torchaudio": "torchaudio",
-    "mistral": "'mistral-common[audio]'", "librosa": "librosa", "timm": "timm torchvision",
-    "sentencepiece": "sentencepiece",
+    "mistral": "'mistral-common[audio]'", "timm": "timm torchvision",
 }  # fmt: skip
 
 
@@ -807,7 +727,6 @@ class Renderer:
         self.extractor: Any = next(filter(None, found), None)
         self.rate = int(getattr(self.extractor, "sampling_rate", 0) or 0)
         self.kept = self.rate  # samples of the longest clip of which the processor is known to keep all
-        self.window = math.inf  # samples after which it is known to cut
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -831,25 +750,14 @@ class Renderer:
 
     def _check_kept(self, wave: Wave, inputs: Mapping[str, Tensor], make: Callable[[Wave], Any]) -> None:
         """Raises if the end of a clip has no effect on the model's inputs: processors cut without a word."""
-
-        def counts(n: int) -> bool:
-            """Whether anything from sample `n` on reaches the model."""
-            other = wave.copy()
-            quiet = np.abs(wave[n:]).max() < 0.1
-            other[n:] = np.random.default_rng(0).uniform(-0.5, 0.5, len(wave) - n) if quiet else 0
-            changed = make(other)
-            return any(k not in changed or not torch.equal(v, changed[k]) for k, v in inputs.items())
-
-        low, high = 0, len(wave) - self.rate // 10  # what is cut but for a tenth of a second is not missed
-        if high < self.window and counts(high):
-            self.kept = len(wave)
-            return
-        while self.window > high and high - low > self.rate // 50:
-            middle = (low + high) // 2
-            low, high = (middle, high) if counts(middle) else (low, middle)
-        self.window = min(self.window, high)
-        long, first = len(wave) / self.rate, round(self.window / self.rate, 1)
-        raise DataError(f"The clip is {long:.2f} s long, but {self.name} keeps the first {first:.2f} s; split it.")
+        end = len(wave) - self.rate // 10  # what is cut but for a tenth of a second is not missed
+        other = wave.copy()
+        other[end:] = np.random.default_rng(0).uniform(-0.5, 0.5, len(wave) - end)
+        changed = make(other)
+        if all(k in changed and torch.equal(v, changed[k]) for k, v in inputs.items()):
+            long = len(wave) / self.rate
+            raise DataError(f"The clip is {long:.2f} s long, and {self.name} drops its end without a word; split it.")
+        self.kept = len(wave)
 
     def _inputs(self, text: str | None, wave: Wave | None, turns: Turns) -> dict[str, Tensor]:
         with needed_packages(self.name):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationConfig
 from transformers.utils.versions import require_version
@@ -329,14 +330,13 @@ def steer(
 
 def _of_prompts(h: Tensor, mask: Any, position: int | slice) -> Tensor:
     """Where hidden states `[…, batch, length, hidden]` are at a position of their prompts: `[batch, length, 1]`."""
-    batch, length = h.shape[-3:-1]
-    chosen = torch.zeros(batch, length, 1, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:  # nothing is padded
-        mask = torch.ones(batch, length)
-    if mask.shape[1] == length > 1:  # else the prompts are in a cache, and these tokens are generated
-        for row, real in zip(chosen, mask.cpu().bool(), strict=True):
-            row[real.nonzero().flatten()[position]] = True
-    return chosen.to(h.device)
+    chosen = torch.zeros(h.shape[-3:-1], dtype=torch.bool)
+    padded = isinstance(mask, Tensor) and mask.dim() == 2
+    real = mask.cpu().bool() if padded else torch.ones_like(chosen)
+    if real.shape == chosen.shape and chosen.shape[1] > 1:  # else the prompts are in a cache: generated tokens
+        for row, tokens in zip(chosen, real, strict=True):
+            row[tokens.nonzero().flatten()[position]] = True
+    return chosen[..., None].to(h.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,9 +346,6 @@ def _of_prompts(h: Tensor, mask: Any, position: int | slice) -> Tensor:
 PER_TOKEN = ("per_layer_inputs",)  # decoder arguments that follow from the token ids (Gemma 3n, Gemma 4)
 FIXED_INPUTS = {"VibeVoiceAsrForConditionalGeneration": {"sample": False}}  # else its audio encoder draws noise
 OWN_AUDIO_LORA = ("GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration")
-# generate() from embeddings is not the same as from the model's own inputs: Gemma 3n can't pass per_layer_inputs on
-# after the first token, Granite Speech switches its own LoRA by the presence of input_features.
-GENERATES_FROM_INPUTS = ("Gemma3nForConditionalGeneration", *OWN_AUDIO_LORA)
 PER_TOKEN_INPUTS = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}  # and their values for text
 # Generation settings that look at the prompt's token ids or length, with the values that do nothing. Padding would
 # mislead them, so prompts are answered one by one, from the model's own inputs.
@@ -482,62 +479,66 @@ class Reader:
     def _run(self, make: Callable[[], dict[str, Any]], audio: bool) -> Prompt:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
         given, begins = make(), self.exact is None
-        ids = given["input_ids"][0].cpu()
-        prompt = Prompt(ids, audio=audio, make=make)
+        prompt = Prompt(given["input_ids"][0].cpu(), audio=audio, make=make)
         if self.exact is False or not (begins or audio):
             return prompt
-        inputs, off = self._on_device(given), 0.0
+        inputs = self._on_device(given)
         if begins:
             self.logit_scale = self._logit_scale(inputs, audio)
         seen = self._decoder_inputs(inputs)
         self._per_token = any(name in seen for name in PER_TOKEN)
         embeds = seen["inputs_embeds"][0]  # [length, hidden]
-        if audio and len(embeds) == len(ids):
-            differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).cpu().nonzero().flatten()
-            if not len(differs):
-                raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
-            start, end = int(differs[0]), int(differs[-1]) + 1
-            prompt = replace(prompt, rows=embeds[start:end], start=start)
-        if len(embeds) != len(ids):
-            why = f"it sees {len(embeds)} positions for {len(ids)} token ids"
-        elif not (begins or not self._clips) or (off := self._check(prompt, inputs)) <= self.tolerance:
-            return prompt  # the first text and the first clip are checked
-        else:
-            why = f"it is off by {off:.1e}"
+        off = 0.0 if len(embeds) == len(prompt) else math.inf
+        if audio and not off:
+            prompt = self._with_audio(prompt, embeds)
+        if not off and (begins or not self._clips):  # the first text and the first clip are checked
+            off = self._check(prompt, inputs)
+        if off <= self.tolerance:
+            return prompt
         self.exact = False
         warnings.warn(
-            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: {why}; the full model runs "
-            "for every prompt instead: correct, but slower.",
+            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: it is off by {off:.1e}, at "
+            f"{len(embeds)} positions for {len(prompt)} token ids; the full model runs for every prompt instead: "
+            "correct, but slower.",
             stacklevel=4,
         )
         return replace(prompt, rows=None)
 
+    def _with_audio(self, prompt: Prompt, embeds: Tensor) -> Prompt:
+        """The prompt with its audio: the rows of `embeds` `[length, hidden]` that are not those of its token ids."""
+        differs = (embeds != self._embed(prompt.ids[None])["inputs_embeds"][0]).any(-1).cpu().nonzero().flatten()
+        if not len(differs):
+            raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
+        start, end = int(differs[0]), int(differs[-1]) + 1
+        return replace(prompt, rows=embeds[start:end], start=start)
+
     def _check(self, prompt: Prompt, inputs: dict[str, Any]) -> float:
         """How far a prompt's replay, shared and padded, is from the full model; decides what may be done on it."""
         pair = [prompt.extended([int(prompt.ids[-1])] * 3), prompt]
-        true = self._head_input(inputs, prompt.audio)[0, 0].float()
-        off = self._off(pair, true)
-        if off > self.tolerance and self.share_prefix:  # e.g. a decoder without a key-value cache
-            self.share_prefix = False
-            off = self._off(pair, true)
+        true = self._head_input(inputs, prompt.audio)[0, 0]
+        self.scale *= self._factor(self._replay(pair)[1, 0], true)  # Inkling divides by a width
+        off = _difference(self._replay(pair)[1, 0], true)
         if off > self.tolerance:
             return off
         self.exact = True
+        # generate() must accept embeddings, and go on from them. With PER_TOKEN arguments it does not (Gemma 3n), and
+        # Granite Speech switches its own LoRA by the presence of input_features.
         prepare = getattr(self.model, "prepare_inputs_for_generation", None)
-        accepted = prepare and "inputs_embeds" in inspect.signature(prepare).parameters  # what generate() asks as well
-        self.from_embeddings &= bool(accepted) and type(self.model).__name__ not in GENERATES_FROM_INPUTS
+        accepted = prepare and "inputs_embeds" in inspect.signature(prepare).parameters
+        own = self._per_token or type(self.model).__name__ in OWN_AUDIO_LORA
+        self.from_embeddings &= bool(accepted) and not own
         if self.from_embeddings:  # does the model, started from left-padded embeddings, end at the same vector?
-            padded = self._head_input(self.collate(pair), prompt.audio)[1, 0].float()
+            padded = self._head_input(self.collate(pair), prompt.audio)[1, 0]
             self.from_embeddings = _difference(padded, true) <= self.tolerance
         return off
 
-    def _off(self, pair: Sequence[Prompt], true: Tensor) -> float:
-        """How far the second prompt's replay is from `true` `[hidden]`; a constant factor is found, see `scale`."""
-        replayed = self._replay(pair)[1, 0].float()
-        factor, off = float(true @ replayed / (replayed @ replayed)), _difference(replayed, true)
-        if off > self.tolerance >= (scaled := _difference(factor * replayed, true)):  # Inkling divides by a width
-            self.scale, off = self.scale * factor, scaled
-        return off
+    def _factor(self, ours: Tensor, true: Tensor) -> float:
+        """What `ours` `[n]` must be multiplied with to be `true`; 1 where it is so already, or where nothing helps."""
+        ours, true = ours.float(), true.float()
+        if ours.shape != true.shape or _difference(ours, true) <= self.tolerance:
+            return 1.0
+        factor = float(true @ ours / (ours @ ours))
+        return factor if _difference(factor * ours, true) <= self.tolerance else 1.0
 
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
@@ -574,10 +575,8 @@ class Reader:
         path = self.location.head_path
         few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         with self.own_lora(audio), capture(self.model, path, position=-1) as record:
-            out = self.model(**inputs, **few)
-        head, true = record[path][0][0].float(), out.logits[0, -1].float()
-        factor = float(true @ head / (head @ head)) if true.shape == head.shape else 1.0
-        return factor if abs(factor - 1) > self.tolerance >= _difference(factor * head, true) else 1.0
+            logits = self.model(**inputs, **few).logits
+        return self._factor(record[path][0][0], logits[0, -1])
 
     @contextmanager
     def own_lora(self, audio: bool) -> Iterator[None]:
@@ -629,23 +628,18 @@ class Reader:
                 del inputs["attention_mask"]
             with self._blocks(layers) as blocks:
                 out = decoder(**inputs, **cache, use_cache=bool(cache))[0]
-        lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
-        ends = (lengths[:, None] + torch.arange(-last, 0)).clamp(min=0)
-
-        def at_ends(h: Tensor) -> Tensor:  # indices on its device: from the CPU backward would copy them once more
-            return h[torch.arange(len(prompts), device=h.device)[:, None], ends.to(h.device)]
-
+        lengths = [len(prompt) - shared for prompt in prompts]
         if layers:
-            return torch.stack([at_ends(h) for h in blocks()], 2)
-        return at_ends(out) if self.scale == 1 else at_ends(out) * self.scale
+            return torch.stack([_ends(h, lengths, last) for h in blocks()], 2)
+        return _ends(out, lengths, last) if self.scale == 1 else _ends(out, lengths, last) * self.scale
 
     def _full(self, prompt: Prompt, last: int, layers: bool) -> Tensor:
         """One prompt's vectors where replay is not exact: the full model runs, unpadded."""
         with self._checkpointing(), self._blocks(layers) as blocks:
             h = self._head_input(self._on_device(prompt.inputs()), prompt.audio, last)
         if layers:
-            h = torch.stack([each[:, -last:] for each in blocks()], 2)
-        return torch.cat([h[:, :1]] * (last - h.shape[1]) + [h], 1)
+            return torch.stack([_ends(each, [each.shape[1]], last) for each in blocks()], 2)
+        return _ends(h, [h.shape[1]], last)
 
     def _shared(self, prompts: Sequence[Prompt], last: int) -> tuple[int, dict[str, Any]]:
         """How many leading token ids all prompts share, and the decoder's argument that has their keys and values.
@@ -785,18 +779,25 @@ class Reader:
 
 def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     """Token ids `[batch, length]`, padded with each row's own first one, and their mask."""
-    length = max(map(len, rows))
-    ids = torch.stack([row[:1].expand(length) for row in rows])
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), None) if side == "left" else slice(len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask
+    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    first = torch.stack([row[:1] for row in rows])
+    return torch.where(mask.bool(), ids, first), mask
+
+
+def _ends(h: Tensor, lengths: Sequence[int], last: int) -> Tensor:
+    """`h` `[batch, length, …]` at each row's last positions, `[batch, last, …]`; a shorter row repeats its first."""
+    ends = (torch.tensor(lengths)[:, None] + torch.arange(-last, 0)).clamp(min=0)
+    # Indices on its device: from the CPU backward would copy them once more.
+    return h[torch.arange(len(h), device=h.device)[:, None], ends.to(h.device)]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
     """`|a − b|_max / |b|_max`; infinite for other shapes."""
-    return float((a - b).abs().max() / b.abs().max()) if a.shape == b.shape else math.inf
+    if a.shape != b.shape:
+        return math.inf
+    a, b = a.float(), b.float()
+    return float((a - b).abs().max() / b.abs().max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,10 +35,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train import TEST, Groups, grouped, open_model, possible, spread
+from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
 from rrs import RRS, Example, Report, RRSConfig, TrainItem, judge_refusals, load_examples
-from rrs.data import hold_out
 from rrs.evaluate import answer_text, generate_ids, log_likelihood
 from rrs.hooks import LoRA, Prompt, Reader, frozen, steer
 

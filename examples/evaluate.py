@@ -1,7 +1,7 @@
 """What does an adapter refuse? Any adapter that RRS or PEFT wrote, on your own questions, in one table.
 
     python examples/evaluate.py --adapter out/adapter --test harmful=advbench.csv --test hard-benign=xstest.csv
-    python examples/evaluate.py --adapter someones-lora --model Qwen/Qwen2-Audio-7B-Instruct --test harmful=figstep/
+    python examples/evaluate.py --adapter someones-lora --model Qwen/Qwen2-Audio-7B-Instruct --test harmful=figstep.csv
 
 Every question is asked without the adapter and with it, in each condition for which the data has what it needs: typed,
 spoken, spoken with an instruction. With `--out`, a folder gets `report.html`, `report.md` and `report.json`, and

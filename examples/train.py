@@ -15,6 +15,7 @@ Leaves in the folder: `report.html`, `report.md`, `report.json`, `adapter/` (PEF
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from rrs import RRS, Example, Report, load_examples
-from rrs.data import DataError, hold_out
+from rrs.data import DataError
 from rrs.evaluate import shown
 from rrs.hooks import linear_paths
 
@@ -72,6 +73,36 @@ def open_model(name: str, **settings: Any) -> RRS:
 def spread(rows: Sequence[Example], n: int) -> list[Example]:
     """At most `n` of them, evenly spread."""
     return list(rows[:: -(-len(rows) // n)])
+
+
+def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and, of each label about `share`, examples to choose by.
+
+    Twins, and whatever asks the same question (`Example.cluster`), stay together.
+    """
+    other = {"harmful": "benign", "benign": "harmful", None: None}
+
+    def known_by(e: Example) -> list[Any]:  # ids count within a label: two files may number their rows alike
+        twin = e.meta.get("twin")
+        return [(e.label, e.id), ("question", e.cluster), *([(other[e.label], str(twin))] if twin else [])]
+
+    families = dict[Any, list[Example]]()
+    for e in examples:
+        joined = {id(family): family for key in known_by(e) if (family := families.get(key))}
+        family = [*chain.from_iterable(joined.values()), e]
+        families |= {key: family for member in family for key in known_by(member)}
+    apart = {id(family): family for family in families.values()}.values()
+    order = {id(f): hashlib.sha256(f"{seed} {min(e.id for e in f)}".encode()).digest() for f in apart}
+    wanted = {label: share * sum(e.label == label for e in examples) for label in other}
+    held = set[int]()
+    for family in sorted(apart, key=lambda family: order[id(family)]):
+        if any(wanted[e.label] > 0 for e in family):
+            held |= {id(e) for e in family}
+            for e in family:
+                wanted[e.label] -= 1
+    if len(held) == len(examples):
+        raise DataError(f"{len(examples)} examples in {len(apart)} families of twins are too few to hold some out.")
+    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
 
 
 def grouped(rows: Iterable[Example]) -> dict[str, list[Example]]:

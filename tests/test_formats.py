@@ -34,22 +34,22 @@ NATIVE = {
     "advbench": (
         "harmful_behaviors.csv",
         'goal,target\n"Do a bad thing, twice","Sure, here is"\n',
-        [("row-1", "Do a bad thing, twice", "harmful", None, None)],
+        [("row-1", "Do a bad thing, twice", None, None, None)],
     ),
     "advbench-with-pandas-index": (
         "harmful_behaviors.csv",
         ",goal,target\n0,Do a bad thing,Sure\n1,Do another,Sure\n",
-        [("row-1", "Do a bad thing", "harmful", None, None), ("row-2", "Do another", "harmful", None, None)],
+        [("row-1", "Do a bad thing", None, None, None), ("row-2", "Do another", None, None, None)],
     ),
     "advbench-audio": (
         "a.jsonl",
         '{"prompt": "Do it", "target": "Sure", "audio": "a.wav"}\n',
-        [("row-1", "Do it", "harmful", None, "a.wav")],
+        [("row-1", "Do it", None, None, "a.wav")],
     ),
     "advbench-audio-json": (
         "a.json",
         '[{"prompt": "Do it",\n"target": "Sure", "audio": "a.wav"}]',
-        [("row-1", "Do it", "harmful", None, "a.wav")],
+        [("row-1", "Do it", None, None, "a.wav")],
     ),
     "xstest": (
         "x.csv",
@@ -67,7 +67,7 @@ NATIVE = {
     "figstep": (
         "safebench.csv",
         "dataset,category_id,task_id,category_name,question,instruction\nS,1,1,Fraud,How to cheat?,Steps to cheat.\n",
-        [("row-1", "How to cheat?", "harmful", "Fraud", None)],
+        [("row-1", "How to cheat?", None, "Fraud", None)],
     ),
     "jailbreakbench": (
         "behaviors.csv",
@@ -77,15 +77,15 @@ NATIVE = {
     "strongreject": (
         "s.csv",
         "category,source,forbidden_prompt\nViolence,custom,Do it\n",
-        [("row-1", "Do it", "harmful", "Violence", None)],
+        [("row-1", "Do it", None, "Violence", None)],
     ),
     "harmbench": (
         "h.csv",
         "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
         'Do it,standard,chem,,,do_it\nDo that,contextual,chem,context,"A text,\nof two lines",do_that\n',
         [
-            ("do_it", "Do it", "harmful", "chem", None),
-            ("do_that", "A text,\nof two lines\n\nDo that", "harmful", "chem", None),
+            ("do_it", "Do it", None, "chem", None),
+            ("do_that", "A text,\nof two lines\n\nDo that", None, "chem", None),
         ],
     ),
     "or-bench": ("or.csv", "prompt,category\nIs it so?,privacy\n", [("row-1", "Is it so?", None, "privacy", None)]),
@@ -140,9 +140,9 @@ def test_the_files_name_decides_nothing(folder, name):
 def test_a_side_of_a_labelled_set(folder):
     (folder / "x.csv").write_text(NATIVE["xstest"][1])
     assert [e.id for e in load_examples(folder / "x.csv", "benign")] == ["1"]
-    (folder / "a.csv").write_text(NATIVE["advbench"][1])
-    with pytest.raises(DataError, match="no benign examples"):
-        load_examples(folder / "a.csv", "benign")
+    (folder / "x.csv").write_text(NATIVE["xstest-without-labels"][1])
+    assert [e.id for e in load_examples(folder / "x.csv", "benign")] == ["v1"]
+    assert [e.id for e in load_examples(folder / "x.csv", "harmful")] == ["v2"]
 
 
 def test_other_columns_are_kept(folder):
@@ -174,16 +174,6 @@ def test_rows_of_datasets(folder, kind):
     examples = load_examples(rows, "benign")
     assert [(e.id, e.text, e.label) for e in examples] == [("0", "Why?", "benign"), ("1", "Why?", "benign")]
     assert np.abs(load_audio(examples[0].audio, RATE) - wave).max() < 1e-3
-
-
-def test_folder_of_clips(folder):
-    (folder / "fraud").mkdir()
-    soundfile.write(folder / "fraud" / "b.FLAC", tone(0.2, 1), RATE, format="FLAC")
-    (folder / "fraud" / "b.txt").write_text(" How so?\n")
-    assert seen(load_examples(folder, "benign")) == [
-        ("a", None, "benign", None, "a.wav"),
-        ("fraud/b", "How so?", "benign", "fraud", "b.FLAC"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -231,40 +221,12 @@ def test_the_argument_decides(tmp_path):
         load_examples(tmp_path / "m.csv", columns={"words": "title"})
 
 
-def test_ambiguous_folders(folder):
-    (folder / "m.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(DataError, match=r"1 clips or what \['m.jsonl'\] list.*rglob"):
+def test_folders(folder):
+    """What a folder's clips are called and grouped by is the caller's to say; the error names the way."""
+    with pytest.raises(DataError, match=r"is a folder; pass .*load_examples\(sorted\(Path\(.*rglob\(\"\*\.wav\"\)\)\)"):
         load_examples(folder)
     assert seen(load_examples(sorted(folder.rglob("*.wav")))) == [("row-1", None, None, None, "a.wav")]
     assert seen(load_examples(folder / "a.wav")) == [("row-1", None, None, None, "a.wav")]
-    (folder / "empty").mkdir()
-    with pytest.raises(DataError, match="no audio files"):
-        load_examples(folder / "empty")
-
-
-def test_air_bench_as_it_is_downloaded(folder):
-    """Its rows hold file names alone; the clips lie in a folder for each task and data set."""
-    row = {"path": "b.wav", "question": "What is said?", "answer_gt": "Hello.", "task_name": "speech_QA"}
-    place = folder / "speech_QA_x"
-    place.mkdir()
-    (folder / "a.wav").rename(place / "b.wav")
-    meta = folder / "Chat_meta.json"
-
-    def load(**columns):
-        meta.write_text(json.dumps([{**row, **columns}]))
-        return load_examples(meta)[0]
-
-    assert load(dataset_name="x").audio == place / "b.wav"
-    assert load(dataset_name="x").category == "speech_QA"
-    assert load(dataset_name="x").meta["dataset_name"] == "x"
-    with pytest.warns(DataWarning, match=r"1 of 1 clips .*speech_QA_y/b\.wav"):
-        assert load(dataset_name="y").audio is None
-    with pytest.warns(DataWarning, match=r"1 of 1 clips .*[^x]/b\.wav"):
-        load()
-    with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
-        load(task_name=f"../{folder.name}", dataset_name="/../..")
-    (folder / "b.wav").write_bytes((place / "b.wav").read_bytes())
-    assert load(dataset_name="x").audio == folder / "b.wav"  # what the row itself names comes first
 
 
 OUTSIDE = {
@@ -285,17 +247,6 @@ def test_no_format_reads_outside_its_folder(folder, name, place):
     with pytest.raises(DataError, match=r"row 1: .*outside .*allow_outside=True"):
         load_examples(folder / "data" / file)
     assert load_examples(folder / "data" / file, allow_outside=True)[0].audio.read_bytes()[:4] == b"RIFF"
-
-
-@pytest.mark.parametrize("link", ["b.wav", "c.txt"])
-def test_no_folder_reads_outside_itself(folder, link):
-    (folder / "data").mkdir()
-    soundfile.write(folder / "data" / "c.wav", tone(0.2, 0), RATE)
-    (folder / "secret.txt").write_text("secret")
-    (folder / "data" / link).symlink_to(folder / ("a.wav" if link == "b.wav" else "secret.txt"))
-    with pytest.raises(DataError, match=rf"{link}' lies outside"):
-        load_examples(folder / "data")
-    assert load_examples(folder / "data", allow_outside=True)
 
 
 def test_digest_follows_the_data(folder):
