@@ -1052,7 +1052,7 @@ without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19
 
 ## Evaluation
 
-{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+{report.to_markdown() if report else "Not evaluated: its effect on safety and over-rejection is unknown."}
 
 ## Use
 
