@@ -23,9 +23,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +71,10 @@ from .hooks import (
 # isort: on
 _belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -79,6 +84,7 @@ __all__ = [
     "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
+P, T = ParamSpec("P"), TypeVar("T")
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """`(delta [hidden], head_row [hidden]) -> scores [hidden]`: which features to keep, the highest first."""
 Objective = Callable[[Reader, Sequence[Prompt], Sequence["TrainItem"]], Tensor]
@@ -569,7 +575,6 @@ class Checkpoints:
             raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
         if folder is None:
             return False
-        on_rank0(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
         if (files := Checkpoints(folder, {}).files()) and not resume:
             raise FileExistsError(
                 f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
@@ -622,6 +627,56 @@ class Checkpoints:
         lora.load_tensors(tensors)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return dict(record)
+
+
+_HELD: set[tuple[Path, int]] = set()  # folders of this process's runs, each with the thread
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it.
+
+    The lock is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing.
+    """
+    mine, files = (folder, get_ident()), list[Any]()
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append((folder / ".lock").open("a"))
+        try:
+            if fcntl:
+                fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"Another run is at work in {folder}; wait for its end, or choose another checkpoint_dir."
+            raise BlockingIOError(message) from None
+        except OSError as error:  # some network file systems
+            warnings.warn(f"{folder} can't be locked ({error}): start no other run there.", RRSWarning, stacklevel=5)
+
+    try:
+        on_rank0(take)
+        _HELD.add(mine)
+        yield
+    finally:
+        _HELD.discard(mine)
+        for file in files:
+            file.close()
+
+
+def alone(run: Callable[P, T]) -> Callable[P, T]:
+    """`fit` and `train`: with gradients only, and in a folder of checkpoints where no other run is."""
+
+    @wraps(run)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_grad_enabled():
+            where = "torch.no_grad() and torch.inference_mode()"
+            raise ValueError(f"{run.__name__} needs gradients; call it outside {where}.")
+        folder = kwargs.get("checkpoint_dir") and Path(str(kwargs["checkpoint_dir"])).resolve()
+        if not folder or (folder, get_ident()) in _HELD:  # `fit` holds it for `train`
+            return run(*args, **kwargs)
+        with holding(folder):
+            return run(*args, **kwargs)
+
+    return checked
 
 
 def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
@@ -1710,6 +1765,7 @@ class RRS(Runner):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    @alone
     def train(
         self,
         items: Sequence[TrainItem],
@@ -1897,6 +1953,7 @@ class RRS(Runner):
                 RRSWarning, stacklevel=3,
             )  # fmt: skip
 
+    @alone
     def fit(
         self,
         harmful: Any,
@@ -1935,8 +1992,6 @@ class RRS(Runner):
         began, started = time.perf_counter(), Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
         if save_to is not None:
             on_rank0(lambda: check_folder(save_to))
-        if not torch.is_grad_enabled():
-            raise ValueError("fit needs gradients; call it outside torch.no_grad().")
         linear_paths(self.location, self.config.target_modules, self.config.layers)
         sides = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         usable = self.readable([*sides[0], *sides[1]], self.config.conditions, on_error)
@@ -1945,7 +2000,7 @@ class RRS(Runner):
             raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
         if few := [f"{len(side)} {side[0].label}" for side in (harmful, benign) if 0 < len(side) < 8]:
             message = f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each."
-            warnings.warn(message, RRSWarning, stacklevel=2)
+            warnings.warn(message, RRSWarning, stacklevel=3)
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         config, extra = self.config, dict[str, Any]()
         try:

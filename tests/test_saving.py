@@ -327,7 +327,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
     r = RRS(*tiny_qwen2_audio(), RRSConfig(epochs=1, lora_r=2, conditions=("text-only",)), verbose=False)
     run = partial(r.fit, HARMFUL, BENIGN, preflight=0, checkpoint_dir=tmp_path)
     run()
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*step*")
 
     def check(k):
         with pytest.raises(ValueError, match=r"step-0.* is damaged .*Delete it to start anew"):
