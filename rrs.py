@@ -65,7 +65,8 @@ from .evaluate import (
 )  # fmt: skip
 from .hooks import (
     ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
-    connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, rank, seeded, world,
+    connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, put_back, rank, seeded,
+    undoing, world,
 )  # fmt: skip
 
 # isort: on
@@ -1463,6 +1464,7 @@ class Runner:
 
     def disable(self) -> Self:
         """Takes the adapter off, in place: the model is vanilla, bit for bit. `enable()` puts it back."""
+        put_back(self.model)
         if self.lora is not None:
             self.lora.detach()
         return self
@@ -1482,14 +1484,16 @@ class Runner:
             ValueError: another RRS has its adapter on this model.
         """
         on = self.lora is not None and self.lora.attached
-        self.disable()
-        try:
+
+        def undo() -> None:
+            if on and self.lora is not None:  # not merged in here
+                self.enable()
+
+        with lock(self.model), undoing(self.model, undo):
+            self.disable()
             if attached(self.model):
                 raise ValueError(ANOTHER_LORA)
             yield
-        finally:
-            if on and self.lora is not None:  # not merged in here
-                self.enable()
 
     def merge(self) -> nn.Module:
         """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first.
@@ -1528,8 +1532,10 @@ class Runner:
     @contextmanager
     def _running(self, vanilla: bool = False) -> Iterator[None]:
         """The model frozen and this thread's own inside the `with`, without the adapter if `vanilla`."""
-        with lock(self.model), frozen(self.model), self.disabled() if vanilla else nullcontext():
-            yield
+        with lock(self.model):
+            put_back(self.model)
+            with frozen(self.model), self.disabled() if vanilla else nullcontext():
+                yield
 
     def _say(self, message: str) -> None:
         if self.verbose:
@@ -1919,19 +1925,23 @@ class RRS(Runner):
     def _training(self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]]) -> Iterator[None]:
         """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
         before, on = dict(vars(self)), self.lora is not None and self.lora.attached
-        self.disable()
+
+        def undo() -> None:
+            lora.detach()
+            vars(self).update(before)
+            if on:
+                self.enable()
+
         try:
+            self.disable()
             with self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
                 self.report, self.directions, self._trained_on = None, {}, frozenset()
                 yield
                 lora.eval()
         except BaseException:
-            lora.detach()
-            vars(self).update(before)
-            if on:
-                self.enable()
-            raise
+            with undoing(self.model, undo):
+                raise
 
     def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints | None) -> None:
         if not math.isfinite(loss):
@@ -2135,13 +2145,13 @@ class RRS(Runner):
             prompts = [self.read(e, p["condition"]) for e, p in zip(load_examples(rows), asked, strict=True)]
             return prompts, self._logits(self.reader.represent(prompts), lambda logits: logits)
 
-    def _canary(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    def _canary(self, lora: LoRA) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """A few prompts with both models' answers, and both models' logits, by which `verify` tells whether it acts."""
         spoken = [c for c in self.record.get("data", {}) if c.startswith("audio")][:1]
         canary: list[dict[str, Any]] = [{"condition": "text-only", "text": text} for text in CANARY]
         canary += [{"condition": c, "text": CANARY[0]} for c in spoken]
-        on, logits = self.lora is not None and self.lora.attached, dict[str, Tensor]()
-        try:
+        logits = dict[str, Tensor]()
+        with lock(self.model), undoing(self.model, lora.attach if lora.attached else lora.detach):
             for name, switch in (("vanilla", self.disable), ("trained", self.enable)):
                 switch()
                 prompts, logits[name] = self._begin(canary)
@@ -2149,8 +2159,6 @@ class RRS(Runner):
                     answers = self._answer(prompts, 16, "canary")
                 for p, prompt, answer in zip(canary, prompts, answers, strict=True):
                     p.update({"tokens": prompt.ids.tolist(), name: answer})
-        finally:
-            self.enable() if on else self.disable()
         ids = torch.cat([rows.topk(8).indices for rows in logits.values()], 1)
         return canary, {"canary.ids": ids} | {f"canary.{name}": rows.gather(1, ids) for name, rows in logits.items()}
 
@@ -2180,7 +2188,7 @@ class RRS(Runner):
         vectors = {f"{c}.{name}": t.contiguous() for c, d in self.directions.items() for name, t in d._asdict().items()}
         if self._trained_on:
             vectors["trained_on"] = torch.tensor(sorted(self._trained_on))
-        canary, logits = self._canary()
+        canary, logits = self._canary(lora)
         record = {**self.record, "canary": canary, "history": self.history, "template_kwargs": self.template_kwargs}
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]
