@@ -1271,7 +1271,7 @@ class Runner:
             return ()
         with self._running():
             turn = self.tokenizer.decode(self.reader.read("Hello.").ids[-4:].tolist())
-        before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (turn, turn + words))
+            before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (turn, turn + words))
         if both[: len(before)] == before:
             return tuple(both[len(before) :])
         return tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])
@@ -1478,22 +1478,23 @@ class Runner:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The vanilla model inside the `with`; the adapter is as it was afterwards.
+        """The vanilla model, this thread's own, inside the `with`; the adapter is as it was afterwards.
 
         Raises:
             ValueError: another RRS has its adapter on this model.
         """
-        on = self.lora is not None and self.lora.attached
 
         def undo() -> None:
             if on and self.lora is not None:  # not merged in here
                 self.enable()
 
-        with lock(self.model), undoing(self.model, undo):
-            self.disable()
-            if attached(self.model):
-                raise ValueError(ANOTHER_LORA)
-            yield
+        with lock(self.model):
+            on = self.lora is not None and self.lora.attached
+            with undoing(self.model, undo):
+                self.disable()
+                if attached(self.model):
+                    raise ValueError(ANOTHER_LORA)
+                yield
 
     def merge(self) -> nn.Module:
         """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first.
@@ -2108,7 +2109,8 @@ class RRS(Runner):
             least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
             return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
 
-        try:
+        # no other thread sees the scales that are tried
+        with lock(self.model), undoing(self.model, partial(setattr, lora, "scale", present)):
             with self.disabled():
                 vanilla = at(0.0)
                 if judge is not None:
@@ -2123,8 +2125,6 @@ class RRS(Runner):
                 chosen, over = point, excess(point)
                 if over <= 1e-9:
                     break
-        finally:
-            lora.scale = present
         lora.scale, self.report = chosen.scale * present, None
         result = Calibration(limits, vanilla, points, chosen)
         self.record["calibrated"] = {**asdict(result), "curve": result.curve()}

@@ -274,6 +274,52 @@ def test_two_threads_two_models_same_results():
     assert all(torch.equal(value, two[seed][k]) for seed in one for k, value in one[seed].items())
 
 
+def test_two_threads_on_one_model_get_each_its_own_answers(user):
+    """One switches its adapter, measures it at many scales and saves it; the other asks, with words of its own."""
+    one = RRS(user.model, user.processor, RRSConfig(**{**CONFIG, "conditions": ("text-only",)}), verbose=False).fit(
+        HARMFUL, BENIGN, preflight=0
+    )
+    two = RRS(user.model, user.processor, RRSConfig(instruction="Be brief.", system="You are kind."), verbose=False)
+    dev = {"harmful": HARMFUL[:2], "everyday": BENIGN[:2]}
+    calls = [
+        lambda: [a.response for a in one.evaluate(dev, ("text-only",), max_new_tokens=4, usefulness=2).answers],
+        lambda: one.extract(HARMFUL, "text-only").tolist(),
+        lambda: str(one.calibrate(dev, ("text-only",), max_new_tokens=2, most=2.0)),
+        lambda: [p["trained"] + p["vanilla"] for p in one._canary(one.lora)[0]],
+    ]
+
+    def ask(who=two):
+        vectors = who.extract(HARMFUL, "text-only", vanilla=False)
+        return vectors.tolist(), who.generate(HARMFUL, "text-only", max_new_tokens=3)
+
+    scale, alone, wrong, done = one.lora.scale, [], [], threading.Event()
+    for call in calls:
+        alone.append(call())
+        one.lora.scale = scale
+    wanted = ask()
+    assert wanted != ask(one)
+    with one.disabled():
+        assert wanted != ask()  # it would tell if it were answered in the middle of a switch
+
+    def go_on():
+        while not done.is_set():
+            wrong.extend([] if (said := ask()) == wanted else [said])
+            asked.append(1)
+
+    asked, thread = [], threading.Thread(target=go_on)
+    thread.start()
+    try:
+        for _ in range(3):
+            for call, expected in zip(calls, alone, strict=True):
+                assert call() == expected
+                one.lora.scale = scale
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+    assert len(asked) > 1
+
+
 @pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
 def test_what_our_own_calls_deprecate_is_an_error(category):
     """pyproject.toml's filters: the tests fail on a warning that a call from our modules causes."""
