@@ -487,6 +487,7 @@ def generate_ids(
         state: all that answers depend on beside the prompts, the model's generation settings and these arguments: base
             weights, adapter, versions.
     """
+    reader.check_length(prompts, max_new_tokens)
     model, settings = reader.model, _settings(reader, tokenizer, max_new_tokens)
     ends, answers, keys, times = _ends(settings), dict[int, list[int]](), list[str](), Counter[str]()
     for prompt in prompts if cache else ():

@@ -216,8 +216,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class EmptyClip(ValueError):  # noqa: N818
-    """A clip that gives the model no audio token."""
+class UnfitPrompt(ValueError):  # noqa: N818
+    """A prompt that is no input of this model: its clip gives no audio token, or it has more tokens than positions."""
 
 
 class _Stop(Exception):  # noqa: N818
@@ -417,6 +417,7 @@ class Prompt:
     start: int = 0  # position of the first row
     audio: bool = False
     make: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)  # the model's own inputs
+    name: str = "The prompt"  # of the example, for messages
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -483,6 +484,15 @@ class Reader:
         """Largest relative difference between replay and full forward that is rounding: 1e-4 in float32, 0.05 else."""
         return 1e-4 if self.dtype == torch.float32 else 0.05
 
+    def check_length(self, prompts: Sequence[Prompt], more: int = 0) -> None:
+        """UnfitPrompt where a prompt and `more` tokens do not fit into the model's positions: learned ones end in an
+        IndexError, or on a GPU with the process; rotary ones go on where the model was never trained."""
+        most = getattr(getattr(self.location.decoder, "config", None), "max_position_embeddings", None) or math.inf
+        for p in prompts:
+            if len(p) + more > most:
+                answer = f" and max_new_tokens={more}" if more else ""
+                raise UnfitPrompt(f"{p.name} has {len(p)} tokens{answer}, the model {most} positions; shorten it")
+
     # -- from text and audio to what the decoder sees -----------------------------------------------------------------
 
     @torch.no_grad()
@@ -497,13 +507,15 @@ class Reader:
             turns: earlier ones of the conversation; `render` gets them as a third argument, if there are any.
 
         Raises:
-            EmptyClip: the clip gives no audio token.
+            UnfitPrompt: the clip gives no audio token, or the prompt is too long.
         """
         key, load = clip or ("", None)
         frame, make = (text, turns), partial(self._inputs, text, load, turns)
         if self._composes and key in self._clips and frame in self._frames and self.exact is not False:
             (before, after), (ids, rows) = self._frames[frame], self._clips[key]
-            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
+            known = Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
+            self.check_length([known])
+            return known
         prompt = self._run(make, audio=clip is not None)
         if prompt.rows is None:
             return prompt
@@ -533,6 +545,7 @@ class Reader:
         given, begins = make(), self.exact is None
         ids = given["input_ids"][0].cpu()
         prompt = Prompt(ids, audio=audio, make=make)
+        self.check_length([prompt])
         if self.exact is False or not (begins or audio):
             return prompt
         inputs, off = self._on_device(given), 0.0
@@ -544,7 +557,7 @@ class Reader:
         if audio and len(embeds) == len(ids):
             differs = (embeds != self._embed(ids[None])["inputs_embeds"][0]).any(-1).cpu().nonzero().flatten()
             if not len(differs):
-                raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
+                raise UnfitPrompt("the clip is too short: it gives this model no audio token; remove or pad it")
             start, end = int(differs[0]), int(differs[-1]) + 1
             prompt = replace(prompt, rows=embeds[start:end], start=start)
         if len(embeds) != len(ids):
@@ -752,6 +765,7 @@ class Reader:
         One forward pass; gradients reach an attached `LoRA`. A prompt with fewer positions repeats its first one.
         `layers`: what goes into the first block, then what each block gives, `[batch, last, blocks + 1, hidden]`.
         """
+        self.check_length(prompts)
         if self.exact is False:
             return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
         # Apart with audio and without: Granite Speech's own LoRA is on for the one and off for the other.

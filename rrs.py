@@ -64,9 +64,9 @@ from .evaluate import (
     judge_refusals, markdown, measure,
 )  # fmt: skip
 from .hooks import (
-    ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
-    connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, put_back, rank, seeded,
-    undoing, world,
+    ANOTHER_LORA, Location, LoRA, Prompt, Reader, UnfitPrompt, all_reduce_sum, attached, best_device, best_dtype,
+    capture, connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, put_back, rank,
+    seeded, undoing, world,
 )  # fmt: skip
 
 # isort: on
@@ -202,8 +202,13 @@ class RRSConfig:
         for name in ("prompts", "conditions", "target_modules"):
             setattr(self, name, _strings(name, getattr(self, name)))
         for f in fields(self):
-            if type(f.default) in (int, float):
-                setattr(self, f.name, _number(f.name, getattr(self, f.name), int if type(f.default) is int else float))
+            kind, value = type(f.default), getattr(self, f.name)
+            if kind in (int, float):
+                setattr(self, f.name, _number(f.name, value, int if kind is int else float))
+            elif kind in (str, bool) and f.name != "top" and not isinstance(value, kind):
+                raise ValueError(f"{f.name}={value!r} must be a {kind.__name__}.")
+        if not isinstance(self.system, (str, type(None))):
+            raise ValueError(f"system={self.system!r} must be a str or None.")
         for name in ("betas", "layers"):  # JSON has lists only
             if not isinstance(value := getattr(self, name), Sequence) or len(value) != 2:
                 raise ValueError(f"{name}={value!r} must be two numbers.")
@@ -948,14 +953,39 @@ def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
             raise ValueError(
                 f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
             )
-    ranks = {len(t) for n, t in tensors.items() if n.endswith(LORA_A)}
-    if ranks != {peft["r"]}:
-        raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
-    r = ranks.pop()
-    scale = float(peft["lora_alpha"]) / (math.sqrt(r) if peft.get("use_rslora") else r)
-    if not math.isfinite(scale):
-        raise ValueError(f"The adapter has lora_alpha={peft['lora_alpha']!r}, which is no number to scale by.")
-    return r, scale
+    ranks = sorted({len(t) for n, t in tensors.items() if n.endswith(LORA_A)})
+    if ranks != [peft["r"]]:
+        raise ValueError(f"The adapter's tensors have the ranks {ranks}, its config says r={peft['r']}.")
+    for name, value in {"lora_alpha": peft["lora_alpha"], "lora_dropout": peft.get("lora_dropout") or 0}.items():
+        if not isinstance(value, (int, float)) or not abs(value) < 1e30:
+            raise ValueError(f"The adapter's adapter_config.json has {name}={value!r:.60}, which is no number to use.")
+    return ranks[0], peft["lora_alpha"] / (math.sqrt(ranks[0]) if peft.get("use_rslora") else ranks[0])
+
+
+# What `rrs.json` holds, as far as it is used again.
+RECORD: dict[str, tuple[type, ...]] = {
+    "config": (dict,), "base": (dict,), "data": (dict,), "sha256": (dict,), "calibrated": (dict,), "preflight": (list,),
+    "history": (list,), "canary": (list,), "scale": (int, float), "template_kwargs": (dict, type(None)),
+}  # fmt: skip
+
+
+def check_record(record: Any) -> None:
+    """ValueError where an `rrs.json` is nothing that `load`, `verify` and `save` can use, as after an edit by hand."""
+    try:
+        for name, kinds in RECORD.items():
+            if name in record and not isinstance(record[name], kinds):
+                raise ValueError(f"{name} must be a {kinds[0].__name__}, not {record[name]!r:.60}")
+        model_card(record, record.get("history", []), None)  # reads nearly all of it
+        for p in record.get("canary", []):
+            words = [p[name] for name in ("text", "vanilla", "trained")]
+            if (
+                not all(isinstance(word, str) for word in words)
+                or p["condition"] not in CONDITIONS
+                or "tokens" not in p
+            ):
+                raise ValueError(f"canary must hold prompts with answers, not {p!r:.60}")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
+        raise ValueError(f"rrs.json, {type(error).__name__}: {error}") from None
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -970,8 +1000,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     try:
         peft = json.loads(config.read_text(encoding="utf-8"))
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
-            raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
+        if not isinstance(peft, dict) or not {"r", "lora_alpha"} <= peft.keys():
+            raise ValueError("adapter_config.json has no r or lora_alpha")
+        check_record(record)
         for name, known in record.get("sha256", {}).items():
             if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
                 raise ValueError(f"{name} is of another save than rrs.json")
@@ -1227,14 +1258,15 @@ class Runner:
         text, turns = user_turn(example, condition, instruction or self.config.instruction, added), example.messages
         if text and self._control:  # the chat template's renderer sees to it itself
             text = as_letters(text, self._control)
-        if condition.startswith("text"):
-            return self.reader.read(text, turns=turns)
-        (key, load), rate = example.clip, getattr(self.render, "rate", 16000)
-        if not rate:
-            raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
+        clip, rate = None, getattr(self.render, "rate", 16000)
+        if not condition.startswith("text"):
+            if not rate:
+                raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
+            key, load = example.clip
+            clip = key, partial(load, rate)
         try:
-            return self.reader.read(text, (key, lambda: load(rate)), turns)
-        except EmptyClip as error:
+            return replace(self.reader.read(text, clip, turns), name=example.id)
+        except UnfitPrompt as error:
             raise DataError(f"{example.id}: {error}.") from None
 
     def readable(
