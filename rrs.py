@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -85,7 +86,8 @@ __all__ = [
     "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """`(delta [hidden], head_row [hidden]) -> scores [hidden]`: which features to keep, the highest first."""
 Objective = Callable[[Reader, Sequence[Prompt], Sequence["TrainItem"]], Tensor]
@@ -747,6 +749,20 @@ def versions() -> dict[str, str]:
     return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def origin() -> dict[str, Any]:
+    """What it takes to run this process again: command, folder, files that it names; and facts of the machine."""
+    names = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
+    files = [n for n in names if os.path.isfile(n) and os.access(n, os.R_OK) and os.path.getsize(n) < 2**30]
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    machine = {"python": platform.python_version(), "system": platform.system(), "processor": processor}
+    return {
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "files": {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in files},
+        "machine": {**machine, "device": best_device().type, "threads": torch.get_num_threads()},
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured beside training
 
@@ -1405,7 +1421,7 @@ class Runner:
         report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
-            "command": sys.argv,
+            **origin(),
             "config": asdict(self.config),
             "versions": versions(),
             "model": {"class": type(self.model).__name__, "fingerprint": base},
