@@ -678,8 +678,8 @@ def alone(run: Callable[P, T]) -> Callable[P, T]:
         if not torch.is_grad_enabled():
             where = "torch.no_grad() and torch.inference_mode()"
             raise ValueError(f"{run.__name__} needs gradients; call it outside {where}.")
-        folder = kwargs.get("checkpoint_dir") and Path(str(kwargs["checkpoint_dir"])).resolve()
-        if not folder or (folder, get_ident()) in _HELD:  # `fit` holds it for `train`
+        given: Any = kwargs.get("checkpoint_dir")
+        if given is None or ((folder := Path(given).resolve()), get_ident()) in _HELD:  # `fit` holds it for `train`
             return run(*args, **kwargs)
         with holding(folder):
             return run(*args, **kwargs)
