@@ -331,9 +331,14 @@ def shown(text: object) -> str:
     return str(text).replace("\r\n", "\n").translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 
+def one_line(text: object) -> str:
+    """Text for one line of a screen."""
+    return " ".join(shown(text).split())
+
+
 def markdown(text: object) -> str:
     """Text for one line of Markdown, or a cell of a table: it can be no markup, link, HTML or line break."""
-    line = "".join("\\" + c if c in "\\`*_[]<>|&~$#@" else c for c in " ".join(shown(text).split()))
+    line = "".join("\\" + c if c in "\\`*_[]<>|&~$#@" else c for c in one_line(text))
     return line.replace("://", ":\\//").replace("www.", "www\\.")
 
 
@@ -496,6 +501,7 @@ def generate_ids(
         state: all that answers depend on beside the prompts, the model's generation settings and these arguments: base
             weights, adapter, versions.
     """
+    reader.check_length(prompts, max_new_tokens)
     model, settings = reader.model, _settings(reader, tokenizer, max_new_tokens)
     ends, answers, keys, times = _ends(settings), dict[int, list[int]](), list[str](), Counter[str]()
     for prompt in prompts if cache else ():
@@ -949,6 +955,13 @@ class Report:
 
     def to_markdown(self) -> str:
         """The tables: absolute rates beside differences, 95% intervals in brackets."""
+        return self._text(markdown, _table)
+
+    def __str__(self) -> str:
+        return self._text(one_line, _columns)
+
+    def _text(self, text: Callable[[object], str], table: Callable[[list[str], list[Any]], str]) -> str:
+        """Table and sentences; names and words go through `text`."""
         first, *others = self.stages or ["before"]
         named = len(others) > 1  # two stages need no column that names the second
         stage = "stage" if named else first if not others else others[0]
@@ -958,15 +971,13 @@ class Report:
         for row in self.rows():
             for stage in others or [first]:
                 start, now = (Rate(**row["refused"][s]) for s in (first, stage))
-                cells = [markdown(row["condition"]), markdown(row["group"]), max(start.n, now.n), _percent(start)]
+                cells = [text(row["condition"]), text(row["group"]), max(start.n, now.n), _percent(start)]
                 if others:
                     change = Change(**row["refused_change"][stage])
-                    cells += [*[markdown(stage)] * named, _percent(now), change, change.flips]
+                    cells += [*[text(stage)] * named, _percent(now), change, change.flips]
                 rates = [row["degenerate"][s] for s in dict.fromkeys([first, stage])]
                 body.append([*cells, " → ".join(f"{rate['value']:.1%}" if rate["n"] else "–" for rate in rates)])
-        return _table(map(markdown, head), body) + "\n" + "\n\n".join(map(markdown, self.sentences())) + "\n"
-
-    __str__ = to_markdown
+        return table([*map(text, head)], body) + "\n" + "\n\n".join(map(text, self.sentences())) + "\n"
 
     def sentences(self) -> list[str]:
         """What belongs under the table: judge, how to read it, what is missing, notes."""
@@ -1106,7 +1117,7 @@ class Report:
         for row, a in zip(saved["answers"], self.answers, strict=True):
             row["audio"] = links[id(a.audio)] or None
         text = json.dumps(saved, indent=1, ensure_ascii=False) + "\n"
-        files = {"report.json": text, "report.md": str(self), "report.html": _page(self, directory, links)}
+        files = {"report.json": text, "report.md": self.to_markdown(), "report.html": _page(self, directory, links)}
         return write_files(directory, files)
 
 
@@ -1114,9 +1125,14 @@ def _rate(answers: Sequence[Answer], verdicts: Sequence[str]) -> Rate:
     return Rate.of([a.verdict in verdicts for a in answers], [a.unit for a in answers])
 
 
-def _table(head: Iterable[str], body: Iterable[Sequence[Any]]) -> str:
-    names = list(head)
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (names, ["---"] * len(names), *body))
+def _table(head: list[str], body: Iterable[Sequence[Any]]) -> str:
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (head, ["---"] * len(head), *body))
+
+
+def _columns(head: list[str], body: Iterable[Sequence[Any]]) -> str:
+    rows = [[*map(str, cells)] for cells in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("  ".join(map(str.ljust, cells, widths)).rstrip() + "\n" for cells in rows)
 
 
 def _percent(rate: Rate) -> str:

@@ -9,8 +9,11 @@ import atexit
 import hashlib
 import inspect
 import math
+import operator
 import os
+import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +27,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationConfig
 from transformers.utils.versions import require_version
 
@@ -163,47 +165,95 @@ def lock(model: nn.Module) -> threading.RLock:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
+_LEFT: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
+
+
 @contextmanager
-def _setting(objects: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+def undoing(model: nn.Module, undo: Callable[[], object]) -> Iterator[None]:
+    """Calls `undo` after the `with`, also when Ctrl-C comes in the middle of that: `undo` must bear to be repeated."""
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    except KeyboardInterrupt:  # perhaps in undo(); should yet another one come, `put_back` goes on before the next use
+        _LEFT.setdefault(model, []).append(undo)
+        undo()
+        _LEFT[model].remove(undo)
+        raise
+
+
+def put_back(model: nn.Module) -> None:
+    """Undoes, before a use of the model, what interrupts left on it, and says so."""
+    if isinstance(last := getattr(sys, "last_value", None), KeyboardInterrupt):
+        traceback.clear_frames(last.__traceback__)  # a notebook keeps them, and in them contexts that did not end
+    if left := _LEFT.get(model):
+        while left:
+            left[-1]()
+            left.pop()
+        warnings.warn("Interrupts left hooks or flags of RRS on the model; they are as they were now.", stacklevel=2)
+
+
+@contextmanager
+def _setting(model: nn.Module, objects: Sequence[Any], name: str, value: Any) -> Iterator[None]:
     """Sets an attribute of all objects inside the `with`; each has its own value again afterwards."""
     before = [getattr(each, name) for each in objects]
-    try:
+
+    def undo() -> None:
+        for each, old in zip(objects, before, strict=True):
+            setattr(each, name, old)
+
+    with undoing(model, undo):
         for each in objects:
             setattr(each, name, value)
         yield
-    finally:
-        for each, old in zip(objects, before, strict=True):
-            setattr(each, name, old)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients inside the `with`; every flag is as it was afterwards."""
     modules, parameters = list(model.modules()), list(model.parameters())
-    with _setting(modules, "training", False), _setting(parameters, "requires_grad", False):
+    with _setting(model, modules, "training", False), _setting(model, parameters, "requires_grad", False):
         yield
 
 
-class EmptyClip(ValueError):  # noqa: N818
-    """A clip that gives the model no audio token."""
+class UnfitPrompt(ValueError):  # noqa: N818
+    """A prompt that is no input of this model: its clip gives no audio token, or it has more tokens than positions."""
 
 
 class _Stop(Exception):  # noqa: N818
     """Ends a forward pass early; caught by the `with` that raised it and by nothing else."""
 
 
+def _take_off(module: nn.Module, ours: Callable[[Any], bool]) -> None:
+    """Removes hooks from a module; not by their handles, which an interrupt may have kept from being returned."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    for hooks, how in ((before, module._forward_pre_hooks_with_kwargs), (after, module._forward_hooks_with_kwargs)):
+        for number in [number for number, hook in hooks.items() if ours(hook)]:
+            how.pop(number, None)
+            hooks.pop(number, None)
+
+
 @contextmanager
-def _hooks(end: _Stop | None = None) -> Iterator[list[RemovableHandle]]:
-    """A list of hooks to fill; they come off at the end of the `with`, which `end`, raised in a hook, brings about."""
-    handles: list[RemovableHandle] = []
+def _hooks(model: nn.Module, end: _Stop | None = None) -> Iterator[Callable[..., None]]:
+    """Gives `add(module.register_…, hook)` for hooks of the model that come off at the end of the `with`, which `end`,
+    raised in a hook, brings about."""
+    added: list[tuple[nn.Module, Any]] = []
+
+    def add(register: Any, hook: Any, **how: Any) -> None:
+        added.append((register.__self__, hook))
+        register(hook, **how)
+
+    def undo() -> None:
+        for module, hook in added:
+            _take_off(module, partial(operator.is_, hook))
+
     try:
-        yield handles
+        with undoing(model, undo):
+            yield add
     except _Stop as error:
         if error is not end:
             raise
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -252,13 +302,12 @@ def capture(
     def keep_input(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
 
-    with _hooks(end) as handles:
+    with _hooks(model, end) as add:
         for path in paths:
             if where == "input":
-                hook: Any = partial(keep_input, path)
-                handles.append(known[path].register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+                add(known[path].register_forward_pre_hook, partial(keep_input, path), with_kwargs=True, prepend=True)
             else:
-                handles.append(known[path].register_forward_hook(lambda _m, _a, out, path=path: keep(path, out)))
+                add(known[path].register_forward_hook, lambda _m, _a, out, path=path: keep(path, out))
         yield record
 
 
@@ -318,13 +367,13 @@ def steer(
     def move_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         return moved(output) if isinstance(output, Tensor) else (moved(output[0]), *output[1:])
 
-    with _hooks() as handles:
+    with _hooks(model) as add:
         if position is not None:
-            handles.append(place.decoder.register_forward_pre_hook(note_mask, with_kwargs=True))
+            add(place.decoder.register_forward_pre_hook, note_mask, with_kwargs=True)
         if layer is None:
-            handles.append(place.head.register_forward_pre_hook(lambda _module, args: (moved(args[0]), *args[1:])))
+            add(place.head.register_forward_pre_hook, lambda _module, args: (moved(args[0]), *args[1:]))
         else:
-            handles.append(block.register_forward_hook(move_output))
+            add(block.register_forward_hook, move_output)
         yield
 
 
@@ -365,6 +414,7 @@ class Prompt:
     start: int = 0  # position of the first row
     audio: bool = False
     make: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)  # the model's own inputs
+    name: str = "The prompt"  # of the example, for messages
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -431,6 +481,15 @@ class Reader:
         """Largest relative difference between replay and full forward that is rounding: 1e-4 in float32, 0.05 else."""
         return 1e-4 if self.dtype == torch.float32 else 0.05
 
+    def check_length(self, prompts: Sequence[Prompt], more: int = 0) -> None:
+        """UnfitPrompt where a prompt and `more` tokens do not fit into the model's positions: learned ones end in an
+        IndexError, or on a GPU with the process; rotary ones go on where the model was never trained."""
+        most = getattr(getattr(self.location.decoder, "config", None), "max_position_embeddings", None) or math.inf
+        for p in prompts:
+            if len(p) + more > most:
+                answer = f" and max_new_tokens={more}" if more else ""
+                raise UnfitPrompt(f"{p.name} has {len(p)} tokens{answer}, the model {most} positions; shorten it")
+
     # -- from text and audio to what the decoder sees -----------------------------------------------------------------
 
     @torch.no_grad()
@@ -445,13 +504,15 @@ class Reader:
             turns: earlier ones of the conversation; `render` gets them as a third argument, if there are any.
 
         Raises:
-            EmptyClip: the clip gives no audio token.
+            UnfitPrompt: the clip gives no audio token, or the prompt is too long.
         """
         key, load = clip or ("", None)
         frame, make = (text, turns), partial(self._inputs, text, load, turns)
         if self._composes and key in self._clips and frame in self._frames and self.exact is not False:
             (before, after), (ids, rows) = self._frames[frame], self._clips[key]
-            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
+            known = Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
+            self.check_length([known])
+            return known
         prompt = self._run(make, audio=clip is not None)
         if prompt.rows is None:
             return prompt
@@ -480,6 +541,7 @@ class Reader:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
         given, begins = make(), self.exact is None
         prompt = Prompt(given["input_ids"][0].cpu(), audio=audio, make=make)
+        self.check_length([prompt])
         if self.exact is False or not (begins or audio):
             return prompt
         inputs = self._on_device(given)
@@ -508,7 +570,7 @@ class Reader:
         """The prompt with its audio: the rows of `embeds` `[length, hidden]` that are not those of its token ids."""
         differs = (embeds != self._embed(prompt.ids[None])["inputs_embeds"][0]).any(-1).cpu().nonzero().flatten()
         if not len(differs):
-            raise EmptyClip("the clip is too short: it gives this model no audio token; remove or pad it")
+            raise UnfitPrompt("the clip is too short: it gives this model no audio token; remove or pad it")
         start, end = int(differs[0]), int(differs[-1]) + 1
         return replace(prompt, rows=embeds[start:end], start=start)
 
@@ -553,8 +615,9 @@ class Reader:
             if "inputs_embeds" in seen:
                 raise end
 
-        with _hooks(end) as handles:
-            handles += [m.register_forward_pre_hook(note, with_kwargs=True) for m in (self.location.decoder, block)]
+        with _hooks(self.model, end) as add:
+            for module in (self.location.decoder, block):
+                add(module.register_forward_pre_hook, note, with_kwargs=True)
             self.model(**inputs)
         if "inputs_embeds" not in seen:
             path = f"{self.location.layers_path}.0"
@@ -564,8 +627,9 @@ class Reader:
     def _head_input(self, inputs: Mapping[str, Any], audio: bool, last: int = 1) -> Tensor:
         """`[batch, last, hidden]`: what the head multiplies at the last positions when the whole model runs."""
         path = self.location.head_path
-        heads = capture(self.model, path, where="input", position=slice(-last, None), stop=True)
-        with self.own_lora(audio), heads as record:
+        stop: dict[str, Any] = {"where": "input", "position": slice(-last, None), "stop": True}
+        # In no variable of this frame, which `_Stop`'s traceback keeps: after a Ctrl-C it has to end with the call.
+        with self.own_lora(audio), capture(self.model, path, **stop) as record:
             self.model(**inputs)
         return record[path][0]
 
@@ -583,7 +647,8 @@ class Reader:
         """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
         has, switch = type(self.model).__name__ in OWN_AUDIO_LORA, "_disable_adapters"
         # PEFT's enable_adapters() would change requires_grad, too.
-        with _setting([m for m in self.model.modules() if has and hasattr(m, switch)], switch, not audio):
+        modules = [m for m in self.model.modules() if has and hasattr(m, switch)]
+        with _setting(self.model, modules, switch, not audio):
             yield
 
     @torch.no_grad()
@@ -670,7 +735,7 @@ class Reader:
         """
         on = torch.is_grad_enabled()
         modules = [m for m in self.location.decoder.modules() if on and getattr(m, "gradient_checkpointing", False)]
-        with _setting(modules, "training", True):
+        with _setting(self.model, modules, "training", True):
             yield bool(modules)
 
     @contextmanager
@@ -694,6 +759,7 @@ class Reader:
         One forward pass; gradients reach an attached `LoRA`. A prompt with fewer positions repeats its first one.
         `layers`: what goes into the first block, then what each block gives, `[batch, last, blocks + 1, hidden]`.
         """
+        self.check_length(prompts)
         if self.exact is False:
             return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
         # Apart with audio and without: Granite Speech's own LoRA is on for the one and off for the other.
@@ -859,9 +925,7 @@ class LoRA(nn.Module):
     def detach(self) -> LoRA:
         """Takes the update off again: the model is vanilla, bit for bit. `attach()` puts it back."""
         for module in self._modules_by_path.values():
-            for number, hook in [*module._forward_hooks.items()]:
-                if getattr(hook, "lora", None) is self:
-                    del module._forward_hooks[number]
+            _take_off(module, lambda hook: getattr(hook, "lora", None) is self)
         return self
 
     @property

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -23,9 +24,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -63,13 +65,18 @@ from .evaluate import (
     judge_refusals, markdown, measure, write_files,
 )  # fmt: skip
 from .hooks import (
-    ANOTHER_LORA, EmptyClip, Location, LoRA, Prompt, Reader, all_reduce_sum, attached, best_device, best_dtype, capture,
-    connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, rank, seeded, world,
+    ANOTHER_LORA, Location, LoRA, Prompt, Reader, UnfitPrompt, all_reduce_sum, attached, best_device, best_dtype,
+    capture, connect, expert_parameters, frozen, has_fused_adamw, linear_paths, locate, lock, on_rank0, put_back, rank,
+    seeded, undoing, world,
 )  # fmt: skip
 
 # isort: on
 _belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -79,6 +86,8 @@ __all__ = [
     "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """`(delta [hidden], head_row [hidden]) -> scores [hidden]`: which features to keep, the highest first."""
 Objective = Callable[[Reader, Sequence[Prompt], Sequence["TrainItem"]], Tensor]
@@ -195,8 +204,13 @@ class RRSConfig:
         for name in ("prompts", "conditions", "target_modules"):
             setattr(self, name, _strings(name, getattr(self, name)))
         for f in fields(self):
-            if type(f.default) in (int, float):
-                setattr(self, f.name, _number(f.name, getattr(self, f.name), int if type(f.default) is int else float))
+            kind, value = type(f.default), getattr(self, f.name)
+            if kind in (int, float):
+                setattr(self, f.name, _number(f.name, value, int if kind is int else float))
+            elif kind in (str, bool) and f.name != "top" and not isinstance(value, kind):
+                raise ValueError(f"{f.name}={value!r} must be a {kind.__name__}.")
+        if not isinstance(self.system, (str, type(None))):
+            raise ValueError(f"system={self.system!r} must be a str or None.")
         for name in ("betas", "layers"):  # JSON has lists only
             if not isinstance(value := getattr(self, name), Sequence) or len(value) != 2:
                 raise ValueError(f"{name}={value!r} must be two numbers.")
@@ -548,7 +562,6 @@ class Checkpoints:
             raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
         if folder is None:
             return False
-        on_rank0(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
         if (files := Checkpoints(folder, {}).files()) and not resume:
             raise FileExistsError(
                 f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
@@ -601,6 +614,56 @@ class Checkpoints:
         lora.load_tensors(tensors)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return dict(record)
+
+
+_HELD: set[tuple[Path, int]] = set()  # folders of this process's runs, each with the thread
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it.
+
+    The lock is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing.
+    """
+    mine, files = (folder, get_ident()), list[Any]()
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append((folder / ".lock").open("a"))
+        try:
+            if fcntl:
+                fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"Another run is at work in {folder}; wait for its end, or choose another checkpoint_dir."
+            raise BlockingIOError(message) from None
+        except OSError as error:  # some network file systems
+            warnings.warn(f"{folder} can't be locked ({error}): start no other run there.", RRSWarning, stacklevel=5)
+
+    try:
+        on_rank0(take)
+        _HELD.add(mine)
+        yield
+    finally:
+        _HELD.discard(mine)
+        for file in files:
+            file.close()
+
+
+def alone(run: Callable[P, T]) -> Callable[P, T]:
+    """`fit` and `train`: with gradients only, and in a folder of checkpoints where no other run is."""
+
+    @wraps(run)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_grad_enabled():
+            where = "torch.no_grad() and torch.inference_mode()"
+            raise ValueError(f"{run.__name__} needs gradients; call it outside {where}.")
+        given: Any = kwargs.get("checkpoint_dir")
+        if given is None or ((folder := Path(given).resolve()), get_ident()) in _HELD:  # `fit` holds it for `train`
+            return run(*args, **kwargs)
+        with holding(folder):
+            return run(*args, **kwargs)
+
+    return checked
 
 
 def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
@@ -663,6 +726,20 @@ def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def origin() -> dict[str, Any]:
+    """What it takes to run this process again: command, folder, files that it names; and facts of the machine."""
+    names = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
+    files = [n for n in names if os.path.isfile(n) and os.access(n, os.R_OK) and os.path.getsize(n) < 2**30]
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    machine = {"python": platform.python_version(), "system": platform.system(), "processor": processor}
+    return {
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "files": {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in files},
+        "machine": {**machine, "device": best_device().type, "threads": torch.get_num_threads()},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -865,14 +942,39 @@ def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
             raise ValueError(
                 f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
             )
-    ranks = {len(t) for n, t in tensors.items() if n.endswith(LORA_A)}
-    if ranks != {peft["r"]}:
-        raise ValueError(f"The adapter's tensors have the ranks {sorted(ranks)}, its config says r={peft['r']}.")
-    r = ranks.pop()
-    scale = float(peft["lora_alpha"]) / (math.sqrt(r) if peft.get("use_rslora") else r)
-    if not math.isfinite(scale):
-        raise ValueError(f"The adapter has lora_alpha={peft['lora_alpha']!r}, which is no number to scale by.")
-    return r, scale
+    ranks = sorted({len(t) for n, t in tensors.items() if n.endswith(LORA_A)})
+    if ranks != [peft["r"]]:
+        raise ValueError(f"The adapter's tensors have the ranks {ranks}, its config says r={peft['r']}.")
+    for name, value in {"lora_alpha": peft["lora_alpha"], "lora_dropout": peft.get("lora_dropout") or 0}.items():
+        if not isinstance(value, (int, float)) or not abs(value) < 1e30:
+            raise ValueError(f"The adapter's adapter_config.json has {name}={value!r:.60}, which is no number to use.")
+    return ranks[0], peft["lora_alpha"] / (math.sqrt(ranks[0]) if peft.get("use_rslora") else ranks[0])
+
+
+# What `rrs.json` holds, as far as it is used again.
+RECORD: dict[str, tuple[type, ...]] = {
+    "config": (dict,), "base": (dict,), "data": (dict,), "sha256": (dict,), "calibrated": (dict,), "preflight": (list,),
+    "history": (list,), "canary": (list,), "scale": (int, float), "template_kwargs": (dict, type(None)),
+}  # fmt: skip
+
+
+def check_record(record: Any) -> None:
+    """ValueError where an `rrs.json` is nothing that `load`, `verify` and `save` can use, as after an edit by hand."""
+    try:
+        for name, kinds in RECORD.items():
+            if name in record and not isinstance(record[name], kinds):
+                raise ValueError(f"{name} must be a {kinds[0].__name__}, not {record[name]!r:.60}")
+        model_card(record, record.get("history", []), None)  # reads nearly all of it
+        for p in record.get("canary", []):
+            words = [p[name] for name in ("text", "vanilla", "trained")]
+            if (
+                not all(isinstance(word, str) for word in words)
+                or p["condition"] not in CONDITIONS
+                or "tokens" not in p
+            ):
+                raise ValueError(f"canary must hold prompts with answers, not {p!r:.60}")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
+        raise ValueError(f"rrs.json, {type(error).__name__}: {error}") from None
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -887,8 +989,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     try:
         peft = json.loads(config.read_text(encoding="utf-8"))
         record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        if not {"r", "lora_alpha"} <= peft.keys() or not isinstance(record.get("config", {}), dict):
-            raise ValueError("adapter_config.json has no r or lora_alpha, or rrs.json no config")
+        if not isinstance(peft, dict) or not {"r", "lora_alpha"} <= peft.keys():
+            raise ValueError("adapter_config.json has no r or lora_alpha")
+        check_record(record)
         for name, known in record.get("sha256", {}).items():
             if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
                 raise ValueError(f"{name} is of another save than rrs.json")
@@ -1025,7 +1128,7 @@ without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19
 
 ## Evaluation
 
-{report or "Not evaluated: its effect on safety and over-rejection is unknown."}
+{report.to_markdown() if report else "Not evaluated: its effect on safety and over-rejection is unknown."}
 
 ## Use
 
@@ -1144,14 +1247,15 @@ class Runner:
         text, turns = user_turn(example, condition, instruction or self.config.instruction, added), example.messages
         if text and self._control:  # the chat template's renderer sees to it itself
             text = as_letters(text, self._control)
-        if condition.startswith("text"):
-            return self.reader.read(text, turns=turns)
-        (key, load), rate = example.clip, getattr(self.render, "rate", 16000)
-        if not rate:
-            raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
+        clip, rate = None, getattr(self.render, "rate", 16000)
+        if not condition.startswith("text"):
+            if not rate:
+                raise ValueError(f"{type(self.processor).__name__} takes no audio; use the condition text-only.")
+            key, load = example.clip
+            clip = key, partial(load, rate)
         try:
-            return self.reader.read(text, (key, lambda: load(rate)), turns)
-        except EmptyClip as error:
+            return replace(self.reader.read(text, clip, turns), name=example.id)
+        except UnfitPrompt as error:
             raise DataError(f"{example.id}: {error}.") from None
 
     def readable(
@@ -1188,7 +1292,7 @@ class Runner:
             return ()
         with self._running():
             turn = self.tokenizer.decode(self.reader.read("Hello.").ids[-4:].tolist())
-        before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (turn, turn + words))
+            before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (turn, turn + words))
         if both[: len(before)] == before:
             return tuple(both[len(before) :])
         return tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])
@@ -1291,7 +1395,7 @@ class Runner:
         report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
-            "command": sys.argv,
+            **origin(),
             "config": asdict(self.config),
             "versions": versions(),
             "model": {"class": type(self.model).__name__, "fingerprint": base},
@@ -1382,6 +1486,7 @@ class Runner:
 
     def disable(self) -> Self:
         """Takes the adapter off, in place: the model is vanilla, bit for bit. `enable()` puts it back."""
+        put_back(self.model)
         if self.lora is not None:
             self.lora.detach()
         return self
@@ -1395,20 +1500,23 @@ class Runner:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The vanilla model inside the `with`; the adapter is as it was afterwards.
+        """The vanilla model, this thread's own, inside the `with`; the adapter is as it was afterwards.
 
         Raises:
             ValueError: another RRS has its adapter on this model.
         """
-        on = self.lora is not None and self.lora.attached
-        self.disable()
-        try:
-            if attached(self.model):
-                raise ValueError(ANOTHER_LORA)
-            yield
-        finally:
+
+        def undo() -> None:
             if on and self.lora is not None:  # not merged in here
                 self.enable()
+
+        with lock(self.model):
+            on = self.lora is not None and self.lora.attached
+            with undoing(self.model, undo):
+                self.disable()
+                if attached(self.model):
+                    raise ValueError(ANOTHER_LORA)
+                yield
 
     def merge(self) -> nn.Module:
         """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first.
@@ -1447,8 +1555,10 @@ class Runner:
     @contextmanager
     def _running(self, vanilla: bool = False) -> Iterator[None]:
         """The model frozen and this thread's own inside the `with`, without the adapter if `vanilla`."""
-        with lock(self.model), frozen(self.model), self.disabled() if vanilla else nullcontext():
-            yield
+        with lock(self.model):
+            put_back(self.model)
+            with frozen(self.model), self.disabled() if vanilla else nullcontext():
+                yield
 
     def _say(self, message: str) -> None:
         if self.verbose:
@@ -1684,6 +1794,7 @@ class RRS(Runner):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    @alone
     def train(
         self,
         items: Sequence[TrainItem],
@@ -1837,19 +1948,23 @@ class RRS(Runner):
     def _training(self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]]) -> Iterator[None]:
         """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
         before, on = dict(vars(self)), self.lora is not None and self.lora.attached
-        self.disable()
+
+        def undo() -> None:
+            lora.detach()
+            vars(self).update(before)
+            if on:
+                self.enable()
+
         try:
+            self.disable()
             with self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
                 self.report, self.directions, self._trained_on = None, {}, frozenset()
                 yield
                 lora.eval()
         except BaseException:
-            lora.detach()
-            vars(self).update(before)
-            if on:
-                self.enable()
-            raise
+            with undoing(self.model, undo):
+                raise
 
     def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints | None) -> None:
         if not math.isfinite(loss):
@@ -1871,6 +1986,7 @@ class RRS(Runner):
                 RRSWarning, stacklevel=3,
             )  # fmt: skip
 
+    @alone
     def fit(
         self,
         harmful: Any,
@@ -1909,8 +2025,6 @@ class RRS(Runner):
         began, started = time.perf_counter(), Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
         if save_to is not None:
             on_rank0(lambda: check_folder(save_to))
-        if not torch.is_grad_enabled():
-            raise ValueError("fit needs gradients; call it outside torch.no_grad().")
         linear_paths(self.location, self.config.target_modules, self.config.layers)
         sides = load_examples(harmful, "harmful"), load_examples(benign, "benign")
         usable = self.readable([*sides[0], *sides[1]], self.config.conditions, on_error)
@@ -1919,7 +2033,7 @@ class RRS(Runner):
             raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
         if few := [f"{len(side)} {side[0].label}" for side in (harmful, benign) if 0 < len(side) < 8]:
             message = f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each."
-            warnings.warn(message, RRSWarning, stacklevel=2)
+            warnings.warn(message, RRSWarning, stacklevel=3)
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         config, extra = self.config, dict[str, Any]()
         try:
@@ -2017,7 +2131,8 @@ class RRS(Runner):
             least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
             return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
 
-        try:
+        # no other thread sees the scales that are tried
+        with lock(self.model), undoing(self.model, partial(setattr, lora, "scale", present)):
             with self.disabled():
                 vanilla = at(0.0)
                 if judge is not None:
@@ -2032,8 +2147,6 @@ class RRS(Runner):
                 chosen, over = point, excess(point)
                 if over <= 1e-9:
                     break
-        finally:
-            lora.scale = present
         lora.scale, self.report = chosen.scale * present, None
         chosen.chosen = True
         result = Calibration(limits, vanilla, points, chosen)
@@ -2055,13 +2168,13 @@ class RRS(Runner):
             prompts = [self.read(e, p["condition"]) for e, p in zip(load_examples(rows), asked, strict=True)]
             return prompts, self._logits(self.reader.represent(prompts), lambda logits: logits)
 
-    def _canary(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    def _canary(self, lora: LoRA) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """A few prompts with both models' answers, and both models' logits, by which `verify` tells whether it acts."""
         spoken = [c for c in self.record.get("data", {}) if c.startswith("audio")][:1]
         canary: list[dict[str, Any]] = [{"condition": "text-only", "text": text} for text in CANARY]
         canary += [{"condition": c, "text": CANARY[0]} for c in spoken]
-        on, logits = self.lora is not None and self.lora.attached, dict[str, Tensor]()
-        try:
+        logits = dict[str, Tensor]()
+        with lock(self.model), undoing(self.model, lora.attach if lora.attached else lora.detach):
             for name, switch in (("vanilla", self.disable), ("trained", self.enable)):
                 switch()
                 prompts, logits[name] = self._begin(canary)
@@ -2069,8 +2182,6 @@ class RRS(Runner):
                     answers = self._answer(prompts, 16, "canary")
                 for p, prompt, answer in zip(canary, prompts, answers, strict=True):
                     p.update({"tokens": prompt.ids.tolist(), name: answer})
-        finally:
-            self.enable() if on else self.disable()
         ids = torch.cat([rows.topk(8).indices for rows in logits.values()], 1)
         return canary, {"canary.ids": ids} | {f"canary.{name}": rows.gather(1, ids) for name, rows in logits.items()}
 
@@ -2100,7 +2211,7 @@ class RRS(Runner):
         vectors = {f"{c}.{name}": t.contiguous() for c, d in self.directions.items() for name, t in d._asdict().items()}
         if self._trained_on:
             vectors["trained_on"] = torch.tensor(sorted(self._trained_on))
-        canary, logits = self._canary()
+        canary, logits = self._canary(lora)
         record = {**self.record, "canary": canary, "history": self.history, "template_kwargs": self.template_kwargs}
         if self.report is not None:
             record["evaluation"] = self.report.to_dict()["table"]

@@ -505,7 +505,7 @@ def test_the_card_has_the_hubs_metadata(trained, tmp_path):
     (before, after) = about.eval_results
     assert (before.metric_value, after.metric_value, after.dataset_name) == (0.0, 1.0, "harmful, text-only")
     assert "Not evaluated" not in text
-    assert str(report()) in text
+    assert report().to_markdown() in text
     assert "`lora_r`: 4" in text
     assert "What is the capital of France?" in text
 

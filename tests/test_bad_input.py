@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from conftest import RATE, rows, tone
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import RATE, byte_tokenizer, rows, tiny_qwen2_audio, tone
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from rrs import RRS, RRSConfig, RRSWarning
 from rrs.data import DataError, DataWarning, load_audio, load_examples, resample
@@ -219,6 +219,16 @@ CALLS = {
         ValueError,
         ["fit needs gradients", "torch.no_grad()"],
     ),
+    "in inference mode": (
+        lambda t, _: torch.inference_mode()(fit)(t),
+        ValueError,
+        ["fit needs gradients", "torch.inference_mode()"],
+    ),
+    "training without gradients": (
+        lambda t, _: torch.no_grad()(RRS(*t).train)([]),
+        ValueError,
+        ["train needs gradients", "torch.no_grad()"],
+    ),
     "an unknown condition": (
         lambda t, _: RRS(*t).generate("Hi.", "audio"),
         ValueError,
@@ -282,6 +292,56 @@ def test_calls(case, tiny, tmp_path):
     with pytest.raises(exception) as error:
         call(tiny, tmp_path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def learned_positions(positions):
+    """A text model that looks its positions up in a table."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": positions, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(**sizes)).eval(), tokenizer
+
+
+def rotary(positions):
+    model, processor = tiny_qwen2_audio()
+    model.config.text_config.max_position_embeddings = positions
+    return model, processor
+
+
+@pytest.mark.parametrize("make", [learned_positions, rotary])
+def test_prompts_beyond_the_models_positions_are_named(make):
+    long = {"id": "long", "text": "Why " * 40, "label": "benign"}
+    model, processor = make(130)
+    sizes = {"conditions": ("text-only",), "target_modules": ("q_proj",), "epochs": 1, "lora_r": 2}
+    config = RRSConfig(refusal_prompt="No.", **sizes)
+    r = RRS(model, processor, config, verbose=False)
+    said = r"long: The prompt has 1\d\d tokens, the model 130 positions; shorten it"
+    for call in (
+        lambda: r.extract([long], "text-only"),  # the first prompt, which is read by the full model
+        lambda: r.extract([*rows("harmful", 2), long], "text-only"),
+        lambda: r.generate([long], "text-only", max_new_tokens=2),
+        lambda: r.evaluate([long], ("text-only",), max_new_tokens=2),
+        lambda: r.fit(rows("harmful", 3), [*rows("benign", 3), long], preflight=0),
+    ):
+        with pytest.raises(DataError, match=said):
+            call()
+    with pytest.raises(ValueError, match=r"harmful-0 has \d+ tokens and max_new_tokens=128, the model 130 positions"):
+        r.generate(rows("harmful", 1), "text-only", max_new_tokens=128)
+    assert len(r.generate(rows("harmful", 2), "text-only", max_new_tokens=4)) == 2
+    assert r.fit(rows("harmful", 3), rows("benign", 3), preflight=2).history
+
+
+def test_spoken_prompts_beyond_the_models_positions_can_be_left_out():
+    r = RRS(*rotary(9999), RRSConfig(epochs=1, lora_r=2, refusal_prompt="(No.)"), verbose=False)
+    harmful = [*rows("harmful", 4), {**rows("harmful", 1)[0], "id": "long", "audio": rows("x", 9)[8]["audio"]}]
+    longest = max(len(r.read(e, "audio-text")) for e in load_examples(harmful))
+    r.model.config.text_config.max_position_embeddings = longest - 1
+    with pytest.raises(DataError, match="long: The prompt has"):
+        r.generate(harmful)
+    with pytest.warns(RRSWarning, match=r"1 of 7 examples can't be read:\n  long: The prompt has"):
+        r.fit(harmful, rows("benign", 2), preflight=0, on_error="skip")
 
 
 def bad_rows(tmp_path):

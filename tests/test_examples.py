@@ -16,10 +16,12 @@ import compare
 import count
 import numpy as np
 import pytest
+import reproduce
 import torch
 import train
 import transfer
 from conftest import ROOT, rows, tiny_qwen2_audio, tone
+from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerConfig
 
 from rrs import RRS, RRSConfig, contribution, to_targets
@@ -90,6 +92,66 @@ def test_the_whole_job_and_the_command_it_ends_with(tmp_path, monkeypatch, capsy
         (group, "text-only", stage) for group in ("harmful", "benign") for stage in ("before", "after")
     }
     assert any("in the training set" in note for note in again.notes)
+
+
+def test_a_run_is_done_again_and_compared(tmp_path, monkeypatch, capsys):
+    out, again = tmp_path / "out", tmp_path / "again"
+    written(tmp_path / "model")
+    for side in ("harmful", "benign"):
+        lines = [json.dumps({**row, "audio": None}) + "\n" for row in rows(side, 32)]
+        (tmp_path / f"{side}.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)  # from where the second run has to start as well
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script = str(ROOT / "examples" / "train.py")
+    arguments = ["--model", "model", "--harmful=harmful.jsonl", "--benign", "benign.jsonl", "--limit", "8"]
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", "out"])
+    train.main()
+    monkeypatch.chdir("/")
+
+    def outcome(folder, *more):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command(monkeypatch, reproduce.main, folder, *more)
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    code, said, _ = outcome(out)
+    assert (code, said.splitlines()[-1]) == (0, "SAME"), said
+    assert "versions and machine are as recorded" in said
+    assert "weights: the same" in said
+    assert f"verdicts: 0 of {len(Report.load(out).answers)} differ" in said
+    assert load_file(tmp_path / "out-again" / "adapter" / "adapter_model.safetensors")
+
+    path = out / "report.json"
+    saved = json.loads(path.read_text())
+    record, first = saved["settings"], saved["answers"][0]
+    record["versions"]["torch"], record["machine"]["system"] = "0.1", "Plan 9"
+    first["verdict"] = next(v for v in ("refusal", "compliance") if v != first["verdict"])
+    path.write_text(json.dumps(saved))
+    tiny_qwen2_audio(seed=1)[0].save_pretrained(tmp_path / "model")  # another base under the old name
+    code, said, _ = outcome(out, "--again", again)
+    assert (code, said.splitlines()[-1]) == (1, "DIFFERENT")
+    told = ("version torch: 0.1 then", "machine system: Plan 9 then", "model fingerprint: ", "weights: different")
+    assert all(words in said for words in told)
+    assert f"  {first['group']}, {first['condition']}, {first['stage']}, {first['id']}: {first['verdict']} then" in said
+    assert "data " not in said
+
+    def told_of(**settings):
+        path.write_text(json.dumps({**saved, "settings": {**record, **settings}}))
+        code, _, said = outcome(out, "--again", tmp_path / "third")
+        assert code == 2
+        return said
+
+    assert f"no longer there: {tmp_path / 'gone.py'}" in told_of(command=["gone.py", "--out", "out"])
+    assert f"no longer there: {tmp_path / 'x.csv'}" in told_of(files={"x.csv": ""})
+    assert "has no --out" in told_of(command=[script])
+    assert "ended with status 2" in told_of(command=[script, "--wrong", "--out=x"])
+    (tmp_path / "harmful.jsonl").write_text("")
+    assert f"{tmp_path / 'harmful.jsonl'} has changed since; restore it" in told_of()
+    del record["folder"]
+    assert "report.json has no record of its run: folder missing" in told_of()
+    assert outcome(out, "--again", again)[0] == 2
+    assert "is no report" in outcome(tmp_path)[2]
 
 
 def test_recommendations_go_into_the_prompts(tmp_path, monkeypatch):

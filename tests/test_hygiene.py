@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import random
 import signal
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import rows, tiny_qwen2_audio
 
-from rrs import RRS, RRSConfig, load_examples
-from rrs.hooks import Reader, capture
+from rrs import RRS, RRSConfig, hooks, load_examples
+from rrs.hooks import Reader, capture, steer
 
 pytestmark = pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
 CONFIG = {"epochs": 1, "lora_r": 2, "conditions": ("audio-text", "text-only"), "penalty": 1e-3, "learning_rate": 1e-2}
@@ -141,6 +143,113 @@ def test_a_capture_that_fails_changes_nothing(user):
     assert_unchanged(before, snapshot(user.model, user.processor))
 
 
+RESTORING = {
+    "undoing", "undo", "put_back", "_setting", "frozen", "_hooks", "add", "_take_off", "capture", "attach", "detach",
+    "disable", "enable", "disabled", "_running", "_decoder_inputs", "_head_input", "__enter__", "__exit__",
+}  # fmt: skip
+
+
+def interrupted(call, k):
+    """The error of a Ctrl-C at the k-th line that runs in what changes a model and puts it back; None past the last."""
+    left = [k]
+
+    def trace(frame, event, _arg):
+        name, file = frame.f_code.co_name, Path(frame.f_code.co_filename)
+        if name not in RESTORING or file.name not in ("hooks.py", "rrs.py", "contextlib.py"):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.settrace(before)
+    return None
+
+
+@pytest.fixture
+def adapted(user):
+    """What a Ctrl-C could spoil: an adapter and a user's odd flags; with what vanilla and the adapter give."""
+    user.config = RRSConfig(**{**CONFIG, "conditions": ("text-only",), "target_modules": ("q_proj",)})
+    user.fit(HARMFUL, BENIGN, preflight=0)
+    vectors = [user.extract(load_examples(BENIGN)[:1], "text-only", vanilla=off) for off in (False, True)]
+    assert not torch.equal(*vectors)
+
+    def seen():  # the adapter's hooks are put on anew, under other numbers
+        hooks = [(n, h, len(getattr(m, h))) for n, m in user.model.named_modules() for h in HOOKS]
+        return snapshot(user.model, user.processor) | {"hooks": hooks}
+
+    before = seen()
+
+    def check(where):
+        assert_unchanged(before, seen())
+        for off, rows_ in zip((False, True), vectors, strict=True):
+            assert torch.equal(user.extract(load_examples(BENIGN)[:1], "text-only", vanilla=off), rows_), where
+
+    return user, check
+
+
+def toggle(r):
+    """All that is changed for a while, from the first prompt on: adapter, flags, hooks that steer and capture."""
+    r.reader.exact = None
+    with r.disabled(), steer(r.model, torch.ones(32), layer=0):
+        pass
+    r.extract(load_examples(BENIGN)[:1], "text-only")
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_line_of_putting_back_leaves_nothing(step, notebook, adapted, monkeypatch):
+    """A notebook keeps the error, and the frames that it went through: there the next use puts back."""
+    (r, check), k, left = adapted, 1, 0
+    wanted = sum(len(m._forward_hooks) for m in r.model.modules())
+    while (error := interrupted(lambda: toggle(r), k)) is not None:
+        if notebook:
+            monkeypatch.setattr(sys, "last_value", error, raising=False)
+            left += sum(len(m._forward_hooks) for m in r.model.modules()) != wanted
+            r.extract(load_examples(BENIGN)[:1], "text-only")
+        error = None
+        check(k)
+        k += step
+    assert k > 1000
+    assert bool(left) == notebook  # what is tested happens
+
+
+def test_what_two_interrupts_leave_is_put_back_before_the_next_use_and_said(adapted, monkeypatch):
+    (r, check), real, calls, k = adapted, hooks._take_off, [], 0
+
+    def twice(module, ours):
+        calls.append(1)
+        if k <= len(calls) <= k + 1:
+            raise KeyboardInterrupt
+        real(module, ours)
+
+    told = 0
+    while True:
+        k, r.reader.exact = k + 1, None
+        calls.clear()
+        monkeypatch.setattr(hooks, "_take_off", twice)
+        try:
+            toggle(r)
+        except KeyboardInterrupt:
+            monkeypatch.setattr(hooks, "_take_off", real)
+        else:
+            break
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            r.extract(load_examples(BENIGN)[:1], "text-only")
+        told += any("Interrupts left hooks or flags of RRS on the model" in str(w.message) for w in said)
+        check(k)
+    assert told > 5
+
+
 def test_two_threads_two_models_same_results():
     """Dropout, order and instructions come from generators of their own."""
 
@@ -163,6 +272,52 @@ def test_two_threads_two_models_same_results():
     for thread in threads:
         thread.join()
     assert all(torch.equal(value, two[seed][k]) for seed in one for k, value in one[seed].items())
+
+
+def test_two_threads_on_one_model_get_each_its_own_answers(user):
+    """One switches its adapter, measures it at many scales and saves it; the other asks, with words of its own."""
+    one = RRS(user.model, user.processor, RRSConfig(**{**CONFIG, "conditions": ("text-only",)}), verbose=False).fit(
+        HARMFUL, BENIGN, preflight=0
+    )
+    two = RRS(user.model, user.processor, RRSConfig(instruction="Be brief.", system="You are kind."), verbose=False)
+    dev = {"harmful": HARMFUL[:2], "everyday": BENIGN[:2]}
+    calls = [
+        lambda: [a.response for a in one.evaluate(dev, ("text-only",), max_new_tokens=4, usefulness=2).answers],
+        lambda: one.extract(HARMFUL, "text-only").tolist(),
+        lambda: str(one.calibrate(dev, ("text-only",), max_new_tokens=2, most=2.0)),
+        lambda: [p["trained"] + p["vanilla"] for p in one._canary(one.lora)[0]],
+    ]
+
+    def ask(who=two):
+        vectors = who.extract(HARMFUL, "text-only", vanilla=False)
+        return vectors.tolist(), who.generate(HARMFUL, "text-only", max_new_tokens=3)
+
+    scale, alone, wrong, done = one.lora.scale, [], [], threading.Event()
+    for call in calls:
+        alone.append(call())
+        one.lora.scale = scale
+    wanted = ask()
+    assert wanted != ask(one)
+    with one.disabled():
+        assert wanted != ask()  # it would tell if it were answered in the middle of a switch
+
+    def go_on():
+        while not done.is_set():
+            wrong.extend([] if (said := ask()) == wanted else [said])
+            asked.append(1)
+
+    asked, thread = [], threading.Thread(target=go_on)
+    thread.start()
+    try:
+        for _ in range(3):
+            for call, expected in zip(calls, alone, strict=True):
+                assert call() == expected
+                one.lora.scale = scale
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+    assert len(asked) > 1
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])

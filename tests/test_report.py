@@ -79,10 +79,26 @@ def test_tables():
     assert row["refused_change"]["after"]["gained"] == 3
 
 
+def test_a_terminal_gets_columns_without_markup():
+    report = make()
+    report.notes.append("twice\n*as* a_b [c] <d>")
+    head, *body = str(report).partition("\n\n")[0].splitlines()
+    names = ("condition", "questions", " n ", "refused before", "refused after", "change")
+    starts = [head.index(name) for name in names]
+    for line, row in zip(body, report.rows(), strict=True):
+        cells = [line[a:b].strip() for a, b in zip(starts, [*starts[1:], len(line)], strict=True)]
+        n, (before, after) = row["refused"]["before"]["n"], (row["refused"][stage] for stage in report.stages)
+        assert cells[:3] == [row["condition"], row["group"], str(n)]
+        assert [cells[3].split()[0], cells[4].split()[0]] == [f"{rate['value']:.1%}" for rate in (before, after)]
+    assert str(report).endswith("\ntwice *as* a_b [c] <d>\n")
+    assert "|" not in str(report)
+    assert str(Report([], [], "judge")).startswith("condition  questions  n")
+
+
 def test_unfinished_thoughts_are_neither_and_are_told():
     report = make(judge=lambda _p, r: ["incomplete"] * len(r))
     assert report.rate_of("harmful").k == report.rate_of("everyday").k == report.degenerate().k == 0
-    assert "14 answers end within their reasoning; raise max\\_new\\_tokens." not in str(make())
+    assert "14 answers end within their reasoning; raise max_new_tokens." not in str(make())
     assert f"{len(report.answers)} answers end within their reasoning" in str(report)
 
 
@@ -105,7 +121,7 @@ def test_a_saved_report_is_loaded_as_it_was(tmp_path):
     assert json.loads(files[0].read_text(), parse_constant=pytest.fail)["table"][0]["group"] == "harmful"
     loaded = Report.load(tmp_path / "r")
     assert loaded.answers == report.answers
-    assert str(loaded) == str(report) == files[1].read_text()
+    assert loaded.to_markdown() == report.to_markdown() == files[1].read_text()
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again" / "report.html").read_text().count("data:audio/wav;base64,") == 1
     clip = next(a.audio for a in Report.load(tmp_path / "again").answers if a.audio)
@@ -273,12 +289,12 @@ def test_no_text_steers_a_terminal_or_becomes_markup(tmp_path):
     report.save(tmp_path / "r")
     assert Report.load(tmp_path / "r").answers == report.answers  # lone surrogates and all
     page = (tmp_path / "r" / "report.html").read_text()
-    for text in (str(report), (tmp_path / "r" / "report.md").read_text(), page):
+    for text in (str(report), report.to_markdown(), (tmp_path / "r" / "report.md").read_text(), page):
         odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) == "RLO"}
         assert odd <= {"\n", "\t"}
     assert not re.search(
         r"(?<!\\)[<>`\[]",
-        str(report).replace("→", "").replace("[0", "").replace("[2", "").replace("[-", "").replace("[+", ""),
+        report.to_markdown().replace("→", "").replace("[0", "").replace("[2", "").replace("[-", "").replace("[+", ""),
     )
     assert page.count("<script") == page.count("</script") == 2
     assert "<img" not in page

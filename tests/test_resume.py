@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -10,7 +11,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -159,6 +162,61 @@ def test_killed_at_random_times_it_always_resumes(server, tmp_path):
     survives(server, tmp_path, lambda: {"seconds": random.uniform(0, whole) * 10 ** -random.random()}, 40)
 
 
+# -- two runs in one folder --------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from rrs import holding
+with holding(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_in_the_folder_of_another_process_is_told_and_a_killed_one_blocks_nothing(tmp_path, reference):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(BlockingIOError, match=rf"Another run is at work in {tmp_path}; wait for its end"):
+                fit(tmp_path, resume=resume, callbacks=[raising(AssertionError, 1)])
+        assert_identical(fit(tmp_path / "another"), reference)
+        process.kill()
+        process.wait(60)
+    assert (tmp_path / ".lock").exists()
+    assert_identical(fit(tmp_path, resume=True), reference)
+
+
+def test_a_second_run_in_the_folder_of_another_thread_is_told(tmp_path, reference):
+    said = []
+
+    def second():
+        with pytest.raises(BlockingIOError, match="Another run is at work") as error:
+            fit(tmp_path, resume=True)
+        said.append(str(error.value))
+
+    def start(state):
+        if state.step == 2:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join(60)
+
+    assert_identical(fit(tmp_path, callbacks=[start]), reference)
+    assert len(said) == 1
+    with pytest.raises(KeyboardInterrupt):  # let go after an error, too, while its traceback lives on
+        fit(tmp_path / "b", checkpoint_every=1, callbacks=[stop_at(3)])
+    with ThreadPoolExecutor() as pool:
+        assert_identical(pool.submit(fit, tmp_path / "b", resume=True).result(), reference)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, reference, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOLCK, "No locks available"), 1))
+    with pytest.warns(RRSWarning, match=r"can't be locked \(.*No locks available\): start no other run there"):
+        assert_identical(fit(tmp_path), reference)
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +248,7 @@ def test_resuming_a_finished_run_trains_nothing(tmp_path, reference):
 def test_a_callback_ends_training_and_resuming_trains_no_further(tmp_path, reference):
     stopped = fit(tmp_path, checkpoint_every=100, callbacks=[lambda _: None, lambda state: state.step == 3])
     assert stopped.history == reference.history[:3]
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.safetensors"]
+    assert [p.name for p in tmp_path.glob("*step*")] == ["step-00000003.safetensors"]
     assert not stopped.lora.training
     assert_identical(fit(tmp_path, resume=True, callbacks=[raising(AssertionError, 1)]), stopped)
 
@@ -220,7 +278,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, reference, monkeypatch
     ) as error:
         fit(tmp_path, checkpoint_every=1)
     assert error.value.errno == code
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001.safetensors", "step-00000002.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob("*step*")) == ["step-00000001.safetensors", "step-00000002.safetensors"]
     assert_identical(fit(tmp_path, resume=True), reference)
 
 

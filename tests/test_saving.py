@@ -148,6 +148,11 @@ def test_settings_that_change_what_an_adapter_computes_are_refused_by_name(by_pe
         ({"r": "4"}, "its config says r=4"),
         ({"lora_alpha": 1e999}, "lora_alpha=inf"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"r": [4]}, r"its config says r=\[4\]"),
+        ({"lora_alpha": "6"}, r"adapter_config\.json has lora_alpha='6'"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+        ({"lora_dropout": "a little"}, r"adapter_config\.json has lora_dropout='a little'"),
     ],
 )
 def test_numbers_in_the_settings_are_checked_before_memory_is_taken(by_peft, settings, words, monkeypatch):
@@ -156,6 +161,39 @@ def test_numbers_in_the_settings_are_checked_before_memory_is_taken(by_peft, set
     monkeypatch.setattr(rrs, "LoRA", lambda *_, **__: pytest.fail("memory is taken"))
     with pytest.raises(ValueError, match=words):
         load(folder)
+
+
+WRONG = {
+    "config": [[], "x", {"lora_r": "x"}, {"lora_r": 1.5}, {"instruction": 5}, {"system": []}, {"refusal": None},
+               {"group_by_length": "no"}, {"betas": {"a": 1}}, {"penalty": 10**400}, {"conditions": 1}, {"top": [1]},
+               {"direction": 3}, {"prompts": [1]}, {"layers": None}],
+    "base": ["x", []],
+    "data": [[], {"text-only": 5}, {"text-only": {"harmful": 5}}, {"text-only": {"harmful": {}}}],
+    "sha256": [[], "x", {"adapter_model.safetensors": []}],
+    "preflight": ["x", [5], [{}], [{"condition": "c", "refused": {"k": 1}}]],
+    "history": ["x", [5], [{}], [{"loss": "x"}]],
+    "canary": ["x", [5], [{}], [{"text": 5, "vanilla": "", "trained": "", "condition": "text-only", "tokens": []}],
+               [{"text": "x", "vanilla": "", "trained": "", "condition": "aloud", "tokens": []}],
+               [{"text": "x", "vanilla": "", "trained": "", "condition": "text-only"}]],
+    "calibrated": ["x", {"chosen": 5}, {"chosen": {"scale": "x"}}],
+    "template_kwargs": ["x", [1]],
+    "scale": ["x", None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_record_of_wrong_types_is_named_with_its_file(fitted, tmp_path, name):
+    fitted.save(tmp_path / "a")
+    path = tmp_path / "a" / "rrs.json"
+    record = json.loads(path.read_text())
+    for value in WRONG[name]:
+        path.write_text(json.dumps({**record, name: value}))
+        for use in (load, lambda folder: rrs.verify(folder, *tiny_qwen2_audio(), verbose=False)):
+            with pytest.raises(ValueError, match=rf"{tmp_path / 'a'} is damaged .*(rrs\.json).*save or copy it again"):
+                use(tmp_path / "a")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"is damaged .*rrs\.json"):
+        load(tmp_path / "a")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -327,7 +365,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
     r = RRS(*tiny_qwen2_audio(), RRSConfig(epochs=1, lora_r=2, conditions=("text-only",)), verbose=False)
     run = partial(r.fit, HARMFUL, BENIGN, preflight=0, checkpoint_dir=tmp_path)
     run()
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*step*")
 
     def check(k):
         with pytest.raises(ValueError, match=r"step-0.* is damaged .*Delete it to start anew"):
