@@ -796,7 +796,7 @@ class Refusal:
     """How this model refuses; see `RRS.find_refusal`."""
 
     prompt: str  # the refusal prompt that makes it refuse most
-    words: str  # what most of these refusals begin with
+    words: str  # what most of these refusals begin with, to the end of the sentence where several have the same
     refused: Rate  # refusals under this prompt
     tried: list[tuple[str, Rate]]  # all prompts, best first
 
@@ -814,6 +814,13 @@ def _common_start(answers: Sequence[Sequence[int]]) -> list[int]:
             break
         start.append(token)
     return start
+
+
+def _sentence(start: str, texts: Sequence[str]) -> str:
+    """The commonest whole sentence, of two texts at least, that begins so; else the start as it is."""
+    first = Counter(text.partition(".")[0] + "." for text in texts if text.startswith(start) and "." in text)
+    sentence, times = (first.most_common(1) or [(start, 0)])[0]
+    return sentence if times > 1 else start
 
 
 @dataclass
@@ -1780,8 +1787,9 @@ class RRS(Runner):
             self.config = config
         texts = [answer_text(self.tokenizer, said[i]) for i in range(len(examples))]
         verdicts = judge_refusals([e.text or "" for e in examples], texts)
-        refusals = [said[i] for i, v in enumerate(verdicts) if v == "refusal"] or [*said.values()]
-        words = self.tokenizer.decode(_common_start(refusals), skip_special_tokens=True).strip()
+        refusals = [i for i, v in enumerate(verdicts) if v == "refusal"] or [*said]
+        start = self.tokenizer.decode(_common_start([said[i] for i in refusals]), skip_special_tokens=True).strip()
+        words = _sentence(start, [texts[i] for i in refusals])
         found = Refusal(best, words, tried[best], sorted(tried.items(), key=lambda pair: -pair[1].value))
         self._say(str(found))
         if found.refused.value < 0.5:

@@ -708,6 +708,13 @@ def test_find_refusal_takes_the_best_prompt_and_the_words_most_refusals_begin_wi
         r.find_refusal(harmful, prompts=["(no)"])
 
 
+def test_the_words_end_with_their_sentence_where_several_refusals_have_it():
+    said = ["I can't do that. Ask", "I can't do that. No", "I can't do it.", "I can't do", "Sorry. I"]
+    assert rrs._sentence("I can't", said) == "I can't do that."
+    assert rrs._sentence("I can't do it", said) == "I can't do it"  # once: as it is
+    assert rrs._sentence("No", said) == "No"
+
+
 @pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
 def test_fit_finds_the_refusal_by_itself(tiny, harmful, benign, refusing, monkeypatch):
     monkeypatch.setattr(rrs, "REFUSAL_PROMPTS", ("(no)", "(magic)"))
