@@ -138,8 +138,10 @@ class RRSConfig:
     """Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`."""
     refusal: str = "I"
     """The words with which a refusal begins. The first token selects features; one token is the paper. With more,
-    training also goes along them: after each word, to the vector that is there under the refusal prompt. That helps
+    training also goes along them: after each word, to the mean vector there under the refusal prompt. That helps
     models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
+    refusal_examples: int = 0
+    """R_h+ is taken of at most so many harmful examples, evenly spread; 0, the paper: of all. Only its mean counts."""
     prompts: tuple[str, ...] = (
         "Answer the question in the audio.",
         "Follow the instruction in the audio.",
@@ -232,7 +234,8 @@ class RRSConfig:
             bounds[name] = (getattr(self, name) >= 1, "must be at least 1")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             bounds[name] = (getattr(self, name) > 0, "must be above 0")
-        for name in ("penalty", "weight_decay", "harmful_strength", "benign_strength", "keep_tokens"):
+        least_0 = ("penalty", "weight_decay", "harmful_strength", "benign_strength", "keep_tokens", "refusal_examples")
+        for name in least_0:
             bounds[name] = (getattr(self, name) >= 0, "must not be negative")
         for name, (holds, rule) in bounds.items():
             if not holds:
@@ -1710,11 +1713,13 @@ class RRS(Runner):
         c, words = self.config, self.token_ids(self.config.refusal)
         harmful, benign = self._usable(harmful, condition), self._usable(benign, condition)
         r_b, r_h = self.extract(benign, condition), self.extract(harmful, condition)
-        suffixes = [words if len(words) > 1 else ()] * len(harmful)
-        plus = self.extract_along(harmful, condition, suffixes, refusal_prompt=True)  # R_h+, and after each word
-        direction = self.select(r_b, torch.stack([rows[0] for rows in plus]), scorer)
+        suffix = words if len(words) > 1 else ()
+        some = harmful[:: -(-len(harmful) // (c.refusal_examples or len(harmful)))]
+        plus = torch.stack(self.extract_along(some, condition, [suffix] * len(some), refusal_prompt=True))
+        direction = self.select(r_b, plus[:, 0], scorer)  # plus: R_h+, and after each word, [some, 1 + words, hidden]
         up, down = c.harmful_strength * direction.move, c.benign_strength * direction.move
-        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=[rows[1:] for rows in plus])
+        suffixes, along = [suffix] * len(harmful), [plus[:, 1:].mean(0)] * len(harmful)
+        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=along)
         held = self._held(benign, condition, r_b)
         after = self.extract_along([benign[i] for i in held], condition, [*held.values()])
         along = {i: rows[1:] for i, rows in zip(held, after, strict=True)}

@@ -280,7 +280,8 @@ def test_held_answers_are_the_tokens_the_model_chose(harmful, benign):
 
 
 def test_a_refusal_in_words(harmful, benign):
-    """Harmful inputs have targets along the words, as under the refusal prompt; benign ones along their answers."""
+    """Harmful inputs have targets along the words, as on average under the refusal prompt; benign ones along their
+    answers."""
     config = small(refusal="I can't.", keep_tokens=2, epochs=12, **ONE)
     r = RRS(*tiny_qwen2_audio(), config, verbose=False)
     ids = r.tokenizer("I can't.", add_special_tokens=False)["input_ids"]
@@ -290,10 +291,16 @@ def test_a_refusal_in_words(harmful, benign):
     assert all(torch.allclose(x.target[0], y.target[0], atol=1e-5) for x, y in zip(items, own, strict=True))
     pairs = list(zip(items, own, strict=True))[len(harmful) :]
     assert all(torch.allclose(x.target, y.target, atol=1e-4) for x, y in pairs)
+    alone = []
     for item in items[: len(harmful)]:
         refused = r.read(item.example, "audio-text", refusal_prompt=True)
-        alone = [r.reader.represent([refused.extended(ids[: k + 1])])[0] for k in range(len(ids))]
-        assert torch.allclose(item.target[1:], torch.stack(alone), atol=1e-4)
+        alone.append(torch.stack([r.reader.represent([refused.extended(ids[: k + 1])])[0] for k in range(len(ids))]))
+    mean = torch.stack(alone).mean(0)
+    assert all(torch.allclose(item.target[1:], mean, atol=1e-4) for item in items[: len(harmful)])
+    few = RRS(r.model, r.processor, small(refusal="I can't.", refusal_examples=2, **ONE), verbose=False)
+    target = items_of(few, harmful, benign)[1].target
+    assert torch.allclose(target[1:], (alone[0] + alone[3]) / 2, atol=1e-4)  # two of six, evenly spread
+    assert not torch.allclose(target[1:], mean, atol=1e-4)
 
     prompts = [r.read(i.example, "audio-text").extended(i.suffix) for i in items[: len(harmful)]]
     goal = torch.stack([i.target[1:] for i in items[: len(harmful)]])
