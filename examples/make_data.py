@@ -38,7 +38,7 @@ KEYS = ["id", "audio", "text", "label", "group", "category", "twin", "voice"]
 # Rows of each split by group.
 SPLITS = {
     "train": {"harmful": 140, "twins": 140},
-    "train_text": {"harmful": 1820, "twins": 1050, "hard-benign": 1207, "everyday": 1120},
+    "train_text": {"harmful": 840, "twins": 154, "hard-benign": 1207, "everyday": 560},
     "dev": {"harmful": 28, "twins": 28},
     "dev_text": {"harmful": 98, "twins": 98, "hard-benign": 200, "everyday": 100, "indirect": 84},
     "test": {"harmful": 56, "twins": 56},
