@@ -61,8 +61,8 @@ from .data import (
     needed_packages, shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    SCRATCH, AnswerCache, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate, generate_ids,
-    judge_refusals, markdown, measure, write_files,
+    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate,
+    generate_ids, judge_refusals, markdown, measure, write_files,
 )  # fmt: skip
 from .hooks import (
     ANOTHER_LORA, Location, LoRA, Prompt, Reader, UnfitPrompt, all_reduce_sum, attached, best_device, best_dtype,
@@ -867,7 +867,7 @@ def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
         points.insert(0, measure(points[0].scale / third))
     while (scale := points[-1].scale * third) <= most * 1.001:
         points.append(measure(scale))
-        if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.2:
+        if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.1:
             break  # answers break, or harmless inputs are refused in numbers
     return points
 
@@ -2105,7 +2105,8 @@ class RRS(Runner):
 
         Divide `lora.scale` by the chosen scale to undo it. The scale is raised until refusals of harmful inputs fall;
         counted is where the refusal token is the head's first choice, one forward pass of dev for each scale. Then the
-        best scale answers, and weaker ones, until the judged answers are within the budget, too.
+        best scale answers, and weaker ones, until no group's judged answers are beyond its budget by more than chance:
+        until the 95% interval of the change reaches down to it.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
@@ -2115,7 +2116,7 @@ class RRS(Runner):
             judge: checks answers of `max_new_tokens`; `None` chooses by first tokens alone.
             answers, most: questions of each group to answer, evenly spread; the largest scale to try.
 
-        Returns the curve and the chosen point. A warning says if no scale is within the budget; the mildest is set.
+        Returns the curve and the chosen point. A warning says if no scale is within the budget; the nearest is set.
         """
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
@@ -2136,30 +2137,38 @@ class RRS(Runner):
             apart = {g: auc(lead, leads[g][1]) for g in harmless}
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
-        def excess(point: Point) -> float:
-            """Judges answers at a point; by how much they are beyond the budget, or one question where that is more."""
+        def judged(point: Point) -> dict[str, list[bool]]:
+            """Answers at a point: which of a group's are refused, and which of all are degenerate."""
             lora.scale = point.scale * present
             report = self._judged(some, conditions, judge, max_new_tokens)
-            point.answers = now = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
-            least = {g: max(limit, 1 / now[g].n) if limit else 0.0 for g, limit in limits.items()}
-            return max(now[g].value - vanilla.answers[g].value - limit for g, limit in least.items())
+            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
+            units.update({g: [a.unit for a in report.answers if g in (a.group, "degenerate")] for g in limits})
+            hits = {g: [a.verdict in report.counted(g) for a in report.answers if a.group == g] for g in harmless}
+            return hits | {"degenerate": [a.verdict == "degenerate" for a in report.answers]}
 
+        def excess(point: Point) -> float:
+            """By how much a group's answers are beyond its budget for certain: by the lower end of the interval."""
+            now = judged(point)
+            return max(Change.of(before[g], now[g], units[g]).low - limit for g, limit in limits.items())
+
+        units, before = dict[str, list[str]](), dict[str, list[bool]]()
         # no other thread sees the scales that are tried
         with lock(self.model), undoing(self.model, partial(setattr, lora, "scale", present)):
             with self.disabled():
                 vanilla = at(0.0)
                 if judge is not None:
-                    excess(vanilla)
+                    before = judged(vanilla)
             with self._bar(0, "calibrate: scales") as bar:
                 points = _raise_scale(lambda scale: (bar.update(), at(scale))[1], most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
                 chosen = min(points, key=lambda p: abs(math.log(p.scale)))
-            over = chosen.over
+            tried = [(chosen.over, chosen)] if judge is None else list[tuple[float, Point]]()
             for point in [p for p in reversed(points) if p.scale <= chosen.scale] if judge is not None else []:
-                chosen, over = point, excess(point)
-                if over <= 1e-9:
+                tried.append((excess(point), point))
+                if tried[-1][0] <= 1e-9:
                     break
+            over, chosen = min(tried, key=lambda pair: pair[0])
         lora.scale, self.report = chosen.scale * present, None
         chosen.chosen = True
         result = Calibration(limits, vanilla, points, chosen)

@@ -10,6 +10,7 @@ from conftest import rows, tiny_qwen2_audio
 
 import rrs
 from rrs import RRS, RRSConfig
+from rrs.evaluate import Change
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning"),
@@ -141,9 +142,9 @@ def test_with_a_judge_calibrate_goes_on_to_weaker_scales(drawn):
         answered.extend([scale] if answered[-1:] != [scale] else [])
         return ["compliance" if a in plain else "refusal" for a in answers]
 
-    by_first_choice = drawn.calibrate(DEV, TEXT, budget=0.5, judge=None)
+    by_first_choice = drawn.calibrate(DEV, TEXT, budget=0.02, judge=None)
     drawn.lora.scale = before
-    found = drawn.calibrate(DEV, TEXT, budget=0.5, judge=judge, max_new_tokens=3)
+    found = drawn.calibrate(DEV, TEXT, budget=0.02, judge=judge, max_new_tokens=3)
     assert found.chosen.scale < by_first_choice.chosen.scale
     tried = [p.scale for p in reversed(found.points) if found.chosen.scale <= p.scale <= by_first_choice.chosen.scale]
     assert answered == [0.0, *(pytest.approx(s * before) for s in tried)]  # vanilla, then weaker and weaker
@@ -151,7 +152,10 @@ def test_with_a_judge_calibrate_goes_on_to_weaker_scales(drawn):
     for group, examples in DEV.items():
         by_hand = [a not in plain for a in drawn.generate(examples, "text-only", max_new_tokens=3)]
         assert found.chosen.answers[group].value == sum(by_hand) / len(by_hand)
-    assert found.chosen.answers["benign"].value <= 0.5
+    k, n = found.chosen.answers["benign"].k, len(DEV["benign"])
+    assert Change.of([False] * n, [i < k for i in range(n)]).low <= 0.02  # of five, one question is within chance
+    worse = found.points[found.points.index(found.chosen) + 1].answers["benign"].k
+    assert Change.of([False] * n, [i < worse for i in range(n)]).low > 0.02
     assert set(found.chosen.answers) == set(found.vanilla.answers) == {*DEV, "degenerate"}
 
 
