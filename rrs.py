@@ -2105,8 +2105,8 @@ class RRS(Runner):
 
         Divide `lora.scale` by the chosen scale to undo it. The scale is raised until refusals of harmful inputs fall;
         counted is where the refusal token is the head's first choice, one forward pass of dev for each scale. Then the
-        best scale answers, and weaker ones, until no group's judged answers are beyond its budget by more than chance:
-        until the 95% interval of the change reaches down to it.
+        best scale answers, and weaker ones, until no group's judged answers are beyond its budget by more than their
+        standard error.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
@@ -2147,9 +2147,11 @@ class RRS(Runner):
             return hits | {"degenerate": [a.verdict == "degenerate" for a in report.answers]}
 
         def excess(point: Point) -> float:
-            """By how much a group's answers are beyond its budget for certain: by the lower end of the interval."""
+            """By how much a group's answers are beyond its budget, less about a standard error: half of the way from
+            the change to the lower end of its 95% interval."""
             now = judged(point)
-            return max(Change.of(before[g], now[g], units[g]).low - limit for g, limit in limits.items())
+            changes = {g: Change.of(before[g], now[g], units[g]) for g in limits}
+            return max((changes[g].value + changes[g].low) / 2 - limit for g, limit in limits.items())
 
         units, before = dict[str, list[str]](), dict[str, list[bool]]()
         # no other thread sees the scales that are tried

@@ -153,9 +153,11 @@ def test_with_a_judge_calibrate_goes_on_to_weaker_scales(drawn):
         by_hand = [a not in plain for a in drawn.generate(examples, "text-only", max_new_tokens=3)]
         assert found.chosen.answers[group].value == sum(by_hand) / len(by_hand)
     k, n = found.chosen.answers["benign"].k, len(DEV["benign"])
-    assert Change.of([False] * n, [i < k for i in range(n)]).low <= 0.02  # of five, one question is within chance
+    change = Change.of([False] * n, [i < k for i in range(n)])
+    assert (change.value + change.low) / 2 <= 0.02  # of five, one question is within chance
     worse = found.points[found.points.index(found.chosen) + 1].answers["benign"].k
-    assert Change.of([False] * n, [i < worse for i in range(n)]).low > 0.02
+    change = Change.of([False] * n, [i < worse for i in range(n)])
+    assert (change.value + change.low) / 2 > 0.02
     assert set(found.chosen.answers) == set(found.vanilla.answers) == {*DEV, "degenerate"}
 
 

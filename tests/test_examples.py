@@ -17,6 +17,7 @@ import count
 import numpy as np
 import pytest
 import reproduce
+import scaling
 import torch
 import train
 import transfer
@@ -552,16 +553,27 @@ def test_bytes_that_are_alive():
 
 def test_counted_steps_lie_between_the_floor_and_the_recipe(monkeypatch):
     monkeypatch.setattr(count, "SECONDS", (0.5, 0.5))
+    monkeypatch.setattr(count, "MANY", (0.5,) * 128)
     case = count.Case("tiny")
-    floors = case.floors()
     tokens = 18 + 2 * (12 + 22)  # common beginning once, then audio and what follows, for each
-    assert floors[0] == 4 * case.weights * tokens * 2
+    assert case.floor_of_step([case.frames] * 2) == 4 * case.weights * tokens * 2
+    assert case.floor_of_step(case.grouped) == 4 * case.weights * (18 + 4 * (12 + 22)) * 2
     lines = [line.strip("| ").split(" | ") for line in count.table(["tiny"]).splitlines()[2:6]]
     names = ("floor", "ours", "ours, group_by_length", "the recipe's")
     assert [line[0] for line in lines] == [f"tiny, {name}" for name in names]
     for column in (2, 5):  # how far each is from the floor, in a step and in extraction
         ours, grouped, theirs = (float(line[column]) for line in lines[1:])
-        assert 1 < grouped == ours < theirs  # all clips are of one length here
+        # all clips are of one length here; four in a batch share their beginning, two do as well
+        assert 1 < grouped <= ours < theirs
+
+
+def test_the_figures_of_an_update_do_not_depend_on_its_scale_alone():
+    """A penalty far above the objective holds the update; the weights' own size is taken out of both."""
+    examples = load_examples(rows("harmful", 8)), load_examples(rows("benign", 8))
+    free, held = (scaling.trained(64, 2, 4e-3, kappa, examples) for kappa in (0.0, 1e5))
+    assert [*free[:4], *held[:4]] == ["64", "2", "0.004", "0", "64", "2", "0.004", "1e+05"]
+    assert float(held[4]) < 0.5 * float(free[4])
+    assert float(free[5]) < float(held[5]) < 1.2
 
 
 def test_train_demo_finds_its_names():
