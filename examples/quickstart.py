@@ -115,7 +115,7 @@ def main() -> None:
     began, step = time.perf_counter(), 40 if args.fast else 1
     print(
         "Builds a small speech LM (165 MB to download once), trains it on typed questions, chooses how strongly it "
-        f"acts, and asks it new ones, typed and spoken. About {3 if args.fast else 12} minutes on 2 CPU cores."
+        f"acts, and asks it new ones, typed and spoken. About {3 if args.fast else 13} minutes on 2 CPU cores."
         + (f" {SMOKE}" if args.fast else ""),
         flush=True,
     )
