@@ -1718,15 +1718,13 @@ class RRS(Runner):
         plus = torch.stack(self.extract_along(some, condition, [suffix] * len(some), refusal_prompt=True))
         direction = self.select(r_b, plus[:, 0], scorer)  # plus: R_h+, and after each word, [some, 1 + words, hidden]
         up, down = c.harmful_strength * direction.move, c.benign_strength * direction.move
-        suffixes, along = [suffix] * len(harmful), [plus[:, 1:].mean(0)] * len(harmful)
-        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=along)
+        suffixes, goals = [suffix] * len(harmful), [plus[:, 1:].mean(0)] * len(harmful)
+        items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=goals)
         held = self._held(benign, condition, r_b)
         after = self.extract_along([benign[i] for i in held], condition, [*held.values()])
         along = {i: rows[1:] for i, rows in zip(held, after, strict=True)}
-        answers, rows = (
-            [held.get(i, ()) for i in range(len(benign))],
-            [along.get(i, r_b[:0]) for i in range(len(benign))],
-        )
+        answers = [held.get(i, ()) for i in range(len(benign))]
+        rows = [along.get(i, r_b[:0]) for i in range(len(benign))]
         items += make_items(benign, condition, r_b, -down, suffixes=answers, along=rows)
         return Prepared(condition, items, direction, r_h, r_b)
 

@@ -123,7 +123,7 @@ def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusin
     if refusing:
         texts = [answer_text(model.tokenizer, said[i]) for i in range(len(examples))]
         verdicts = judge_refusals([e.text or "" for e in examples], texts)
-        fixed = [*model.token_ids(REFUSAL), model.tokenizer.eos_token_id]
+        fixed = [*model.token_ids(REFUSAL), model.tokenizer.eos_token_id][:limit]
         said = {i: said[i] if v == "refusal" else fixed for i, v in enumerate(verdicts)}
     return [TrainItem(e, condition, torch.tensor(said[i])) for i, e in enumerate(examples) if said[i]]
 
