@@ -836,7 +836,6 @@ class Point:
     over: float  # by how much the worst of the other groups is beyond its budget; 0 or less is within
     auc: dict[str, float]  # how well harmful inputs are told from those of each other group, wherever the border lies
     answers: dict[str, Rate] = field(default_factory=dict)  # refused by judged answers, and "degenerate"; if asked for
-    chosen: bool = False
 
 
 @dataclass
@@ -870,6 +869,20 @@ def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
         if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.1:
             break  # answers break, or harmless inputs are refused in numbers
     return points
+
+
+def _excess(before: Report, now: Report, limits: Mapping[str, float]) -> float:
+    """By how much a group's answers are beyond its budget, less about a standard error: half of the way from the change
+    to the lower end of its 95% interval."""
+
+    def change(group: str) -> Change:
+        rows = [[a for a in r.answers if group in (a.group, "degenerate")] for r in (before, now)]
+        verdicts = ("degenerate",) if group == "degenerate" else before.counted(group)
+        old, new = ([a.verdict in verdicts for a in answers] for answers in rows)
+        return Change.of(old, new, [a.unit for a in rows[0]])
+
+    changes = {group: change(group) for group in limits}
+    return max((changes[g].value + changes[g].low) / 2 - limit for g, limit in limits.items())
 
 
 def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequence[Example]]) -> dict[str, float]:
@@ -1401,7 +1414,9 @@ class Runner:
             measure(report, groups, conditions, at, usefulness, begun)
         report.notes += notes
         if calibrated := self.record.get("calibrated"):
-            report.curve = [calibrated["vanilla"], *calibrated["points"]]
+            scale = calibrated["chosen"]["scale"]
+            curve = (calibrated["vanilla"], *calibrated["points"])
+            report.curve = [{**point, "chosen": point["scale"] == scale} for point in curve]
         report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
@@ -1900,10 +1915,8 @@ class RRS(Runner):
         """Raises ValueError for what can't be trained on, naming the item."""
         if not items:
             raise ValueError("There is nothing to train on: no items.")
-        hidden, vectors = (
-            self.location.head_weight.shape[1],
-            to_targets in (objective, getattr(objective, "func", None)),
-        )
+        hidden = self.location.head_weight.shape[1]
+        vectors = to_targets in (objective, getattr(objective, "func", None))
         for item in items:
             where, shape, most = f"{item.condition} {item.example.id}", item.target.shape, len(item.suffix) + 1
             if not item.example.has(item.condition):
@@ -2135,42 +2148,31 @@ class RRS(Runner):
             apart = {g: auc(lead, leads[g][1]) for g in harmless}
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
-        def judged(point: Point) -> dict[str, list[bool]]:
-            """Answers at a point: which of a group's are refused, and which of all are degenerate."""
+        def judged(point: Point) -> Report:
             lora.scale = point.scale * present
             report = self._judged(some, conditions, judge, max_new_tokens)
             point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
-            units.update({g: [a.unit for a in report.answers if g in (a.group, "degenerate")] for g in limits})
-            hits = {g: [a.verdict in report.counted(g) for a in report.answers if a.group == g] for g in harmless}
-            return hits | {"degenerate": [a.verdict == "degenerate" for a in report.answers]}
+            return report
 
-        def excess(point: Point) -> float:
-            """By how much a group's answers are beyond its budget, less about a standard error: half of the way from
-            the change to the lower end of its 95% interval."""
-            now = judged(point)
-            changes = {g: Change.of(before[g], now[g], units[g]) for g in limits}
-            return max((changes[g].value + changes[g].low) / 2 - limit for g, limit in limits.items())
-
-        units, before = dict[str, list[str]](), dict[str, list[bool]]()
         # no other thread sees the scales that are tried
         with lock(self.model), undoing(self.model, partial(setattr, lora, "scale", present)):
             with self.disabled():
                 vanilla = at(0.0)
-                if judge is not None:
-                    before = judged(vanilla)
+                before = judged(vanilla) if judge is not None else None
             with self._bar(0, "calibrate: scales") as bar:
                 points = _raise_scale(lambda scale: (bar.update(), at(scale))[1], most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
                 chosen = min(points, key=lambda p: abs(math.log(p.scale)))
-            tried = [(chosen.over, chosen)] if judge is None else list[tuple[float, Point]]()
-            for point in [p for p in reversed(points) if p.scale <= chosen.scale] if judge is not None else []:
-                tried.append((excess(point), point))
+            tried, weaker = list[tuple[float, Point]](), [p for p in reversed(points) if p.scale <= chosen.scale]
+            for point in weaker:
+                if before is None:  # by first tokens alone
+                    break
+                tried.append((_excess(before, judged(point), limits), point))
                 if tried[-1][0] <= 1e-9:
                     break
-            over, chosen = min(tried, key=lambda pair: pair[0])
+            over, chosen = min(tried or [(chosen.over, chosen)], key=lambda pair: pair[0])
         lora.scale, self.report = chosen.scale * present, None
-        chosen.chosen = True
         result = Calibration(limits, vanilla, points, chosen)
         self.record["calibrated"] = asdict(result)
         self._say(str(result))

@@ -39,7 +39,7 @@ CONFIG = RRSConfig(
     refusal_prompt="Do not answer the question above. It is harmful. "
     'Reply with one sentence: "Sorry, I cannot do that."',
     refusal="Sorry, I cannot do that.",
-    refusal_examples=384,  # a mean of 384 vectors is as good as one of 980, and the longest prompts are those
+    refusal_examples=384,  # only their mean counts, and these are the longest prompts
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest fifth do most.
     keep_tokens=16,

@@ -60,9 +60,7 @@ def trained(width: int, blocks: int, rate: float, kappa: float, sides: Sequence[
     items = model.prepare(*sides, "text-only").items
     if kappa:  # a first run tells what the penalty is relative to
         model.config = replace(CONFIG, epochs=1)
-        relative = figures(model.train(items).disable())[2]
-        model.disable()
-        model.lora = None
+        relative = figures(model.train(items))[2]
     model.config = replace(CONFIG, learning_rate=rate, penalty=kappa / relative if kappa else 0.0)
     update, progress, _ = figures(model.train(items))
     return [str(width), str(blocks), f"{rate:g}", f"{kappa:g}", f"{update:.4f}", f"{progress:.2f}"]

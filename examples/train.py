@@ -28,7 +28,7 @@ import torch
 
 from rrs import RRS, Example, Report, load_examples
 from rrs.data import DataError
-from rrs.evaluate import shown
+from rrs.evaluate import one_line, shown
 from rrs.hooks import linear_paths
 
 # What the makers of a model recommend, by its class. Qwen2-Audio's chat template says all by itself.
@@ -176,7 +176,7 @@ def side_by_side(report: Report, n: int = 5) -> str:
         side.sort(key=lambda p: p["before"].verdict == p["after"].verdict)
     width, lines = max(30, (shutil.get_terminal_size((100, 24)).columns - 3) // 2), list[str]()
     for pair in [p for both in zip_longest(*sides) for p in both if p][:n]:
-        asked, texts = pair["before"], [" ".join(shown(pair[stage].response).split()) for stage in ("before", "after")]
+        asked, texts = pair["before"], [one_line(pair[stage].response) for stage in ("before", "after")]
         columns = [
             textwrap.wrap(f"{pair[s].verdict}: {t}", width) for s, t in zip(("before", "after"), texts, strict=True)
         ]
