@@ -24,10 +24,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from threading import get_ident
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ from .data import (
     needed_packages, shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label, generate,
+    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, auc, by_label, generate,
     generate_ids, judge_refusals, markdown, measure, write_files,
 )  # fmt: skip
 from .hooks import (
@@ -86,8 +85,6 @@ __all__ = [
     "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """`(delta [hidden], head_row [hidden]) -> scores [hidden]`: which features to keep, the highest first."""
 Objective = Callable[[Reader, Sequence[Prompt], Sequence["TrainItem"]], Tensor]
@@ -558,20 +555,6 @@ class Checkpoints:
     def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
 
-    @staticmethod
-    def check(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
-        """Whether a run has begun in the folder; an error where it can't go on there."""
-        if folder is None and (every or resume):
-            raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
-        if folder is None:
-            return False
-        if (files := Checkpoints(folder, {}).files()) and not resume:
-            raise FileExistsError(
-                f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
-                "another checkpoint_dir to start a new one."
-            )
-        return bool(files)
-
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
         return on_rank0(lambda: sorted(self.folder.glob("step-*.safetensors")))
@@ -619,20 +602,19 @@ class Checkpoints:
         return dict(record)
 
 
-_HELD: set[tuple[Path, int]] = set()  # folders of this process's runs, each with the thread
-
-
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def holding(folder: str | Path | None) -> Iterator[None]:
     """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it.
 
     The lock is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing.
     """
-    mine, files = (folder, get_ident()), list[Any]()
+    files = list[Any]()
 
     def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append((folder / ".lock").open("a"))
+        if folder is None:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        files.append((Path(folder) / ".lock").open("a"))
         try:
             if fcntl:
                 fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -644,29 +626,28 @@ def holding(folder: Path) -> Iterator[None]:
 
     try:
         on_rank0(take)
-        _HELD.add(mine)
         yield
     finally:
-        _HELD.discard(mine)
         for file in files:
             file.close()
 
 
-def alone(run: Callable[P, T]) -> Callable[P, T]:
-    """`fit` and `train`: with gradients only, and in a folder of checkpoints where no other run is."""
-
-    @wraps(run)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not torch.is_grad_enabled():
-            where = "torch.no_grad() and torch.inference_mode()"
-            raise ValueError(f"{run.__name__} needs gradients; call it outside {where}.")
-        given: Any = kwargs.get("checkpoint_dir")
-        if given is None or ((folder := Path(given).resolve()), get_ident()) in _HELD:  # `fit` holds it for `train`
-            return run(*args, **kwargs)
-        with holding(folder):
-            return run(*args, **kwargs)
-
-    return checked
+def check_run(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
+    """Whether a run has begun in a folder of checkpoints; an error for what would stop training, before any work."""
+    if not torch.is_grad_enabled():
+        raise ValueError("Training needs gradients; call it outside torch.no_grad() and torch.inference_mode().")
+    if folder is None:
+        if every or resume:
+            raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
+        return False
+    with holding(folder):
+        files = Checkpoints(folder, {}).files()
+    if files and not resume:
+        raise FileExistsError(
+            f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
+            "another checkpoint_dir to start a new one."
+        )
+    return bool(files)
 
 
 def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
@@ -771,27 +752,19 @@ class Preflight:
 
     def advice(self, config: RRSConfig) -> list[str]:
         """What is unlikely to work, each with the fix."""
-        natural = "" if config.direction == "natural" else "direction='natural', or "
-        positive = "" if config.top == "positive" else " or top='positive'"
-        checks = {
-            f"vanilla refuses {self.harmful_refused} of the harmful questions; there is little to gain.": (
-                self.harmful_refused.value > 0.9
-            ),
-            f"vanilla refuses {self.benign_refused} of the benign questions; choose ones that it answers.": (
-                self.benign_refused.value > 0.25
-            ),
-            f"only {self.refused} answers refuse when the refusal prompt is appended, so Δ does not point at refusals. "
-            'Use refusal_prompt="auto", or name the words: \'Reply with one sentence: "Sorry, I cannot do that."\'': (
-                self.refused.value < 0.5 and len(config.refusal.split()) == 1
-            ),
-            f"the first token of refusal={config.refusal!r} is the first choice at only {self.token_target} of the "
-            f'targets, so they start no refusal. Use refusal="auto" or more harmful_strength{positive}.': (
-                self.token_target.value < 0.5
-            ),
-            f"only {self.benign_same} of the benign inputs keep the head's first choice at their targets, so harmless "
-            f"questions will be answered otherwise. Use {natural}less benign_strength.": self.benign_same.value < 0.5,
-        }
-        return [f"{self.condition}: {said}" for said, found in checks.items() if found]
+        first, one_word = f"the first token of refusal={config.refusal!r}", len(config.refusal.split()) == 1
+        checks = [
+            (self.harmful_refused.value > 0.9, f"{self.harmful_refused} of harmful questions are refused already."),
+            (self.benign_refused.value > 0.25, f"{self.benign_refused} of benign questions are refused already; choose "
+             "ones that the model answers."),
+            (self.refused.value < 0.5 and one_word, f"only {self.refused} answers refuse under the refusal prompt, so "
+             'Δ points at no refusal. Use refusal_prompt="auto", or one that names the words to reply with.'),
+            (self.token_target.value < 0.5, f"{first} is the first choice at only {self.token_target} of the targets, "
+             'so they start no refusal. Use refusal="auto" or more harmful_strength.'),
+            (self.benign_same.value < 0.5, f"only {self.benign_same} of benign inputs keep the first choice at their "
+             "targets, so they will be answered otherwise. Use direction='natural' or less benign_strength."),
+        ]  # fmt: skip
+        return [f"{self.condition}: {said}" for found, said in checks if found]
 
 
 @dataclass
@@ -859,15 +832,19 @@ class Calibration:
         return "\n".join(lines)
 
 
-def _raise_scale(measure: Callable[[float], Point], most: float) -> list[Point]:
-    """Points of the curve, by scale: up from 0.5 while it pays, and below it while even that is beyond the budget."""
-    points, third = [measure(0.5)], 2 ** (1 / 3)
+STEP = 2 ** (1 / 3)  # between two scales of the curve
+
+
+def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
+    """Points of the curve, by scale: from 1 down until one is within the budget, and from 1 up while it pays."""
+    points = [measure(1.0)]
     while points[0].over > 0 and points[0].scale > 0.1:
-        points.insert(0, measure(points[0].scale / third))
-    while (scale := points[-1].scale * third) <= most * 1.001:
-        points.append(measure(scale))
-        if points[-1].refused < max(p.refused for p in points) - 0.1 or points[-1].over > 0.1:
-            break  # answers break, or harmless inputs are refused in numbers
+        points.insert(0, measure(points[0].scale / STEP))
+    # Up until harmless inputs are refused in numbers, or answers break.
+    while points[-1].over <= 0.1 and points[-1].refused >= max(p.refused for p in points) - 0.1:
+        if points[-1].scale * STEP > most * 1.001:
+            break
+        points.append(measure(points[-1].scale * STEP))
     return points
 
 
@@ -984,19 +961,11 @@ RECORD: dict[str, tuple[type, ...]] = {
 def check_record(record: Any) -> None:
     """ValueError where an `rrs.json` is nothing that `load`, `verify` and `save` can use, as after an edit by hand."""
     try:
+        RRSConfig.from_dict(record.get("config", {}))
         for name, kinds in RECORD.items():
             if name in record and not isinstance(record[name], kinds):
                 raise ValueError(f"{name} must be a {kinds[0].__name__}, not {record[name]!r:.60}")
-        model_card(record, record.get("history", []), None)  # reads nearly all of it
-        for p in record.get("canary", []):
-            words = [p[name] for name in ("text", "vanilla", "trained")]
-            if (
-                not all(isinstance(word, str) for word in words)
-                or p["condition"] not in CONDITIONS
-                or "tokens" not in p
-            ):
-                raise ValueError(f"canary must hold prompts with answers, not {p!r:.60}")
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"rrs.json, {type(error).__name__}: {error}") from None
 
 
@@ -1052,143 +1021,74 @@ def acts_as(now: Tensor, trained: Tensor, vanilla: Tensor) -> str:
     return f"acts as {said}: first-token logits are at most {most} ({len(now)} prompts)"
 
 
-def answers_as(answers: Mapping[str, str], canary: Sequence[Mapping[str, Any]]) -> str:
-    """The same by a server's answers: whether they begin with the first half of the adapter's, or of vanilla's."""
-    known, votes = {p["text"]: p for p in canary if p["condition"] == "text-only"}, list[str]()
-    if not answers or answers.keys() - known.keys():
-        raise ValueError(f"answers={dict(answers)!r} must be {{prompt: answer}}, with prompts of {list(known)}.")
-    for text, answer in answers.items():
-        halves = {name: known[text][name].strip() for name in ("trained", "vanilla")}
-        begun = [name for name, said in halves.items() if answer.strip().startswith(said[: len(said) // 2 + 1])]
-        votes += (begun or ["something else"]) if len(begun) < 2 else []  # both: this prompt does not tell
-    if not votes:
-        return "can't be told by these prompts: the adapter's answers begin as vanilla's do"
-    said = votes[0] if len({*votes}) == 1 else "something else"
-    return f"acts as {said}: {votes.count('trained')} of {len(votes)} answers begin as trained"
-
-
-def verify(
-    directory: str | Path,
-    model: Any = None,
-    processor: Any = None,
-    *,
-    answers: Mapping[str, str] | None = None,
-    **kwargs: Any,
-) -> str:
+def verify(directory: str | Path, model: Any, processor: Any, **kwargs: Any) -> str:
     """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
     else, with the largest difference.
 
     Args:
         model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
-        answers: instead of a model, greedy answers of a server, `{prompt: answer}`, to prompts on the model card.
         kwargs: as in training, `build_inputs` and others of `RRS(...)`.
-    """  # fmt: skip
+    """
     _, _, record, vectors = read_adapter(Path(directory))
     if "canary" not in record:
         raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
-    if answers is not None:
-        return answers_as(answers, record["canary"])
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     more = {"template_kwargs": record.get("template_kwargs"), "verbose": False, **kwargs}
     rrs = RRS(getattr(model, "thinker", model), processor, RRSConfig.from_dict(record.get("config", {})), **more)
     return rrs._acts(record["canary"], vectors)
 
 
-def card_metadata(record: Mapping[str, Any], public: bool, report: Report | None) -> dict[str, Any]:
-    """The model card's metadata, by the hub's convention.
-
-    Args:
-        public: the base's name is one on the hub.
-    """
-    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
-    results = [
-        {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
-         "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
-                     for stage, rate in row["refused"].items() if rate["n"]]}
-        for row in (report.rows() if report else [])
-    ]  # fmt: skip
-    meta = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
-    if public:
-        meta |= {"base_model": record["base"]["name"], "base_model_relation": "adapter"}
-    return meta | ({"model-index": [{"name": "RRS adapter", "results": results}]} if results else {})
-
-
-def model_card(record: Mapping[str, Any], history: Sequence[Mapping[str, float]], report: Report | None) -> str:
-    """The model card: what a reader of the adapter has to know, from the run's own record."""
-    base, name = record.get("base", {}), str(record.get("base", {}).get("name") or "")
+def model_card(record: Mapping[str, Any], report: Report | None) -> str:
+    """The model card: what a reader of the adapter has to know, from its record, with the hub's metadata."""
+    base, history, settings = record.get("base", {}), record.get("history", []), record.get("config", {})
+    name = str(base.get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
-    meta, calibrated = card_metadata(record, public, report), record.get("calibrated")
-    differs = RRSConfig.from_dict(record.get("config", {})).differences()
+    task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
+    meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
+    if public:
+        meta |= {"base_model": name, "base_model_relation": "adapter"}
+    if report:
+        results = [
+            {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+             "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                         for stage, rate in row["refused"].items() if rate["n"]]}
+            for row in report.rows()
+        ]  # fmt: skip
+        meta["model-index"] = [{"name": "RRS adapter", "results": results}]
     first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
+    calibrated = record.get("calibrated")
     scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
-    rates: list[dict[str, Any]] = [
-        {k: Rate(**v) if isinstance(v, Mapping) else v for k, v in p.items()} for p in record.get("preflight", [])
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in meta.items()), "---", "", "# RRS adapter", ""]
+    lines += [
+        f"A LoRA that is to make {f'`{name}`' if public else 'its base model'} (`{base.get('class', '?')}`, revision "
+        f"{markdown(base.get('revision') or 'unknown')}, fingerprint `{base.get('fingerprint', '?')}`) refuse harmful "
+        "requests without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). "
+        f"{len(history)} steps, loss {first} → {last}.{scaled} {markdown(record.get('versions', {}))}. "
+        "Its licence is for you to state.",
+        "\n## Evaluation\n",
+        report.to_markdown() if report else "Not evaluated: its effect on safety and over-rejection is unknown.",
+        "\n## Use\n",
+        "    model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)",
+        "    adapter = RRS.load(folder, base, processor)       # RRS, with disable() and enable()",
+        '    adapter.merge().save_pretrained("merged")         # a model like any other, for any server',
+        "    rrs.verify(folder, model, processor)              # does a PEFT or merged model act as this adapter?",
     ]
-    data = [
-        f"| {condition} | {label} | {side['n']} | `{side['sha256']}` |"
-        for condition, labels in record.get("data", {}).items()
-        for label, side in labels.items()
+    if base.get("class") in THINKERS.values():
+        lines.append(
+            f"\nThe base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this "
+            "folder; or merge into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and "
+            "`whole.save_pretrained(…)`; copy the checkpoint's other files (processor, speakers) there."
+        )
+    lines += [
+        "\nA server that has the adapter answers these prompts, greedily, as in the last column:\n",
+        "| condition | prompt | vanilla's answer | with the adapter |\n| --- | --- | --- | --- |",
     ]
-    canary = [
-        f"| {p['condition']} | {markdown(p['text'])} | {markdown(p['vanilla'])} | {markdown(p['trained'])} |"
-        for p in record.get("canary", [])
-    ]
-    composite = f"""
-The base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this folder; or merge
-into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and `whole.save_pretrained(…)`; copy the
-checkpoint's other files (processor, speakers) there.
-"""
-    return f"""---
-{chr(10).join(f"{key}: {json.dumps(value)}" for key, value in meta.items())}
----
-
-# RRS adapter
-
-A LoRA that is to make {f"`{name}`" if public else "its base model"} (`{base.get("class", "?")}`, revision
-{markdown(base.get("revision") or "unknown")}, fingerprint `{base.get("fingerprint", "?")}`) refuse harmful requests
-without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). {len(history)} steps, loss
-{first} → {last}.{scaled} {markdown(record.get("versions", {}))}. Its licence is for you to state.
-
-## Evaluation
-
-{report.to_markdown() if report else "Not evaluated: its effect on safety and over-rejection is unknown."}
-
-## Use
-
-```python
-model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)
-adapter = RRS.load(folder, base, processor)       # RRS, with disable() and enable()
-adapter.merge().save_pretrained("merged")         # a model like any other
-```
-{composite if base.get("class") in THINKERS.values() else ""}
-Serving: merged weights work wherever the class does. A server's LoRA route needs the server to support LoRA for this
-class and this rank ({record.get("config", {}).get("lora_r", "?")}). Check what is served:
-
-```python
-rrs.verify(folder, model, processor)                           # a PEFT model, or a merged one
-rrs.verify(folder, answers={{"Hello.": "what it answers", …}})   # a server's greedy answers
-```
-
-| condition | prompt | vanilla's answer | with the adapter |
-| --- | --- | --- | --- |
-{chr(10).join(canary)}
-
-## Before training
-
-{chr(10).join(f"- {Preflight(**rate)}" for rate in rates) or "Not checked."}
-
-## Data
-
-| condition | side | examples | SHA-256 of their contents |
-| --- | --- | --- | --- |
-{chr(10).join(data)}
-
-## Settings that differ from the paper's
-
-{chr(10).join(f"- `{k}`: {markdown(v)}" for k, v in differs.items())}
-
-All of them, and the history, are in `rrs.json`.
-"""
+    for prompt in record.get("canary", []):
+        cells = [markdown(prompt[key]) for key in ("condition", "text", "vanilla", "trained")]
+        lines.append(f"| {' | '.join(cells)} |")
+    differs = RRSConfig.from_dict(settings).differences().items()
+    lines += ["\n## Settings that differ from the paper's\n", *(f"- `{key}`: {markdown(x)}" for key, x in differs)]
+    return "\n".join([*lines, "\nAll of them, data, preflight, calibration and history are in `rrs.json`.", ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1463,13 +1363,16 @@ class Runner:
         with self._running():
             return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals)
 
-    def _refused(self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False) -> Rate:
-        """How many examples the vanilla model refuses, by answers of 24 tokens."""
+    def _refusals(
+        self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False
+    ) -> tuple[Rate, list[str]]:
+        """How many examples the vanilla model refuses, by answers of 24 tokens; and the refusals, or all if none is."""
         with self._running(vanilla=True):
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
             answers = self._answer(prompts, 24, "how it refuses" if refusal_prompt else "what it refuses")
         verdicts = judge_refusals([e.text or "" for e in examples], answers)
-        return Rate.of([v in ("refusal", "partial") for v in verdicts])
+        refusals = [answer for answer, v in zip(answers, verdicts, strict=True) if v == "refusal"]
+        return Rate.of([v in ("refusal", "partial") for v in verdicts]), refusals or answers
 
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
         # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
@@ -1766,9 +1669,9 @@ class RRS(Runner):
         goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
         check = Preflight(
             condition,
-            harmful_refused=self._refused(some[0], condition),
-            benign_refused=self._refused(some[1], condition),
-            refused=self._refused(some[0], condition, refusal_prompt=True),
+            harmful_refused=self._refusals(some[0], condition)[0],
+            benign_refused=self._refusals(some[1], condition)[0],
+            refused=self._refusals(some[0], condition, refusal_prompt=True)[0],
             token_full=Rate.of(self._first_choice(r_h + direction.delta) == self.refusal_token),
             token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
             benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
@@ -1791,24 +1694,18 @@ class RRS(Runner):
         """
         condition = condition or self.config.conditions[0]
         examples = self._usable(load_examples(harmful, "harmful"), condition)
-        examples, config, tried = examples[:: -(-len(examples) // n)], self.config, dict[str, Rate]()
+        examples, config, tried = examples[:: -(-len(examples) // n)], self.config, dict[str, tuple[Rate, list[str]]]()
         try:
             for prompt in dict.fromkeys(p for p in (*prompts, config.refusal_prompt) if p != "auto"):
                 self.config = replace(config, refusal_prompt=prompt)
-                tried[prompt] = self._refused(examples, condition, refusal_prompt=True)
-            best = max(tried, key=lambda p: tried[p].value)
-            self.config = replace(config, refusal_prompt=best)
-            with self._running(vanilla=True):
-                asked = [self.read(e, condition, refusal_prompt=True) for e in examples]
-                said = generate_ids(self.reader, self.tokenizer, asked, 16)
+                tried[prompt] = self._refusals(examples, condition, refusal_prompt=True)
         finally:
             self.config = config
-        texts = [answer_text(self.tokenizer, said[i]) for i in range(len(examples))]
-        verdicts = judge_refusals([e.text or "" for e in examples], texts)
-        refusals = [i for i, v in enumerate(verdicts) if v == "refusal"] or [*said]
-        start = self.tokenizer.decode(_common_start([said[i] for i in refusals]), skip_special_tokens=True).strip()
-        words = _sentence(start, [texts[i] for i in refusals])
-        found = Refusal(best, words, tried[best], sorted(tried.items(), key=lambda pair: -pair[1].value))
+        order = sorted(tried, key=lambda prompt: -tried[prompt][0].value)
+        rate, texts = tried[order[0]]
+        start = _common_start([self.tokenizer(text, add_special_tokens=False)["input_ids"][:16] for text in texts])
+        words = _sentence(self.tokenizer.decode(start, skip_special_tokens=True).strip(), texts)
+        found = Refusal(order[0], words, rate, [(prompt, tried[prompt][0]) for prompt in order])
         self._say(str(found))
         if found.refused.value < 0.5:
             warnings.warn(
@@ -1820,7 +1717,6 @@ class RRS(Runner):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    @alone
     def train(
         self,
         items: Sequence[TrainItem],
@@ -1849,7 +1745,7 @@ class RRS(Runner):
             FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
             Whatever is raised, the model and this object are as they were before.
         """
-        Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
+        check_run(checkpoint_dir, resume, checkpoint_every)
         c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
         self._check_items(items, objective)
         lora, optimizer = self._new_lora()
@@ -1862,7 +1758,7 @@ class RRS(Runner):
             steps = len(history) if saved.get("stopped") else steps
         lengths = self._lengths(items) if c.group_by_length else None
         self._say_plan(items, steps, lora)
-        with self._training(lora, about, history), self._bar(steps, "train", len(history)) as bar:
+        with self._training(lora, about, history, checkpoint_dir), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
                 # -------------------------------------------------------------------------- a single training step
                 optimizer.param_groups[0]["lr"] = rate = c.learning_rate * (1 - step / (c.epochs * per_epoch))
@@ -1969,8 +1865,11 @@ class RRS(Runner):
         )
 
     @contextmanager
-    def _training(self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]]) -> Iterator[None]:
-        """A new adapter in training inside the `with`; after an error the one before is back, as it was."""
+    def _training(
+        self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]], folder: str | Path | None
+    ) -> Iterator[None]:
+        """A new adapter in training inside the `with`, alone in its folder of checkpoints; after an error the one
+        before is back, as it was."""
         before, on = dict(vars(self)), self.lora is not None and self.lora.attached
 
         def undo() -> None:
@@ -1981,7 +1880,7 @@ class RRS(Runner):
 
         try:
             self.disable()
-            with self._running():
+            with holding(folder), self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
                 self.report, self.directions, self._trained_on = None, {}, frozenset()
                 yield
@@ -2010,7 +1909,6 @@ class RRS(Runner):
                 RRSWarning, stacklevel=3,
             )  # fmt: skip
 
-    @alone
     def fit(
         self,
         harmful: Any,
@@ -2046,7 +1944,7 @@ class RRS(Runner):
         Returns:
             self. After an error, model and adapter are as they were before.
         """
-        began, started = time.perf_counter(), Checkpoints.check(checkpoint_dir, resume, checkpoint_every)
+        began, started = time.perf_counter(), check_run(checkpoint_dir, resume, checkpoint_every)
         if save_to is not None:
             on_rank0(lambda: check_folder(save_to))
         linear_paths(self.location, self.config.target_modules, self.config.layers)
@@ -2114,10 +2012,9 @@ class RRS(Runner):
     ) -> Calibration:
         """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
 
-        Divide `lora.scale` by the chosen scale to undo it. The scale is raised until refusals of harmful inputs fall;
-        counted is where the refusal token is the head's first choice, one forward pass of dev for each scale. Then the
-        best scale answers, and weaker ones, until no group's judged answers are beyond its budget by more than their
-        standard error.
+        Divide `lora.scale` by the chosen scale to undo it. Scales around 1 are tried; counted is where the refusal
+        token is the head's first choice, one forward pass of dev for each scale. Then the best scale answers, and
+        weaker ones, until no group's judged answers are beyond its budget by more than their standard error.
 
         Args:
             dev: to choose by, as in `evaluate`; not what was trained on.
@@ -2160,18 +2057,19 @@ class RRS(Runner):
                 vanilla = at(0.0)
                 before = judged(vanilla) if judge is not None else None
             with self._bar(0, "calibrate: scales") as bar:
-                points = _raise_scale(lambda scale: (bar.update(), at(scale))[1], most)
+                points = _curve(lambda scale: (bar.update(), at(scale))[1], most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
-                chosen = min(points, key=lambda p: abs(math.log(p.scale)))
-            tried, weaker = list[tuple[float, Point]](), [p for p in reversed(points) if p.scale <= chosen.scale]
-            for point in weaker:
-                if before is None:  # by first tokens alone
-                    break
-                tried.append((_excess(before, judged(point), limits), point))
-                if tried[-1][0] <= 1e-9:
-                    break
-            over, chosen = min(tried or [(chosen.over, chosen)], key=lambda pair: pair[0])
+                chosen = next(p for p in points if p.scale == 1)
+            over = chosen.over
+            if before is not None:  # weaker and weaker, until the answers are within the budget, too
+                tried = [(_excess(before, judged(chosen), limits), chosen)]
+                while tried[-1][0] > 1e-9 and tried[-1][1].scale > 0.25:
+                    if (place := points.index(tried[-1][1])) == 0:
+                        points.insert(0, at(points[0].scale / STEP))
+                    weaker = points[max(0, place - 1)]
+                    tried.append((_excess(before, judged(weaker), limits), weaker))
+                over, chosen = min(tried, key=lambda pair: pair[0])
         lora.scale, self.report = chosen.scale * present, None
         result = Calibration(limits, vanilla, points, chosen)
         self.record["calibrated"] = asdict(result)
@@ -2251,7 +2149,7 @@ class RRS(Runner):
         record["scale"] = lora.scale
         files |= {
             "rrs.json": json.dumps(record, indent=2).encode(),
-            "README.md": model_card(record, self.history, self.report).encode(),
+            "README.md": model_card(record, self.report).encode(),
             "rrs.safetensors": extra,
         }
         if type(self.model).__name__ in THINKERS.values():

@@ -130,28 +130,6 @@ def test_the_largest_difference_is_that_of_the_logits(trained):
     assert f"{worst:.2g} from trained" in verify(folder, tiny_qwen2_audio()[0], model.processor)
 
 
-def test_a_server_is_verified_by_its_answers(folder):
-    record = json.loads((folder / "rrs.json").read_text())
-    for i, said in enumerate(
-        ["I'm sorry, I can't do that.", "Paris is the capital.", "I'm sorry, no.", "I'm sorry, no."]
-    ):
-        record["canary"][i] |= {"trained": said, "vanilla": "Paris is the capital." if i == 1 else "First, take a tool"}
-    (folder / "rrs.json").write_text(json.dumps(record))
-    texts = [p["text"] for p in record["canary"][:4]]
-
-    def said(*answers):
-        return verify(folder, answers=dict(zip(texts, answers, strict=False)))
-
-    sorry, tool, paris = "I'm sorry, I can't help.", "First, take a tool and", "Paris is the capital of France."
-    assert said(sorry, paris, "I'm sorry, no. Never.") == "acts as trained: 2 of 2 answers begin as trained"
-    assert said(tool, paris, tool) == "acts as vanilla: 0 of 2 answers begin as trained"
-    assert said(sorry, paris, tool) == "acts as something else: 1 of 2 answers begin as trained"
-    assert said("Hm.", "Hm.") == "acts as something else: 0 of 2 answers begin as trained"
-    assert verify(folder, answers={texts[1]: "Paris is the capital."}).startswith("can't be told")
-    with pytest.raises(ValueError, match=r"with prompts of \['Hello.'"):
-        verify(folder, answers={"What?": "That."})
-
-
 def test_load_warns_where_the_adapter_does_not_act_as_trained(folder):
     quietly(lambda: RRS.load(folder, *tiny_qwen2_audio(), verbose=False))
     tensors, _ = rrs.unpack(folder / "adapter_model.safetensors")
@@ -522,7 +500,7 @@ def test_markup_in_names_and_answers_is_text_on_the_card(trained):
     record = {**trained[0].record, "base": {"name": "a/b\n# <script>", "class": "X"}}
     record["config"] = {"prompts": ["<img src=x>"], "system": "[click](http://x.y)\n# Head"}
     record["canary"] = [{"condition": "text-only", "text": "|a|", "vanilla": "<b>", "trained": "x\n\n# y"}]
-    text = rrs.model_card(record, [], report("<script>"))
+    text = rrs.model_card(record, report("<script>"))
     body = text.split("---", 2)[2].replace("\\<", "").replace("\\[", "")  # what is escaped
     assert "<script>" not in body
     assert "<img" not in body

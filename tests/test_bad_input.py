@@ -217,17 +217,17 @@ CALLS = {
     "without gradients": (
         lambda t, _: torch.no_grad()(fit)(t),
         ValueError,
-        ["fit needs gradients", "torch.no_grad()"],
+        ["Training needs gradients", "torch.no_grad()"],
     ),
     "in inference mode": (
         lambda t, _: torch.inference_mode()(fit)(t),
         ValueError,
-        ["fit needs gradients", "torch.inference_mode()"],
+        ["Training needs gradients", "torch.inference_mode()"],
     ),
     "training without gradients": (
         lambda t, _: torch.no_grad()(RRS(*t).train)([]),
         ValueError,
-        ["train needs gradients", "torch.no_grad()"],
+        ["Training needs gradients", "torch.no_grad()"],
     ),
     "an unknown condition": (
         lambda t, _: RRS(*t).generate("Hi.", "audio"),

@@ -42,7 +42,8 @@ def share_at_s(r, examples):
 def test_calibrate_takes_the_most_refusals_within_the_budget(drawn):
     before = drawn.lora.scale
     found = drawn.calibrate(DEV, TEXT, budget=0.5, judge=None)
-    assert [p.scale for p in found.points] == scales(*range(len(found.points)))
+    assert all(b.scale == pytest.approx(a.scale * 2 ** (1 / 3)) for a, b in zip(found.points, found.points[1:]))
+    assert any(p.scale == 1 for p in found.points)
     vanilla = found.vanilla.groups["benign"].value
     cost = {p.scale: p.groups["benign"].value - vanilla for p in found.points}
     assert max(cost.values()) > 0.5  # or there is nothing to choose
@@ -173,7 +174,8 @@ def test_with_a_judge_a_broken_scale_is_not_the_last_one_tried(drawn):
     found = drawn.calibrate(DEV, TEXT, budget=budget, judge=judge, max_new_tokens=2)
     assert [found.chosen.scale] == scales(3)
     assert found.chosen.answers["degenerate"].value == 0
-    assert found.points[4].answers["degenerate"].value == 1
+    above = found.points[found.points.index(found.chosen) + 1]
+    assert above.answers["degenerate"].value == 1
     assert any(p is found.chosen for p in found.points)  # all figures are of the same scale
 
 

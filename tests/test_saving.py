@@ -167,17 +167,8 @@ WRONG = {
     "config": [[], "x", {"lora_r": "x"}, {"lora_r": 1.5}, {"instruction": 5}, {"system": []}, {"refusal": None},
                {"group_by_length": "no"}, {"betas": {"a": 1}}, {"penalty": 10**400}, {"conditions": 1}, {"top": [1]},
                {"direction": 3}, {"prompts": [1]}, {"layers": None}],
-    "base": ["x", []],
-    "data": [[], {"text-only": 5}, {"text-only": {"harmful": 5}}, {"text-only": {"harmful": {}}}],
-    "sha256": [[], "x", {"adapter_model.safetensors": []}],
-    "preflight": ["x", [5], [{}], [{"condition": "c", "refused": {"k": 1}}]],
-    "history": ["x", [5], [{}], [{"loss": "x"}]],
-    "canary": ["x", [5], [{}], [{"text": 5, "vanilla": "", "trained": "", "condition": "text-only", "tokens": []}],
-               [{"text": "x", "vanilla": "", "trained": "", "condition": "aloud", "tokens": []}],
-               [{"text": "x", "vanilla": "", "trained": "", "condition": "text-only"}]],
-    "calibrated": ["x", {"chosen": 5}, {"chosen": {"scale": "x"}}],
-    "template_kwargs": ["x", [1]],
-    "scale": ["x", None],
+    "base": ["x", []], "data": [[]], "sha256": [[], "x", {"adapter_model.safetensors": []}], "preflight": ["x"],
+    "history": ["x"], "canary": ["x"], "calibrated": ["x"], "template_kwargs": ["x", [1]], "scale": ["x", None],
 }  # fmt: skip
 
 
