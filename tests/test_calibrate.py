@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def share_at_s(r, examples):
 def test_calibrate_takes_the_most_refusals_within_the_budget(drawn):
     before = drawn.lora.scale
     found = drawn.calibrate(DEV, TEXT, budget=0.5, judge=None)
-    assert all(b.scale == pytest.approx(a.scale * 2 ** (1 / 3)) for a, b in zip(found.points, found.points[1:]))
+    assert all(b.scale == pytest.approx(a.scale * 2 ** (1 / 3)) for a, b in pairwise(found.points))
     assert any(p.scale == 1 for p in found.points)
     vanilla = found.vanilla.groups["benign"].value
     cost = {p.scale: p.groups["benign"].value - vanilla for p in found.points}
