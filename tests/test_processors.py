@@ -197,7 +197,7 @@ def test_phi4_has_a_template_of_ours():
 def test_templates_that_drop_the_question_are_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ 'Task: check the conversation' }}"
-    with pytest.raises(ValueError, match=r"drops the text: \['Hello'\]"):
+    with pytest.raises(ValueError, match=r"drops \['Hello'\]"):
         Renderer(tokenizer)("Hello", None)
 
 
