@@ -79,10 +79,7 @@ class Example:
 
     @property
     def cluster(self) -> str:
-        """What statistics take as one question: `meta["question"]`, else the text, else the id.
-
-        Several voices, seeds or paraphrases of a question are no independent draws.
-        """
+        """What statistics take as one question, whatever its voices: `meta["question"]`, else the text, else the id."""
         question = self.meta.get("question")
         return (self.text or "").strip() or self.id if question in (None, "") else str(question)
 
@@ -188,8 +185,7 @@ def load_examples(
     column to `Audio(decode=False)`: clips are then decoded one by one, when they are needed.
 
     Args:
-        label: given to rows that have none. Rows that carry the *other* label are left out, so that one file can
-            serve as `harmful=` and as `benign=`.
+        label: given to rows that have none; rows with the *other* label are left out, so one file can serve both sides.
         columns: what holds what, where the names do not tell: `{"text": "my question", "audio": "my file"}`.
         audio_dir: folder of the clips; default the file's own.
         allow_outside: let rows name audio files that are not below that folder (links are followed).
@@ -383,10 +379,7 @@ def _turns(chat: Any, text: str | None, spoken: bool) -> tuple[Turns, str | None
 
 
 def _find(folder: Path | None, any_place: bool, name: str | Path) -> Path:
-    """The file of a clip, whose name may lack its ending; where it should be, if there is none.
-
-    It can't lie outside the folder unless `any_place` is allowed.
-    """
+    """The file of a clip (its name may lack the ending), or where it should be; in the folder, but for `any_place`."""
     path = Path(name) if folder is None else folder / name
     endings = () if path.suffix.lower() in AUDIO_SUFFIXES else AUDIO_SUFFIXES
     try:
@@ -601,7 +594,7 @@ def as_letters(text: str, tokens: Iterable[str]) -> str:
 
 
 class Renderer:
-    """Turns one user turn into the inputs of a Hugging Face processor's model: a single, unpadded prompt.
+    """Turns a user's turn into the inputs of a Hugging Face processor's model: a single, unpadded prompt.
 
     Args:
         processor: the model's processor (or tokenizer, for a text-only model).
@@ -636,10 +629,7 @@ class Renderer:
         return {**own, "extractor": self.extractor.to_dict() if hasattr(self.extractor, "to_dict") else None}
 
     def __call__(self, text: str | None, wave: Wave | None, messages: Turns = ()) -> dict[str, Any]:
-        """Model inputs of one prompt, each tensor with a batch dimension of 1: earlier turns, then audio, then text.
-
-        `wave` is mono float32, `[samples]` at `self.rate` Hz.
-        """
+        """Tensors of one prompt, batch dimension 1: earlier turns, audio (`[samples]` at `self.rate` Hz), then text."""
         if wave is not None and not self.rate:
             raise ValueError(f"{self.name} takes no audio; use the condition text-only.")
         inputs = self._inputs(text, wave, messages)
