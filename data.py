@@ -613,10 +613,8 @@ class Renderer:
         self.template = template.get("default") if several else template or TEMPLATES.get(self.name)
         if not self.template and self.name not in TEMPLATE_ONLY:
             lacks = f"no chat template 'default', only {list(template)}" if several else "no chat template"
-            raise ValueError(
-                f"{self.name} or its tokenizer has {lacks}; set processor.chat_template, "
-                "or pass build_inputs=your_function to RRS."
-            )
+            remedy = "set processor.chat_template, or pass build_inputs=your_function to RRS"
+            raise ValueError(f"{self.name} and its tokenizer have {lacks}; {remedy}.")
         audio_processor = getattr(processor, "audio_processor", None)  # Phi-4's
         self.extractor: Any = getattr(processor, "feature_extractor", None) or audio_processor
         self.rate = int(getattr(self.extractor, "sampling_rate", 0) or 0)
@@ -651,14 +649,12 @@ class Renderer:
                     soundfile.write(file := io.BytesIO(), wave, self.rate, format="WAV", subtype="FLOAT")
                     chat[-1]["content"][0] = {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
                 inputs = self.processor.apply_chat_template([chat], **self.template_kwargs)
-            elif wave is None:
-                prompt = self._prompt(text, None, turns)
-                inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
             else:
-                inputs = self.processor(
-                    text=[self._prompt(text, wave, turns)], audio=[wave], sampling_rate=self.rate, return_tensors="pt",
-                    add_special_tokens=False,
-                )  # fmt: skip
+                prompt, options = self._prompt(text, wave, turns), {"return_tensors": "pt", "add_special_tokens": False}
+                if wave is None:
+                    inputs = self.tokenizer(prompt, **options)
+                else:
+                    inputs = self.processor(text=[prompt], audio=[wave], sampling_rate=self.rate, **options)
         return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
 
     def _messages(self, text: str | None, wave: Wave | None, turns: Turns) -> list[dict[str, Any]]:
@@ -684,7 +680,5 @@ class Renderer:
             )  # fmt: skip
             if not (lost := [part for part in wanted if part not in prompt]):
                 return str(prompt)
-        raise ValueError(
-            f"The chat template of {self.name} drops {lost}, which is not in {prompt!r}. Set processor.chat_template "
-            "to the one of its model card, or pass build_inputs=your_function to RRS."
-        )
+        remedy = "Set processor.chat_template to the one of its model card, or pass build_inputs=your_function to RRS"
+        raise ValueError(f"The chat template of {self.name} drops {lost}, which is not in {prompt!r}. {remedy}.")
