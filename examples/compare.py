@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from review import write_page
 from torch import Tensor
 from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
@@ -258,6 +259,7 @@ def compare(
     vars(model).update({**ours, "report": report})
     model.enable()
     report.save(out)
+    write_page(report, out)
     return report
 
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from review import write_page
 from train import TEST, Groups, open_model, possible, spread
 
 from rrs import RRS, Example, Report
@@ -69,7 +70,7 @@ def main() -> None:
     print(report)
     if args.out:
         report.save(args.out)
-        print(f"Read every answer: {args.out / 'report.html'}")
+        print(f"Read every answer: {write_page(report, args.out)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from demo_lalm import fast_dtype, load_demo
+from review import write_page
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rrs import RRS, Example, RRSConfig, load_examples
@@ -137,6 +138,7 @@ def main() -> None:
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
     report.notes += [SMOKE] if args.fast else []
     report.save(args.out)
+    write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 
     print(f"\n{report}")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from review import write_page
 
 from rrs import RRS, Example, Report, load_examples
 from rrs.data import DataError
@@ -223,6 +224,7 @@ def main() -> None:
     model.calibrate(grouped(dev), possible(dev), max_new_tokens=16 if args.limit else 24)
     report = model.evaluate(test, asked, max_new_tokens=16 if args.limit else 64)
     report.save(args.out)
+    page = write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 
     print(f"\n{report}\n{side_by_side(report)}\n")
@@ -232,7 +234,7 @@ def main() -> None:
         print("This was a trial run on a few questions: its figures mean nothing. Leave --limit out for the real one.")
     adapter, same = args.out / "adapter", f"--model {args.model} --adapter {args.out / 'adapter'}"
     print(
-        f"Read every answer:      {args.out / 'report.html'}\n"
+        f"Read every answer:      {page}\n"
         f"Ask other questions:    python examples/evaluate.py {same} --test harmful=FILE\n"
         f"Put them in other ways: python examples/transfer.py {same} --out {args.out}-2\n"
         f'Use it:                 model = RRS.load("{adapter}", base_model, processor); model.generate("Hello!")'

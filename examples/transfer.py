@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from quickstart import evaluation_questions
+from review import write_page
 from train import TEST, Groups, open_model, possible, spread
 
 from rrs import RRS, Example
@@ -168,6 +169,7 @@ def transfer(
         whole.save(out)
     if not answers:
         raise SystemExit(f"None of the changes {list(names)} applies: those of clips need audio, frames need text.")
+    write_page(whole, out)
     return whole
 
 

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from conftest import RATE, tone
+from review import write_page
 
 from rrs.data import Example
 from rrs.evaluate import (
@@ -117,13 +118,14 @@ def test_a_saved_report_is_loaded_as_it_was(tmp_path):
                           "high": math.nan}, "same": {"k": 0, "n": 0, "value": math.nan, "low": math.nan,
                           "high": math.nan}}]  # fmt: skip
     files = report.save(tmp_path / "r")
-    assert [f.name for f in files] == ["report.json", "report.md", "report.html"]
+    assert [f.name for f in files] == ["report.json", "report.md"]
     assert json.loads(files[0].read_text(), parse_constant=pytest.fail)["table"][0]["group"] == "harmful"
     loaded = Report.load(tmp_path / "r")
     assert loaded.answers == report.answers
     assert loaded.to_markdown() == report.to_markdown() == files[1].read_text()
-    loaded.save(tmp_path / "again")
-    assert (tmp_path / "again" / "report.html").read_text().count("data:audio/wav;base64,") == 1
+    assert not any(a.audio for a in loaded.answers)  # it was no file; the page's clips are
+    assert write_page(report, tmp_path / "page").read_text().count("data:audio/wav;base64,") == 1
+    Report.load(tmp_path / "page").save(tmp_path / "again")
     clip = next(a.audio for a in Report.load(tmp_path / "again").answers if a.audio)
     assert soundfile.read(clip)[0] == pytest.approx(tone(0.3, 0), abs=1e-4)
     for damage in ("", "[]", '{"answers": [{"id": 1}]}', '{"answers": '):
@@ -134,8 +136,9 @@ def test_a_saved_report_is_loaded_as_it_was(tmp_path):
         Report.load(tmp_path / "nowhere")
 
 
-def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    make().save(tmp_path)
+@pytest.mark.parametrize("save", [Report.save, write_page])
+def test_saving_is_whole_or_not_at_all(save, tmp_path, monkeypatch):
+    save(make(), tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     (tmp_path / ".report.md.rrs-tmp").write_bytes(b"half of it")  # of a run that was killed
     plain = type(tmp_path).write_bytes
@@ -147,9 +150,9 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
-            make(6).save(tmp_path)
+            save(make(6), tmp_path)
     assert {p: p.read_bytes() for p in before} == before
-    make(6).save(tmp_path)
+    save(make(6), tmp_path)
     assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {p.name for p in before}
     assert len(Report.load(tmp_path).answers) == 2 * (7 + 8)
 
@@ -288,7 +291,7 @@ def test_no_text_steers_a_terminal_or_becomes_markup(tmp_path):
     report = evil_report(tmp_path)
     report.save(tmp_path / "r")
     assert Report.load(tmp_path / "r").answers == report.answers  # lone surrogates and all
-    page = (tmp_path / "r" / "report.html").read_text()
+    page = write_page(report, tmp_path / "r").read_text()
     for text in (str(report), report.to_markdown(), (tmp_path / "r" / "report.md").read_text(), page):
         odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) == "RLO"}
         assert odd <= {"\n", "\t"}
@@ -306,8 +309,8 @@ def test_only_sounds_are_embedded(tmp_path):
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"question": "q", "response": "r", "label": "benign", "audio": "secret"})
     )
-    Report.from_jsonl(tmp_path / "in.jsonl").save(tmp_path / "r")
-    assert "cGFzc3dvcmQ" not in (tmp_path / "r" / "report.html").read_text()
+    page = write_page(Report.from_jsonl(tmp_path / "in.jsonl"), tmp_path / "r")
+    assert "cGFzc3dvcmQ" not in page.read_text()
     assert Report.load(tmp_path / "r").answers[0].audio is None
 
 
@@ -347,7 +350,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is not inst
 @needs_browser
 def test_filters_and_counts(tmp_path):
     report = make()
-    page = report.save(tmp_path)[-1]
+    page = write_page(report, tmp_path)
     dom = opened(page)
     assert "Refused before → after: 0% → 75% of harmful requests" in dom
     assert "11 of 11 questions" in dom
@@ -371,7 +374,7 @@ def test_filters_and_counts(tmp_path):
 
 @needs_browser
 def test_hostile_text_is_only_text(tmp_path):
-    page = evil_report(tmp_path).save(tmp_path / "r")[-1]
+    page = write_page(evil_report(tmp_path), tmp_path / "r")
     dom = opened(page)
     assert "1 of 1 questions" in dom
     assert "</script><script>alert(1)</script>" in cards(dom)[0]  # as text: unescaped by this test
@@ -381,7 +384,7 @@ def test_hostile_text_is_only_text(tmp_path):
 def test_corrections_and_keys(tmp_path):
     """A reviewer flips one verdict and confirms another card by key; what is downloaded relabels the report."""
     report = make()
-    page = report.save(tmp_path)[-1]
+    page = write_page(report, tmp_path)
     press = "const press = key => document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));"
     script = press + (
         "const pick = document.querySelectorAll('article')[0].querySelectorAll('select')[1];"
@@ -404,9 +407,9 @@ def test_corrections_and_keys(tmp_path):
 
 @needs_browser
 def test_many_answers_come_in_portions_and_many_clips_are_linked(tmp_path, monkeypatch):
-    monkeypatch.setattr("rrs.evaluate.EMBEDDED", 1000)
+    monkeypatch.setattr("review.EMBEDDED", 1000)
     report = make(130)
-    page = report.save(tmp_path)[-1]
+    page = write_page(report, tmp_path)
     assert "data:audio" not in page.read_text()
     dom = opened(page)
     assert "263 of 263 questions" in dom
@@ -430,7 +433,7 @@ def test_clips_as_they_come(tmp_path):
              {"array": np.zeros((99, 2)), "sampling_rate": 8000}, {"bytes": None, "path": str(tmp_path / "a #1?.wav")},
              tmp_path / "gone.wav", b"no sound"]  # fmt: skip
     answers = [Answer("g", "audio-only", "s", f"{i}", None, "…", "refusal", audio=clip) for i, clip in enumerate(clips)]
-    Report(answers, [], "judge").save(tmp_path / "r")
+    write_page(Report(answers, [], "judge"), tmp_path / "r")
     kinds = [a.audio and a.audio.name.rpartition(".")[2] for a in Report.load(tmp_path / "r").answers]
     assert kinds == ["wav", "wav", "ogg", "ogg", "wav", "wav", None, None]
 
