@@ -669,7 +669,7 @@ def _places(values: Iterable[Any]) -> list[int]:
     return [index.setdefault(value, len(index)) for value in values]
 
 
-def _bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[float]:
     """95% interval of `statistic([draws, k]) -> [draws]` of sums over clusters, `rows` `[clusters, k]`, that are drawn
     10,000 times (fixed seed: the same data give the same interval)."""
     # Equal clusters are drawn together, by count: for yes/no values that is a handful of kinds, however many rows
@@ -737,7 +737,10 @@ class Mean:
         if not len(rows):
             return cls(0, math.nan, math.nan, math.nan)
         total, n = rows.sum(0)
-        return cls(int(n), float(total / n), *_bootstrap(rows, lambda sums: sums[:, 0] / sums[:, 1]))
+        return cls(int(n), float(total / n), *bootstrap(rows, lambda sums: sums[:, 0] / sums[:, 1]))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n and not math.isnan(self.value) else "–"
 
 
 @dataclass(frozen=True)
@@ -792,27 +795,6 @@ class Change:
     def flips(self) -> str:
         """How many went each way: "+12 −3"."""
         return f"+{self.gained} −{self.lost}"
-
-
-def agreement(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Any] | None = None) -> dict[str, Any]:
-    """How far two judges of the same answers agree: `same` (a `Rate`) and Cohen's `kappa` (a `Mean`; bootstrap by
-    cluster, `nan` where both say one and the same word throughout)."""
-    words, places = _places([*ours, *theirs]), _places(clusters if clusters is not None else range(len(ours)))
-    side = len(set(words))
-    pairs = np.zeros((len(set(places)), side, side))  # counts of (ours, theirs) in each cluster
-    np.add.at(pairs, (places, words[: len(ours)], words[len(ours) :]), 1)
-
-    def kappa(counts: np.ndarray) -> np.ndarray:
-        tables = counts.reshape(-1, side, side)
-        shares = tables / tables.sum((-2, -1), keepdims=True)
-        observed, chance = np.trace(shares, axis1=-2, axis2=-1), (shares.sum(-1) * shares.sum(-2)).sum(-1)
-        return np.where(chance < 1, (observed - chance) / np.maximum(1 - chance, 1e-12), np.nan)
-
-    found = Mean(len(ours), math.nan, math.nan, math.nan)
-    if side > 1:
-        found = Mean(len(ours), float(kappa(pairs.sum(0))[0]), *_bootstrap(pairs.reshape(len(pairs), -1), kappa))
-    same = Rate.of([a == b for a, b in zip(ours, theirs, strict=True)], clusters)
-    return {"n": len(ours), "same": asdict(same), "kappa": asdict(found)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -870,8 +852,6 @@ class Report:
     """Sentences that belong under the table."""
     usefulness: list[dict[str, Any]] = field(default_factory=list)
     """`{condition, stage, n, kl, same}` on benign inputs: the first token against the first stage's."""
-    agreement: list[dict[str, Any]] = field(default_factory=list)
-    """Of this report's verdicts with others: `{judge, other, n, same, kappa}`; see `agreement`."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """What `RRS.calibrate` tried: `{scale, groups: {name: {value, low, high}}, chosen: bool, …}`; see `Point`."""
     maps: dict[str, Any] = field(default_factory=dict)
@@ -989,54 +969,19 @@ class Report:
             said.append(f"Left out: {len(s['ids'])} {s['group']} examples lack what {s['condition']} needs.")
         if unfinished := len(self._select(verdict="incomplete")):
             said.append(f"{unfinished} answers end within their reasoning; raise max_new_tokens.")
-        for a in self.agreement:
-            same = f"{a['judge']} and {a['other']} give the same verdict for {Rate(**a['same'])}"
-            said.append(f"{same} of the answers that both judged; Cohen's kappa {_interval(a['kappa'], 2)}.")
         for u in (u for u in self.usefulness if u["stage"] != self.stages[0]):
-            kept = f"{_percent(Rate(**u['same']))} of {u['n']} benign inputs; KL {_interval(u['kl'])}"
+            kept = f"{_percent(Rate(**u['same']))} of {u['n']} benign inputs; KL {Mean(**u['kl'])}"
             said.append(f"Usefulness kept, {u['condition']}, {u['stage']}: same first token at {kept}.")
         return said + self.notes
 
     # -- other verdicts, other answers --------------------------------------------------------------------------------
 
     def rejudge(self, judge: Judge) -> Report:
-        """The same answers, judged by another judge; `agreement` says how far it agrees with this report's."""
+        """The same answers, judged by another judge."""
         said = judge([a.question or "" for a in self.answers], [a.response for a in self.answers])
         verdicts = check_verdicts(judge, said, len(self.answers))
-        return self._judged(dict(enumerate(verdicts)), name_of(judge), name_of(judge))
-
-    def relabel(self, path: str | Path) -> Report:
-        """The same answers with verdicts that a human gave; `agreement` says how far they agree with the judge's.
-
-        Args:
-            path: JSONL with `group`, `condition`, `stage`, `id` and `verdict` in each line, as the page's button
-                "Download" writes it; confirmed verdicts belong in it, too, since agreement is that on its answers.
-
-        Raises:
-            ValueError: a line names no answer of this report, or one with another response; or see `read_jsonl`.
-        """
-        names = ("group", "condition", "stage", "id", "verdict")
-        places, given = {tuple(map(shown, a.key)): i for i, a in enumerate(self.answers)}, dict[int, Verdict]()
-        for number, row in read_jsonl(path, names):
-            key = [row[name] for name in names[:4]]
-            place = places.get(tuple(map(shown, key)))
-            if place is None:
-                raise ValueError(f"{path}, line {number}: no answer of this report has {key}.")
-            response = shown(self.answers[place].response)
-            if row.get("response", response) != response:
-                raise ValueError(f"{path}, line {number}: its response is not that of this report; use its own.")
-            given[place] = Verdict(row["verdict"], "human")
-        return self._judged(given, "human", f"{self.judge}, {len(given)} verdicts by a human")
-
-    def _judged(self, given: Mapping[int, Verdict], other: str, name: str) -> Report:
-        """With verdicts by the answers' place."""
-        answers = list(self.answers)
-        for place, verdict in given.items():
-            answers[place] = replace(answers[place], verdict=str(verdict), rule=verdict.rule)
-        old = [self.answers[i] for i in given]
-        found = agreement([a.verdict for a in old], [*given.values()], [a.unit for a in old])
-        entry = {"judge": self.judge, "other": other, **found}
-        return replace(self, answers=answers, judge=name, agreement=[*self.agreement, entry])
+        answers = [replace(a, verdict=str(v), rule=v.rule) for a, v in zip(self.answers, verdicts, strict=True)]
+        return replace(self, answers=answers, judge=name_of(judge))
 
     @classmethod
     def from_jsonl(cls, path: str | Path, judge: Judge | None = None) -> Report:
@@ -1072,9 +1017,8 @@ class Report:
             answers.append(answer)
         source = {"file": path.name, "n": len(answers), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         report = cls(answers, [], "the file's verdicts", {"answers": source})
-        own = all(a.verdict for a in answers)
-        judged = report if own and judge is None else report.rejudge(judge or judge_refusals)
-        return judged if own else replace(judged, agreement=[])
+        judged = judge is None and all(a.verdict for a in answers)
+        return report if judged else report.rejudge(judge or judge_refusals)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -1122,13 +1066,6 @@ def _columns(head: list[str], body: Iterable[Sequence[Any]]) -> str:
 
 def _percent(rate: Rate) -> str:
     return f"{rate.value:.1%} [{100 * rate.low:.0f}–{100 * rate.high:.0f}]" if rate.n else "–"
-
-
-def _interval(mean: Mapping[str, Any], digits: int = 3) -> str:
-    """A `Mean` as a dict; read from a file, what it lacks is None."""
-    if mean["value"] is None or math.isnan(mean["value"]):
-        return "–"
-    return f"{mean['value']:.{digits}f} [{mean['low']:.{digits}f}, {mean['high']:.{digits}f}]"
 
 
 def by_label(groups: Mapping[str, Sequence[Example]]) -> tuple[list[str], list[str]]:

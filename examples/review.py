@@ -1,9 +1,11 @@
 """Every answer of a report on a page, to read, hear and correct.
 
-    python examples/review.py out      # makes out/report.html again from out/report.json
+    python examples/review.py out                                                # out/report.html from report.json
+    python examples/review.py out --verdicts verdicts.jsonl --out out/reviewed   # with verdicts corrected by hand
 
 The page is one file without network. It is built from the data in it by textContent alone, so that no text can be
-markup.
+markup. Its button writes the verdicts that were corrected or confirmed; the second command says how often they agree
+with the judge's.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ import numpy as np
 import soundfile
 
 from rrs import Report
-from rrs.evaluate import VERDICTS, plain, shown, write_files
+from rrs.evaluate import VERDICTS, Mean, Rate, bootstrap, plain, read_jsonl, shown, write_files
 from rrs.hooks import on_rank0
 
 EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linked
@@ -362,15 +365,85 @@ result(); curve(); Object.entries(D.maps).forEach(entry => map(...entry)); rende
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts by hand
+
+
+def agreement(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Any] | None = None) -> tuple[Rate, Mean]:
+    """How far two judges of the same answers agree: the share of equal verdicts, and Cohen's kappa.
+
+    Args:
+        clusters: what each answer belongs to, as in `Rate.of`; kappa's interval is bootstrapped by them.
+
+    Returns:
+        Kappa is `nan` where both judges say one and the same word throughout.
+    """
+    words = sorted({*ours, *theirs})
+    places = np.unique(range(len(ours)) if clusters is None else clusters, return_inverse=True)[1]
+    pairs = np.zeros((max(places, default=-1) + 1, len(words), len(words)))  # counts of (ours, theirs) in each cluster
+    np.add.at(pairs, (places, [*map(words.index, ours)], [*map(words.index, theirs)]), 1)
+
+    def kappa(counts: np.ndarray) -> np.ndarray:
+        tables = counts.reshape(-1, len(words), len(words))
+        shares = tables / tables.sum((-2, -1), keepdims=True)
+        observed, chance = np.trace(shares, axis1=-2, axis2=-1), (shares.sum(-1) * shares.sum(-2)).sum(-1)
+        return np.where(chance < 1, (observed - chance) / np.maximum(1 - chance, 1e-12), np.nan)
+
+    found = Mean(len(ours), math.nan, math.nan, math.nan)
+    if len(words) > 1:
+        found = Mean(len(ours), float(kappa(pairs.sum(0))[0]), *bootstrap(pairs.reshape(len(pairs), -1), kappa))
+    return Rate.of([a == b for a, b in zip(ours, theirs, strict=True)], clusters), found
+
+
+def relabel(report: Report, path: str | Path) -> Report:
+    """The same answers with verdicts that a human gave; its last note says how far they agree with the judge's.
+
+    Args:
+        path: JSONL with `group`, `condition`, `stage`, `id` and `verdict` in each line, as the page's button
+            "Download" writes it; confirmed verdicts belong in it, too, since agreement is that on its answers.
+
+    Raises:
+        ValueError: a line names no answer of this report, or one with another response; or see `read_jsonl`.
+    """
+    names = ("group", "condition", "stage", "id", "verdict")
+    places, given = {tuple(map(shown, a.key)): i for i, a in enumerate(report.answers)}, dict[int, str]()
+    for number, row in read_jsonl(path, names):
+        key = [row[name] for name in names[:4]]
+        place = places.get(tuple(map(shown, key)))
+        if place is None:
+            raise ValueError(f"{path}, line {number}: no answer of this report has {key}.")
+        response = shown(report.answers[place].response)
+        if row.get("response", response) != response:
+            raise ValueError(f"{path}, line {number}: its response is not that of this report; use its own.")
+        given[place] = row["verdict"]
+    old, answers = [report.answers[i] for i in given], list(report.answers)
+    for place, verdict in given.items():
+        answers[place] = replace(answers[place], verdict=verdict, rule="human")
+    same, kappa = agreement([a.verdict for a in old], [*given.values()], [a.unit for a in old])
+    note = f"{report.judge} and human give the same verdict for {same} of the answers that both judged"
+    notes = [*report.notes, f"{note}; Cohen's kappa {kappa}."]
+    return replace(report, answers=answers, judge=f"{report.judge}, {len(given)} verdicts by a human", notes=notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with the report.json that Report.save wrote")
+    parser.add_argument("--verdicts", type=Path, help="what the page's button wrote")
+    parser.add_argument("--out", type=Path, help="folder for the report with these verdicts")
     args = parser.parse_args()
+    if (args.verdicts is None) != (args.out is None):
+        parser.error("--verdicts and --out go together")
     try:
         report = Report.load(args.folder)
-    except ValueError as error:
+        if args.verdicts:
+            report = relabel(report, args.verdicts)
+            print(report.notes[-1])
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"Read every answer: {write_page(report, args.folder)}")
+    print(f"Read every answer: {write_page(report, args.out or args.folder)}")
 
 
 if __name__ == "__main__":

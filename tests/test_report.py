@@ -14,10 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import review
 import soundfile
 import torch
 from conftest import RATE, tone
-from review import write_page
+from review import agreement, relabel, write_page
 
 from rrs.data import Example
 from rrs.evaluate import (
@@ -25,7 +26,6 @@ from rrs.evaluate import (
     Rate,
     Report,
     Verdict,
-    agreement,
     answer_and_judge,
     judge_refusals,
     markdown,
@@ -114,8 +114,8 @@ def test_an_answer_knows_rule_label_and_clip():
 def test_a_saved_report_is_loaded_as_it_was(tmp_path):
     report = make()
     report.maps["audio-text"] = project({"before": {"harmful": torch.randn(5, 4)}})
-    report.usefulness = [{"condition": "c", "stage": "before", "n": 0, "kl": {"value": math.nan, "low": math.nan,
-                          "high": math.nan}, "same": {"k": 0, "n": 0, "value": math.nan, "low": math.nan,
+    report.usefulness = [{"condition": "c", "stage": "before", "n": 0, "kl": {"n": 0, "value": math.nan,
+                          "low": math.nan, "high": math.nan}, "same": {"k": 0, "n": 0, "value": math.nan, "low": math.nan,
                           "high": math.nan}}]  # fmt: skip
     files = report.save(tmp_path / "r")
     assert [f.name for f in files] == ["report.json", "report.md"]
@@ -165,10 +165,10 @@ def test_rejudged_without_a_model():
     report = make()
     again = report.rejudge(judge_refusals)
     assert again.judge == judge_refusals.name
-    assert again.agreement[0]["kappa"]["value"] == pytest.approx(again.agreement[0]["same"]["value"]) == 1
-    assert "words and" in again.sentences()[-1]
-    assert "give the same verdict for 100% (22/22) of the answers that both judged; Cohen's kappa 1.00" in str(again)
-    assert not report.agreement
+    verdicts = [[a.verdict for a in each.answers] for each in (report, again)]
+    same, kappa = agreement(*verdicts)
+    assert (same.k, same.n, kappa.value) == (22, 22, pytest.approx(1))
+    assert report.judge == "words"
     with pytest.raises(ValueError, match="22 answers"):
         report.rejudge(lambda _p, _r: ["refusal"])
 
@@ -182,12 +182,10 @@ def test_relabelled_by_hand(tmp_path):
     report, path = make(), tmp_path / "verdicts.jsonl"
     typed = [a for a in report.answers if (a.condition, a.stage) == ("text-only", "after")]
     path.write_text("".join(line(a, "partial" if a.id == "h3" else a.verdict, response=a.response) for a in typed))
-    mine = report.relabel(path)
+    mine = relabel(report, path)
     assert (report.rate("harmful", "text-only").k, mine.rate("harmful", "text-only").k) == (3, 2)
     changed = [a for a, b in zip(mine.answers, report.answers, strict=True) if a.verdict != b.verdict]
     assert [(a.id, a.verdict, a.rule) for a in changed] == [("h3", "partial", "human")]
-    assert mine.agreement[0]["same"]["k"] == 5
-    assert mine.agreement[0]["n"] == 6
     assert "words and human give the same verdict for 83% (5/6)" in str(mine)
     assert "by a human" in mine.judge
     for bad, message in [
@@ -202,7 +200,30 @@ def test_relabelled_by_hand(tmp_path):
     ]:
         path.write_text(bad)
         with pytest.raises(ValueError, match=message):
-            report.relabel(path)
+            relabel(report, path)
+
+
+def test_the_command_makes_the_page_again_and_takes_verdicts(tmp_path, monkeypatch, capsys):
+    report, out = make(), tmp_path / "out"
+    before = write_page(report, out).read_text()
+    (out / "report.html").unlink()
+    (tmp_path / "verdicts.jsonl").write_text(line(report.answers[0], "partial"))
+
+    def command(*arguments):
+        monkeypatch.setattr("sys.argv", ["review.py", *map(str, arguments)])
+        review.main()
+        return capsys.readouterr().out
+
+    assert command(out) == f"Read every answer: {out / 'report.html'}\n"
+    assert (out / "report.html").read_text() == before
+    told = command(out, "--verdicts", tmp_path / "verdicts.jsonl", "--out", tmp_path / "mine")
+    assert "words and human give the same verdict for 0% (0/1)" in told
+    assert Report.load(tmp_path / "mine").answers[0].verdict == "partial"
+    assert (tmp_path / "mine" / "report.html").read_text().count("data:audio/wav") == 1
+    assert Report.load(out).answers == report.answers
+    with pytest.raises(SystemExit):
+        command(tmp_path)
+    assert "is no report" in capsys.readouterr().err
 
 
 def test_kappa_against_a_published_table():
@@ -210,16 +231,16 @@ def test_kappa_against_a_published_table():
     table = [[88, 10, 2], [14, 40, 6], [18, 10, 12]]
     ours = [f"{i}" for i in range(3) for j in range(3) for _ in range(table[i][j])]
     theirs = [f"{j}" for i in range(3) for j in range(3) for _ in range(table[i][j])]
-    found = agreement(ours, theirs)
-    assert found["same"]["value"] == pytest.approx(0.70)
-    assert found["kappa"]["value"] == pytest.approx((0.70 - 0.41) / (1 - 0.41), abs=1e-4)  # his .492
-    low, high = found["kappa"]["low"], found["kappa"]["high"]
+    same, kappa = agreement(ours, theirs)
+    assert same.value == pytest.approx(0.70)
+    assert kappa.value == pytest.approx((0.70 - 0.41) / (1 - 0.41), abs=1e-4)  # his .492
+    low, high = kappa.low, kappa.high
     error = math.sqrt(0.70 * 0.30 / (200 * (1 - 0.41) ** 2))  # his large-sample standard error
     assert (low, high) == pytest.approx((0.4915 - 1.96 * error, 0.4915 + 1.96 * error), abs=0.02)
-    clustered = agreement(ours * 2, theirs * 2, [*range(200)] * 2)["kappa"]
-    assert (clustered["low"], clustered["high"]) == pytest.approx((low, high), abs=0.02)
-    assert math.isnan(agreement(["a"] * 3, ["a"] * 3)["kappa"]["value"])
-    assert math.isnan(agreement([], [])["kappa"]["value"])
+    clustered = agreement(ours * 2, theirs * 2, [*range(200)] * 2)[1]
+    assert (clustered.low, clustered.high) == pytest.approx((low, high), abs=0.02)
+    assert math.isnan(agreement(["a"] * 3, ["a"] * 3)[1].value)
+    assert math.isnan(agreement([], [])[1].value)
 
 
 def rows_of(report):
@@ -238,13 +259,12 @@ def test_answers_of_others(tmp_path):
     theirs = Report.from_jsonl(write_rows(tmp_path / "a.jsonl", rows), judge=words)
     assert theirs.stages == ["model before!", "model after!"]
     assert theirs.change("harmful", "text-only", stage="model after!") == report.change("harmful", "text-only")
-    assert not theirs.agreement
     few = [{k: row[k] for k in ("question", "response", "label")} for row in rows[-6:]]
     assert Report.from_jsonl(write_rows(tmp_path / "b.jsonl", few)).rate_of("harmful").n == 4
     told = [{**row, "verdict": "partial"} for row in few]
     assert {a.verdict for a in Report.from_jsonl(write_rows(tmp_path / "c.jsonl", told)).answers} == {"partial"}
     both = Report.from_jsonl(tmp_path / "c.jsonl", judge=words)
-    assert both.agreement[0]["same"]["k"] == 0
+    assert "partial" not in {a.verdict for a in both.answers}
     for i, change, message in [
         (1, {"label": None, "response": None}, "line 2 lacks 'response', 'label'"),
         (2, {"label": "bad"}, "line 3: label 'bad' must be 'harmful' or 'benign'"),
@@ -398,11 +418,11 @@ def test_corrections_and_keys(tmp_path):
     out = re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)[1].strip().split("\n")
     assert out.pop() == "q"
     (tmp_path / "verdicts.jsonl").write_text("\n".join(out))
-    mine = report.relabel(tmp_path / "verdicts.jsonl")
+    mine = relabel(report, tmp_path / "verdicts.jsonl")
     first = mine.answers[[a.rule for a in mine.answers].index("human")]
     assert [a.verdict for a in mine.answers if a.rule == "human"].count("partial") == 1
     assert first.group == "harmful"
-    assert mine.agreement[0]["same"]["k"] == 2
+    assert "give the same verdict for 67% (2/3)" in mine.notes[-1]
 
 
 @needs_browser
