@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby, takewhile
@@ -1136,37 +1136,3 @@ def project(panels: Panels) -> dict[str, Any]:
     axes = torch.linalg.svd(centred.double(), full_matrices=False).Vh[:2].float().T  # [hidden, 2]
     points = iter((centred @ axes).split([len(x) for x in parts]))
     return {panel: {group: next(points) for group in groups} for panel, groups in panels.items()}
-
-
-def plot_representations(
-    panels: Panels, path: str | Path, title: str = "", *, harmful: Collection[str] = ("harmful",)
-) -> None:
-    """The paper's representation map as a figure: a panel for each stage, the same axes (see `project`) for all.
-
-    Args:
-        path: of the figure, e.g. a PNG or PDF.
-        harmful: groups to draw in reds.
-
-    Raises:
-        ImportError: matplotlib is missing (`pip install "rrs[plot]"`).
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "rrs[plot]" (or: pip install matplotlib).') from error
-    points, colours = project(panels), dict[str, str]()
-    for group in dict.fromkeys(group for sets in points.values() for group in sets):
-        palette = ("C3", "C1", "C5") if group in harmful else ("C0", "C2", "C4", "C8", "C9")
-        before = sum((other in harmful) == (group in harmful) for other in colours)
-        colours[group] = palette[before % len(palette)]
-    figure = Figure(figsize=(3.6 * len(points) + 0.6, 4.2), layout="constrained")
-    grid = figure.subplots(1, len(points), sharex=True, sharey=True, squeeze=False)[0]
-    names = {text: shown(text).replace("$", r"\$") for text in (*colours, *points, title)}  # no formulas
-    for ax, (panel, sets) in zip(grid, points.items(), strict=True):
-        ax.set_title(names[panel])
-        for group, xy in sets.items():
-            ax.scatter(*xy.T, s=16, alpha=0.7, linewidths=0, color=colours[group])
-    handles = [grid[0].scatter([], [], color=colour) for colour in colours.values()]
-    figure.legend(handles, [names[g] for g in colours], loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(names[title])
-    figure.savefig(path, dpi=150)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_qwen2_audio
+from review import plot_representations
 
 from rrs import RRS, RRSConfig
 from rrs.data import Example, load_examples
@@ -28,7 +29,6 @@ from rrs.evaluate import (
     first_token_change,
     judge_refusals,
     log_likelihood,
-    plot_representations,
     project,
 )
 from rrs.hooks import steer
