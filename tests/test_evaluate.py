@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_qwen2_audio
+from model_judge import ModelJudge
 from review import plot_representations
 
 from rrs import RRS, RRSConfig
@@ -18,7 +19,6 @@ from rrs.evaluate import (
     AnswerCache,
     Change,
     Mean,
-    ModelJudge,
     Rate,
     Report,
     answer_and_judge,

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import unicodedata
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from review import agreement, relabel, write_page
 from rrs.data import Example
 from rrs.evaluate import (
     Answer,
+    Mean,
     Rate,
     Report,
     Verdict,
@@ -114,9 +115,8 @@ def test_an_answer_knows_rule_label_and_clip():
 def test_a_saved_report_is_loaded_as_it_was(tmp_path):
     report = make()
     report.maps["audio-text"] = project({"before": {"harmful": torch.randn(5, 4)}})
-    report.usefulness = [{"condition": "c", "stage": "before", "n": 0, "kl": {"n": 0, "value": math.nan,
-                          "low": math.nan, "high": math.nan}, "same": {"k": 0, "n": 0, "value": math.nan, "low": math.nan,
-                          "high": math.nan}}]  # fmt: skip
+    nothing = {"kl": asdict(Mean.of([])), "same": asdict(Rate.of([]))}
+    report.usefulness = [{"condition": "c", "stage": "before", "n": 0, **nothing}]
     files = report.save(tmp_path / "r")
     assert [f.name for f in files] == ["report.json", "report.md"]
     assert json.loads(files[0].read_text(), parse_constant=pytest.fail)["table"][0]["group"] == "harmful"
