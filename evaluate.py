@@ -21,7 +21,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .data import CONDITIONS, Example
 from .hooks import Prompt, Reader, all_gather, on_rank0, rank, world
@@ -507,20 +506,6 @@ def first_token_change(reader: Reader, before: Tensor, after: Tensor) -> tuple[T
         kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
         same.append((p.argmax(-1) == q.argmax(-1)).cpu())
     return torch.cat(kl), torch.cat(same)
-
-
-def log_likelihood(reader: Reader, prompts: Sequence[Prompt], answers: Sequence[Tensor]) -> Tensor:
-    """Mean log-probability per token `[batch]` of answers (token ids `[length]`, at least one) to prompts, in nats.
-
-    One forward pass; gradients reach an attached `LoRA` if they are enabled, so it is also the loss of SFT.
-    """
-    longer = [prompt.extended(answer.tolist()) for prompt, answer in zip(prompts, answers, strict=True)]
-    hidden = reader.last_hidden(longer, 1 + max(map(len, answers)))  # [batch, last, hidden]
-    # the vector at a position predicts the token behind it
-    rows = torch.cat([h[-1 - len(a) : -1] for h, a in zip(hidden, answers, strict=True)])
-    pairs = zip(rows.split(512), torch.cat(list(answers)).to(reader.device).split(512), strict=True)
-    losses = torch.cat([F.cross_entropy(reader.logits(h), t, reduction="none") for h, t in pairs])
-    return torch.stack([-x.mean() for x in losses.split([len(a) for a in answers])])
 
 
 @torch.no_grad()

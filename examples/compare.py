@@ -36,10 +36,11 @@ from typing import Any
 import torch
 from review import write_page
 from torch import Tensor
+from torch.nn import functional as F
 from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
 from rrs import RRS, Example, Report, RRSConfig, TrainItem, judge_refusals, load_examples
-from rrs.evaluate import answer_text, generate_ids, log_likelihood
+from rrs.evaluate import answer_text, generate_ids
 from rrs.hooks import LoRA, Prompt, Reader, frozen, steer
 
 SYSTEM = (
@@ -129,9 +130,14 @@ def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusin
     return [TrainItem(e, condition, torch.tensor(said[i])) for i, e in enumerate(examples) if said[i]]
 
 
-def unlikelihood(reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem]) -> Tensor:
-    """SFT's objective: mean negative log-likelihood per answer token, `[batch]`."""
-    return -log_likelihood(reader, prompts, [item.target for item in items])
+def negative_log_likelihood(reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem]) -> Tensor:
+    """SFT's objective: the mean over each item's answer (its target, token ids `[length]`), in nats, `[batch]`."""
+    longer = [prompt.extended(item.target.tolist()) for prompt, item in zip(prompts, items, strict=True)]
+    hidden = reader.last_hidden(longer, 1 + max(len(item.target) for item in items))  # [batch, last, hidden]
+    # the vector at a position predicts the token behind it
+    logits = [reader.logits(h[-1 - len(item.target) : -1]) for h, item in zip(hidden, items, strict=True)]
+    losses = [F.cross_entropy(x, item.target.to(x.device)) for x, item in zip(logits, items, strict=True)]
+    return torch.stack(losses)
 
 
 def score(vanilla: Rates, now: Rates, budget: Rates, harmful: Sequence[str]) -> tuple[bool, float]:
@@ -229,7 +235,7 @@ def compare(
     }
     for name, items in structures.items():
         configs = grown(replace(config, penalty=0.0))
-        loras[name], about = best_of(model, items, configs, dev, tried, budget, objective=unlikelihood)
+        loras[name], about = best_of(model, items, configs, dev, tried, budget, objective=negative_log_likelihood)
         notes.append(f"{name}: {about}.")
     paper = {name: getattr(RRSConfig(), name) for name in METHOD}
     published = replace(config, refusal=model.tokenizer.decode(model.token_ids(config.refusal)[:1]), **paper)

@@ -28,7 +28,6 @@ from rrs.evaluate import (
     final_answer,
     first_token_change,
     judge_refusals,
-    log_likelihood,
     project,
 )
 from rrs.hooks import steer
@@ -344,30 +343,6 @@ def test_first_token_change_equals_full_logits(model, benign):
     with pytest.raises(ValueError, match="must be"), steer(model.model, vector[:5]):
         pass
     assert torch.equal(model.model(input_ids=prompts[0].ids[None]).logits[:, -1], plain[:1])
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_log_likelihood_equals_the_full_model(model, benign, exact):
-    if not exact:
-        model.reader.exact = False  # as on a model whose decoder can't be replayed
-    examples = load_examples(benign)[:3]
-    prompts = [model.read(e, "audio-text") for e in examples]
-    answers = [torch.tensor(a) for a in ([5, 6, 7], [9], [11, 12])]
-    ours = log_likelihood(model.reader, prompts, answers)
-    for example, answer, value in zip(examples, answers, ours, strict=True):
-        inputs = model.render(model.config.instruction, example.clip[1](16000))
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None]], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        logp = model.model(**inputs).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
-        assert value.item() == pytest.approx(logp[range(len(answer)), answer].mean().item(), abs=1e-4)
-
-
-def test_log_likelihood_of_mixed_prompts(model, benign):
-    examples = load_examples(benign)[:2]
-    prompts = [model.read(e, c) for e in examples for c in ("audio-text", "text-only")]
-    answers = [torch.tensor([5 + i, 6]) for i in range(4)]
-    alone = [log_likelihood(model.reader, [p], [a]) for p, a in zip(prompts, answers, strict=True)]
-    assert torch.allclose(log_likelihood(model.reader, prompts, answers), torch.cat(alone), atol=1e-5)
 
 
 def test_usefulness_of_an_adapter(model, harmful, benign):

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ablation
@@ -25,7 +26,7 @@ from conftest import ROOT, rows, tiny_qwen2_audio, tone
 from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerConfig
 
-from rrs import RRS, RRSConfig, contribution, to_targets
+from rrs import RRS, RRSConfig, TrainItem, contribution, to_targets
 from rrs.data import load_examples
 from rrs.evaluate import Answer, Report, answer_text
 from rrs.hooks import LoRA, frozen, linear_paths
@@ -278,6 +279,32 @@ def test_all_methods_in_one_table(tmp_path):
         compare.compare(model, typed, test, test, tmp_path)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_likelihoods_equal_the_full_models(exact):
+    model, examples = tiny(), sides(3)["benign"]
+    if not exact:
+        model.reader.exact = False  # as on a model whose decoder can't be replayed
+    prompts = [model.read(e, "audio-text") for e in examples]
+    answers = [torch.tensor(a) for a in ([5, 6, 7], [9], [11, 12])]
+    items = [TrainItem(e, "audio-text", answer) for e, answer in zip(examples, answers, strict=True)]
+    ours = -compare.negative_log_likelihood(model.reader, prompts, items)
+    for item, value in zip(items, ours, strict=True):
+        answer, inputs = item.target, model.render(model.config.instruction, item.example.clip[1](16000))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        logp = model.model(**inputs).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        assert value.item() == pytest.approx(logp[range(len(answer)), answer].mean().item(), abs=1e-4)
+
+
+def test_likelihoods_of_mixed_prompts():
+    model, cells = tiny(), [(e, c) for e in sides(2)["benign"] for c in ("audio-text", "text-only")]
+    prompts = [model.read(*cell) for cell in cells]
+    items = [TrainItem(*cell, torch.tensor([5 + i, 6])) for i, cell in enumerate(cells)]
+    loss = partial(compare.negative_log_likelihood, model.reader)
+    alone = [loss([p], [i]) for p, i in zip(prompts, items, strict=True)]
+    assert torch.allclose(loss(prompts, items), torch.cat(alone), atol=1e-5)
+
+
 def test_fine_tuning_learns_its_answers():
     """The loss is the likelihood of the targets: they become likelier, in RRS's own loop."""
     model = tiny(replace(CONFIG, epochs=60, penalty=0.0))
@@ -287,10 +314,10 @@ def test_fine_tuning_learns_its_answers():
 
     def loss() -> float:
         with torch.no_grad():
-            return compare.unlikelihood(model.reader, prompts, items).mean().item()
+            return compare.negative_log_likelihood(model.reader, prompts, items).mean().item()
 
     vanilla = loss()
-    model.train(items, objective=compare.unlikelihood)
+    model.train(items, objective=compare.negative_log_likelihood)
     trained, lora = loss(), model.lora
     assert trained < 0.8 * vanilla
     model.disable().lora = None

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 import zoo
+from compare import negative_log_likelihood
 from conftest import OLDER, rows
 from torch import nn
 
-from rrs import RRS, RRSConfig
+from rrs import RRS, RRSConfig, TrainItem
 from rrs.data import load_examples
-from rrs.evaluate import log_likelihood
 from rrs.hooks import LoRA, capture, expert_parameters, frozen, linear_paths, locate
 
 THREE = ("audio-text", "text-only", "audio-only")
@@ -85,16 +85,17 @@ def test_replayed_in_a_batch_is_the_models_own_vector(name):
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_replayed_likelihoods_are_the_models_own(name):
-    rrs = tiny_rrs(name)
+    rrs, examples = tiny_rrs(name), load_examples(HARMFUL)
     answers = [torch.tensor(a) for a in ([5, 6, 7], [9], [11, 12])]
     for condition in THREE:
+        items = [TrainItem(e, condition, answer) for e, answer in zip(examples, answers, strict=True)]
         rrs.reader.exact = None
-        ours = log_likelihood(rrs.reader, [rrs.read(e, condition) for e in load_examples(HARMFUL)], answers)
+        ours = negative_log_likelihood(rrs.reader, [rrs.read(e, condition) for e in examples], items)
         assert rrs.reader.exact
         rrs.reader.exact = False
-        prompts = [rrs.read(e, condition) for e in load_examples(HARMFUL)]
+        prompts = [rrs.read(e, condition) for e in examples]
         assert all(prompt.inputs for prompt in prompts)
-        assert torch.allclose(ours, log_likelihood(rrs.reader, prompts, answers), atol=1e-3), condition
+        assert torch.allclose(ours, negative_log_likelihood(rrs.reader, prompts, items), atol=1e-3), condition
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
