@@ -322,23 +322,12 @@ def read_jsonl(path: str | Path, needs: Sequence[str]) -> list[tuple[int, dict[s
 
 
 def generate(
-    reader: Reader,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    progress: Callable[[int], object] | None = None,
-    *,
-    begun: Sequence[int] = (),
-    cache: AnswerCache | None = None,
-    state: str = "",
-) -> list[str]:
-    """Greedy answers as `answer_text`, in the prompts' order; the rest as in `generate_ids`.
-
-    Args:
-        begun: token ids that the prompts already end with and that are part of the answers.
-    """
+    reader: Reader, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int,
+    progress: Callable[[int], object] = lambda _: None, *, cache: AnswerCache | None = None, state: str = "",
+) -> list[str]:  # fmt: skip
+    """Greedy answers as `answer_text`, in the prompts' order; the rest as in `generate_ids`."""
     said = generate_ids(reader, tokenizer, prompts, max_new_tokens, progress, cache=cache, state=state)
-    return [answer_text(tokenizer, [*begun, *said[i]]) for i in range(len(prompts))]
+    return [answer_text(tokenizer, said[i]) for i in range(len(prompts))]
 
 
 _MARK = re.compile(
@@ -353,23 +342,21 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(tokenizer.decode(list(run), skip_special_tokens=not mark) for mark, run in runs).strip()
 
 
-def _settings(reader: Reader, tokenizer: Any, max_new_tokens: int) -> Any:
-    """The model's own generation settings without sampling and beams: some LALMs sample by default, which would make a
-    before/after comparison a matter of luck."""
-    model: Any = reader.model
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> tuple[Any, list[int]]:
+    """The model's own generation settings, but greedy, and its end tokens.
+
+    Some LALMs sample by default, which would make a before/after comparison a matter of luck.
+    """
     settings = copy.deepcopy(model.generation_config)
     settings.update(
         do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None,
         max_new_tokens=max_new_tokens, return_dict_in_generate=False,
     )  # fmt: skip
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id or next(iter(_ends(settings)), None)
-    return settings
-
-
-def _ends(settings: Any) -> list[int]:
     eos = settings.eos_token_id
-    return [eos] if isinstance(eos, int) else list(eos or [])
+    ends = [eos] if isinstance(eos, int) else list(eos or [])
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id or next(iter(ends), None)
+    return settings, ends
 
 
 def _prompt_key(how: str, prompt: Prompt) -> str:
@@ -389,17 +376,10 @@ def _prompt_key(how: str, prompt: Prompt) -> str:
 
 @torch.no_grad()
 def generate_ids(
-    reader: Reader,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    progress: Callable[[int], object] | None = None,
-    *,
-    cache: AnswerCache | None = None,
-    state: str = "",
-) -> dict[int, list[int]]:
-    """Token ids of greedy answers, by the prompts' index, with the end token if there is one; on all ranks, which share
-    the batches.
+    reader: Reader, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int,
+    progress: Callable[[int], object] = lambda _: None, *, cache: AnswerCache | None = None, state: str = "",
+) -> dict[int, list[int]]:  # fmt: skip
+    """Token ids of greedy answers, by the prompts' index, with the end token if there is one. Ranks share the batches.
 
     Args:
         progress: called with the number of prompts that were answered.
@@ -409,22 +389,21 @@ def generate_ids(
             weights, adapter, versions.
     """
     reader.check_length(prompts, max_new_tokens)
-    model, settings = reader.model, _settings(reader, tokenizer, max_new_tokens)
-    ends, answers, keys, times = _ends(settings), dict[int, list[int]](), list[str](), Counter[str]()
+    model: Any = reader.model
+    settings, ends = _settings(model, tokenizer, max_new_tokens)
+    keys, times, how = list[str](), Counter[str](), f"{state} {settings.to_json_string()}"
     for prompt in prompts if cache else ():
-        key = _prompt_key(f"{state} {settings.to_json_string()}", prompt)
+        key = _prompt_key(how, prompt)
         keys.append(f"{key}-{times[key]}")  # equal prompts may stand in different batches
         times[key] += 1
-    if cache:
-        answers = {i: cache.known[key] for i, key in enumerate(keys) if key in cache.known}
+    answers = {i: cache.known[key] for i, key in enumerate(keys) if key in cache.known} if cache else {}
     todo = [batch for batch in reader.batches(prompts, settings) if not all(i in answers for i in batch)]
-    report = progress or (lambda _: None)
-    report(len(prompts) - sum(map(len, todo)))
+    progress(len(prompts) - sum(map(len, todo)))
 
     def answer(batch: Sequence[int]) -> dict[int, list[int]]:
         inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
         start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        new = model.generate(**inputs, generation_config=settings)[:, start:].tolist()  # type: ignore[operator]
+        new = model.generate(**inputs, generation_config=settings)[:, start:].tolist()
         # what stands behind an end token only fills up the batch
         lengths = [next((k for k, t in enumerate(ids, 1) if t in ends), len(ids)) for ids in new]
         return {i: ids[:length] for i, ids, length in zip(batch, new, lengths, strict=True)}
@@ -435,7 +414,7 @@ def generate_ids(
         answers |= new
         if cache:
             cache.add({keys[i]: ids for i, ids in new.items()})
-        report(len(new))
+        progress(len(new))
     return answers
 
 
@@ -510,13 +489,9 @@ def first_token_change(reader: Reader, before: Tensor, after: Tensor) -> tuple[T
 
 @torch.no_grad()
 def measure(
-    report: Report,
-    groups: Mapping[str, Sequence[Example]],
-    conditions: Sequence[str],
-    at: Callable[[str, str], AbstractContextManager[Any]],
-    n: int,
-    begun: Sequence[int] = (),
-) -> None:
+    report: Report, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str],
+    at: Callable[[str, str], AbstractContextManager[Any]], n: int, begun: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Adds `report.usefulness` and `report.maps`, in each condition on at most n inputs of each side, spread over all.
 
     Args:
@@ -527,13 +502,12 @@ def measure(
         sides = [[(g, e) for g in side for e in groups[g] if e.has(condition)] for side in by_label(groups)]
         harmful, benign = (rows[:: -(-len(rows) // n) or 1] for rows in sides)
         asked, clusters = [*benign, *harmful], [e.cluster for _, e in benign]
-        panels, vanilla = dict[str, dict[str, Tensor]](), torch.empty(0)
+        names, panels, vanilla = [g for g, _ in asked], dict[str, dict[str, Tensor]](), None
         for stage in report.stages if asked else ():
             with at(stage, condition) as who:
                 h = who.reader.represent([who.read(e, condition).extended(begun) for _, e in asked])  # [n, hidden]
-                vanilla = vanilla if len(vanilla) else h  # the first stage's
-                places = {g: torch.tensor([name == g for name, _ in asked]) for g in dict.fromkeys(g for g, _ in asked)}
-                panels[stage] = {g: h[place] for g, place in places.items()}
+                vanilla = h if vanilla is None else vanilla  # the first stage's
+                panels[stage] = {group: h[[name == group for name in names]] for group in dict.fromkeys(names)}
                 if benign:
                     kl, same = first_token_change(who.reader, vanilla[: len(benign)], h[: len(benign)])
                     report.usefulness.append({
@@ -544,6 +518,27 @@ def measure(
             report.maps[condition] = project(panels)
 
 
+def project(panels: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Two principal components, the same ones for all panels.
+
+    Args:
+        panels: `{panel: {group: [n, hidden]}}`, e.g. `{"before": {"harmful": …, "benign": …}, "after": …}`.
+
+    Returns:
+        `{panel: {group: [n, 2]}}`.
+
+    Raises:
+        ValueError: there are fewer than two vectors.
+    """
+    parts = [x.float().cpu() for panel in panels.values() for x in panel.values()]
+    if (count := sum(map(len, parts))) < 2:
+        raise ValueError(f"A map takes two vectors or more; the panels {list(panels)} have {count}.")
+    centred = torch.cat(parts) - torch.cat(parts).mean(0)
+    axes = torch.linalg.svd(centred.double(), full_matrices=False).Vh[:2].float().T  # [hidden, 2]
+    points = iter((centred @ axes).split([len(x) for x in parts]))
+    return {panel: {group: next(points) for group in groups} for panel, groups in panels.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
@@ -551,18 +546,12 @@ def measure(
 def _clustered(values: Iterable[Any], clusters: Sequence[Any] | None) -> np.ndarray:
     """Sum and size of each cluster, `[clusters, 2]`; without clusters, of each value."""
     array = np.asarray(list(values), float)
-    if clusters is None:
-        return np.stack([array, np.ones(len(array))], 1)
+    clusters = range(len(array)) if clusters is None else clusters
     if len(clusters) != len(array):
         raise ValueError(f"There must be one cluster per value, got {len(clusters)} for {len(array)} values.")
-    places = _places(clusters)
-    return np.stack([np.bincount(places, array), np.bincount(places)], 1) if len(array) else np.empty((0, 2))
-
-
-def _places(values: Iterable[Any]) -> list[int]:
-    """The number of each value, equal ones being one, in the order of appearance."""
-    index: dict[Any, int] = {}
-    return [index.setdefault(value, len(index)) for value in values]
+    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    places = np.asarray([index[cluster] for cluster in clusters], int)
+    return np.stack([np.bincount(places, array), np.bincount(places)], 1)
 
 
 def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[float]:
@@ -648,10 +637,8 @@ class Change:
     high: float
     p: float
     n: int = 0
-    gained: int = 0
-    """How many of the n are true only after."""
-    lost: int = 0
-    """And how many only before."""
+    gained: int = 0  # how many of the n are true only after
+    lost: int = 0  # and how many only before
 
     @classmethod
     def of(cls, before: Sequence[bool], after: Sequence[bool], clusters: Sequence[Any] | None = None) -> Change:
@@ -709,14 +696,10 @@ class Answer:
     response: str
     verdict: str
     category: str | None = None
-    cluster: str | None = None
-    """The question that several seeds or voices share; see `Example.cluster`."""
-    label: str | None = None
-    """`"harmful"` or `"benign"`; the same throughout a group."""
-    rule: str = ""
-    """What decided the verdict: the judge's rule, or "human"; `""` where the judge does not say."""
-    audio: Any = field(default=None, repr=False, compare=False)
-    """The spoken question, as in `Example.audio`."""
+    cluster: str | None = None  # the question that several seeds or voices share; see `Example.cluster`
+    label: str | None = None  # "harmful" or "benign"; the same throughout a group
+    rule: str = ""  # what decided the verdict: the judge's rule, or "human"; "" where the judge does not say
+    audio: Any = field(default=None, repr=False, compare=False)  # the spoken question, as in `Example.audio`
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -738,20 +721,15 @@ class Report:
     """
 
     answers: list[Answer]
-    skipped: list[dict[str, Any]]
-    """`{group, condition, ids}` of examples that lack what the condition needs."""
-    judge: str
-    """Name of the judge, with its version."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Configuration, versions, seeds, hashes of the data: whatever a reader needs to repeat it."""
-    notes: list[str] = field(default_factory=list)
-    """Sentences that belong under the table."""
+    skipped: list[dict[str, Any]]  # {group, condition, ids} of examples that lack what the condition needs
+    judge: str  # its name, with its version
+    settings: dict[str, Any] = field(default_factory=dict)  # whatever a reader needs to repeat it
+    notes: list[str] = field(default_factory=list)  # sentences that belong under the table
+    # {condition, stage, n, kl, same} on benign inputs: the first token against the first stage's
     usefulness: list[dict[str, Any]] = field(default_factory=list)
-    """`{condition, stage, n, kl, same}` on benign inputs: the first token against the first stage's."""
+    # what `RRS.calibrate` tried: {scale, groups: {name: {value, low, high}}, chosen: bool, …}; see `Point`
     curve: list[dict[str, Any]] = field(default_factory=list)
-    """What `RRS.calibrate` tried: `{scale, groups: {name: {value, low, high}}, chosen: bool, …}`; see `Point`."""
-    maps: dict[str, Any] = field(default_factory=dict)
-    """`{condition: project(panels)}`: representations in two dimensions."""
+    maps: dict[str, Any] = field(default_factory=dict)  # {condition: project(panels)}
 
     # -- what the answers say -----------------------------------------------------------------------------------------
 
@@ -812,16 +790,6 @@ class Report:
         return out
 
     # -- as text ------------------------------------------------------------------------------------------------------
-
-    def headline(self) -> str:
-        """The result in one sentence, all groups of a side and all conditions together."""
-        parts = []
-        for side, what in (("harmful", "harmful"), ("benign", "harmless")):
-            if any(a.label == side for a in self.answers):
-                counted = ("refusal",) if side == "harmful" else ("refusal", "partial")
-                rates = [_rate(self._select(label=side, stage=stage), counted).value for stage in self.stages]
-                parts.append(f"{' → '.join(f'{rate:.0%}' for rate in rates)} of {what} requests")
-        return f"Refused {' → '.join(self.stages)}: {', '.join(parts)}." if parts else "No answers."
 
     def to_markdown(self) -> str:
         """The tables: absolute rates beside differences, 95% intervals in brackets."""
@@ -895,15 +863,13 @@ class Report:
         """
         path, answers, seen, labels = Path(path), list[Answer](), dict[tuple[str, ...], int](), dict[str, str]()
         for number, row in read_jsonl(path, ("question", "response", "label")):
-            given = {
-                name: str(row.get(name) or "") for name in ("group", "condition", "stage", "id", "cluster", "rule")
-            }
             question, label, clip = str(row["question"]), row["label"], row.get("audio")
-            other = {"group": label, "condition": "answers", "stage": "answers", "id": question, "cluster": question}
+            names = {"group": label, "condition": "answers", "stage": "answers", "id": question, "cluster": question}
             answer = Answer(
-                **{name: value or other.get(name, "") for name, value in given.items()},
+                **{name: str(row.get(name) or default) for name, default in names.items()},
                 question=question, response=str(row["response"]), verdict=row.get("verdict") or "", label=label,
-                category=row.get("category"), audio=path.parent / str(clip) if clip else None,
+                category=row.get("category"), rule=str(row.get("rule") or ""),
+                audio=path.parent / str(clip) if clip else None,
             )  # fmt: skip
             if label not in ("harmful", "benign") or labels.setdefault(answer.group, label) != label:
                 needs = f"label {label!r} must be 'harmful' or 'benign', one for all of the group {answer.group!r}"
@@ -930,8 +896,8 @@ class Report:
         path = Path(directory) / "report.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            answers = [Answer(**row) for row in values["answers"]]
-            answers = [replace(a, audio=path.parent / a.audio if a.audio else None) for a in answers]
+            clips = [path.parent / row["audio"] if row["audio"] else None for row in values["answers"]]
+            answers = [Answer(**{**row, "audio": clip}) for row, clip in zip(values["answers"], clips, strict=True)]
             return cls(**{f.name: values[f.name] for f in fields(cls)} | {"answers": answers})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is no report ({type(error).__name__}: {error}); save it again.") from None
@@ -967,25 +933,20 @@ def _percent(rate: Rate) -> str:
 def by_label(groups: Mapping[str, Sequence[Example]]) -> tuple[list[str], list[str]]:
     """Names of the groups that should be refused, and of all others, by their examples' label; a ValueError if a group
     has both labels, or none."""
-    labels = {group: {e.label for e in examples} for group, examples in groups.items()}
-    for group, found in labels.items():
-        if len(found) > 1 or None in found:
-            said = ", ".join(sorted(str(label or "none") for label in found))
-            raise ValueError(
-                f"The examples of {group!r} must all be labelled harmful, or all benign; found: {said}. "
-                "Load them with load_examples(…, label)."
-            )
-    harmful = [group for group, found in labels.items() if "harmful" in found]
-    return harmful, [group for group in labels if group not in harmful]
+    sides: dict[str, list[str]] = {"harmful": [], "benign": []}
+    for group, examples in groups.items():
+        found = {str(e.label or "none") for e in examples} or {"benign"}
+        if len(found) > 1 or not found <= sides.keys():
+            said = f"must all be labelled harmful, or all benign; found: {', '.join(sorted(found))}"
+            raise ValueError(f"The examples of {group!r} {said}. Load them with load_examples(…, label).")
+        sides[found.pop()].append(group)
+    return sides["harmful"], sides["benign"]
 
 
 def answer_and_judge(
-    groups: Mapping[str, Sequence[Example]],
-    conditions: Sequence[str],
-    stages: Sequence[str],
-    answer: Callable[[str, str, Sequence[Example]], Sequence[str]],
-    judge: Judge,
-) -> Report:
+    groups: Mapping[str, Sequence[Example]], conditions: Sequence[str], stages: Sequence[str],
+    answer: Callable[[str, str, Sequence[Example]], Sequence[str]], judge: Judge,
+) -> Report:  # fmt: skip
     """Answers and judges every group in every condition and stage.
 
     Args:
@@ -1013,22 +974,3 @@ def answer_and_judge(
                     verdict.rule, clip,
                 ))  # fmt: skip
     return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Representations in two dimensions
-
-Panels: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""`{panel: {group: [n, hidden]}}`, e.g. `{"before": {"harmful": …, "benign": …}, "after": …}`."""
-
-
-def project(panels: Panels) -> dict[str, Any]:
-    """Coordinates `{panel: {group: [n, 2]}}`: two principal components, the same ones for all panels; a ValueError for
-    fewer than two vectors."""
-    parts = [x.float().cpu() for panel in panels.values() for x in panel.values()]
-    if (count := sum(map(len, parts))) < 2:
-        raise ValueError(f"A map takes two vectors or more; the panels {list(panels)} have {count}.")
-    centred = torch.cat(parts) - torch.cat(parts).mean(0)
-    axes = torch.linalg.svd(centred.double(), full_matrices=False).Vh[:2].float().T  # [hidden, 2]
-    points = iter((centred @ axes).split([len(x) for x in parts]))
-    return {panel: {group: next(points) for group in groups} for panel, groups in panels.items()}

@@ -195,8 +195,8 @@ def main() -> None:
         print(report, report.rejudge(opens_with_no), sep="\n")
         rows = [{"question": a.question, "response": a.response, "label": a.label} for a in report.answers[:8]]
         Path(folder, "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        print(Report.from_jsonl(Path(folder, "answers.jsonl"), judge=opens_with_no).headline())
-    print(own_generate_report(lambda _text, _audio: "I can't help with that.", groups, said).headline())
+        print(Report.from_jsonl(Path(folder, "answers.jsonl"), judge=opens_with_no))
+    print(own_generate_report(lambda _text, _audio: "I can't help with that.", groups, said))
 
     prompts = [model.read(e, said) for e in benign]
     with model.disabled():

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from torch import Tensor
 
 from rrs import Report
-from rrs.evaluate import VERDICTS, Mean, Panels, Rate, bootstrap, plain, project, read_jsonl, shown, write_files
+from rrs.evaluate import VERDICTS, Mean, Rate, bootstrap, plain, project, read_jsonl, shown, write_files
 from rrs.hooks import on_rank0
 
 EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linked
@@ -76,6 +77,17 @@ def kind_of(data: bytes) -> str:
     return next((kind for start, kind in SOUNDS.items() if data.startswith(start)), "")
 
 
+def headline(report: Report) -> str:
+    """The result in one sentence, all groups of a side and all conditions together."""
+    parts = []
+    for label, what in (("harmful", "harmful"), ("benign", "harmless")):
+        if answers := [a for a in report.answers if a.label == label]:
+            counted = report.counted(answers[0].group)
+            hits = [[a.verdict in counted for a in answers if a.stage == stage] for stage in report.stages]
+            parts.append(f"{' → '.join(f'{Rate.of(each).value:.0%}' for each in hits)} of {what} requests")
+    return f"Refused {' → '.join(report.stages)}: {', '.join(parts)}." if parts else "No answers."
+
+
 def page(report: Report, folder: Path) -> str:
     """The template below with the data, as JSON that can end no script element; clips are files."""
     start = {(a.condition, a.group, a.id): a.verdict for a in report.answers if a.stage in report.stages[:1]}
@@ -95,7 +107,7 @@ def page(report: Report, folder: Path) -> str:
         contents = {link: file.read_bytes() for file, link in files.items()}
         clips = {k: f"data:audio/{kind_of(v)};base64,{base64.b64encode(v).decode()}" for k, v in contents.items()}
     data = {
-        "headline": report.headline(), "stages": report.stages, "verdicts": VERDICTS, "rows": report.rows(),
+        "headline": headline(report), "stages": report.stages, "verdicts": VERDICTS, "rows": report.rows(),
         "sentences": report.sentences(), "settings": report.settings,
         "curve": report.curve, "maps": report.maps, "items": list(items.values()), "clips": clips,
         "harmful": sorted(report.harmful),
@@ -430,11 +442,16 @@ def relabel(report: Report, path: str | Path) -> Report:
 
 
 def plot_representations(
-    panels: Panels, path: str | Path, title: str = "", *, harmful: Collection[str] = ("harmful",)
+    panels: Mapping[str, Mapping[str, Tensor]],
+    path: str | Path,
+    title: str = "",
+    *,
+    harmful: Collection[str] = ("harmful",),
 ) -> None:
     """The paper's representation map as a figure: a panel for each stage, the same axes (see `project`) for all.
 
     Args:
+        panels: as `project` takes them.
         path: of the figure, e.g. a PNG or PDF.
         harmful: groups to draw in reds.
 

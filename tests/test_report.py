@@ -18,7 +18,7 @@ import review
 import soundfile
 import torch
 from conftest import RATE, tone
-from review import agreement, relabel, write_page
+from review import agreement, headline, relabel, write_page
 
 from rrs.data import Example
 from rrs.evaluate import (
@@ -74,7 +74,7 @@ def test_tables():
     assert "+0 −0 | 0.0% → 50.0% |" in text
     assert "Left out: 1 everyday examples lack what audio-text needs." in text
     assert text.endswith("\nA note.\n")
-    assert report.headline() == "Refused before → after: 0% → 75% of harmful requests, 0% → 0% of harmless requests."
+    assert headline(report) == "Refused before → after: 0% → 75% of harmful requests, 0% → 0% of harmless requests."
     row = report.rows()[-2]
     assert (row["condition"], row["group"], row["harmful"], row["questions"]) == ("text-only", "harmful", True, 4)
     assert row["verdicts"]["after"] == {"refusal": 3, "partial": 0, "compliance": 1, "degenerate": 0, "incomplete": 0}
