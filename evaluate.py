@@ -8,12 +8,11 @@ import json
 import math
 import os
 import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -226,16 +225,16 @@ judge_refusals.name = "rrs-rules-5"  # type: ignore[attr-defined]
 # ---------------------------------------------------------------------------------------------------------------------
 # Text and files
 
+# Control characters but tab and newline, separators of lines, changes of the writing direction, lone surrogates.
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def shown(text: object) -> str:
     """Text for a screen or a page: what would steer a terminal or turn the writing direction is shown as its escape.
 
     Every text that comes from data or from a model goes through here, or through `markdown`, on its way out.
     """
-    kinds = {"Cc", "Cs", "Zl", "Zp", "LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-    chars = set(str(text)) - {"\n", "\t"}
-    odd = {c for c in chars if kinds & {unicodedata.category(c), unicodedata.bidirectional(c)}}
-    return str(text).replace("\r\n", "\n").translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
+    return _STEERS.sub(lambda c: c[0].encode("unicode_escape").decode(), str(text).replace("\r\n", "\n"))
 
 
 def one_line(text: object) -> str:
@@ -470,13 +469,11 @@ class AnswerCache:
 
 @torch.no_grad()
 def first_token_change(reader: Reader, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """What happened to the first token of answers, without generating: `KL(before || after)` and the same first choice.
+    """What happened to answers' first token: `KL(before || after)` `[n]` in nats; is the first choice the same `[n]`?
 
     Args:
-        before, after: `h(x)` `[n, hidden]` of the vanilla model and of the model as it is now (`Reader.represent`).
-
-    Returns:
-        `[n]` in nats and `[n]` boolean, from what the head gives (a soft cap behind the head is not in it).
+        before, after: `h(x)` `[n, hidden]` of the vanilla model and of the model as it is now (`Reader.represent`);
+            what the head gives for them counts, without a soft cap behind it.
     """
     kl, same = [], []
     for a, b in zip(before.split(64), after.split(64), strict=True):
@@ -519,17 +516,8 @@ def measure(
 
 
 def project(panels: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Two principal components, the same ones for all panels.
-
-    Args:
-        panels: `{panel: {group: [n, hidden]}}`, e.g. `{"before": {"harmful": …, "benign": …}, "after": …}`.
-
-    Returns:
-        `{panel: {group: [n, 2]}}`.
-
-    Raises:
-        ValueError: there are fewer than two vectors.
-    """
+    """Coordinates `{panel: {group: [n, 2]}}` of vectors `{panel: {group: [n, hidden]}}`, one panel for each stage: two
+    principal components, the same ones for all panels; a ValueError for fewer than two vectors."""
     parts = [x.float().cpu() for panel in panels.values() for x in panel.values()]
     if (count := sum(map(len, parts))) < 2:
         raise ValueError(f"A map takes two vectors or more; the panels {list(panels)} have {count}.")
@@ -652,24 +640,23 @@ class Change:
         old, new = Rate.of(before, clusters), Rate.of(after, clusters)
         if not (n := old.n):
             return cls(math.nan, math.nan, math.nan, math.nan)
-        gained = sum(y and not x for x, y in zip(before, after, strict=True))
-        lost = gained - (new.k - old.k)
-        both = old.k - lost
+        x, y = np.asarray(before, bool), np.asarray(after, bool)
+        both, gained, lost = (int(each.sum()) for each in (x & y, y & ~x, x & ~y))
         more = float(both * (n - both - gained - lost) - lost * gained)  # how the two go together, φ
         more = max(more - n / 2, 0.0) if more > 0 else more  # with continuity correction
         margins = math.prod((old.k, n - old.k, new.k, n - new.k))
         phi = more / math.sqrt(margins) if margins else 0.0
 
-        def joined(x: float, y: float) -> float:
-            return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+        def joined(a: float, b: float) -> float:
+            return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
         value = new.value - old.value
         low = value - joined(new.value - new.low, old.high - old.value)
         high = value + joined(new.high - new.value, old.value - old.low)
-        net = _clustered([int(y) - int(x) for x, y in zip(before, after, strict=True)], clusters)[:, 0]
+        net = _clustered(y.astype(int) - x, clusters)[:, 0]
         up, down = int((net > 0).sum()), int((net < 0).sum())
         tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down)
-        return cls(value, max(-1.0, low), min(1.0, high), min(1.0, 2 * tail), n, int(gained), int(lost))
+        return cls(value, max(-1.0, low), min(1.0, high), min(1.0, 2 * tail), n, gained, lost)
 
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
@@ -775,19 +762,19 @@ class Report:
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for each condition and group: rates at each stage, and the changes of all stages but the first."""
-        out, stages, harmful = [], self.stages, self.harmful
+        rows, stages = [], self.stages
         for condition, group in dict.fromkeys((a.condition, a.group) for a in self.answers):
-            asked = {stage: self._select(group=group, condition=condition, stage=stage) for stage in stages}
-            row: dict[str, Any] = {"condition": condition, "group": group, "harmful": group in harmful}
-            row["questions"] = len({a.unit for answers in asked.values() for a in answers})
+            answers = self._select(group=group, condition=condition)
+            row: dict[str, Any] = {"condition": condition, "group": group, "harmful": group in self.harmful}
+            row["questions"] = len({a.unit for a in answers})
             for kind, verdicts in {"refused": self.counted(group), "degenerate": ("degenerate",)}.items():
                 changes = {stage: self.change(group, condition, verdicts, stage) for stage in stages[1:]}
-                row[kind] = {stage: asdict(_rate(asked[stage], verdicts)) for stage in stages}
+                row[kind] = {stage: asdict(self.rate(group, condition, stage, verdicts)) for stage in stages}
                 row[f"{kind}_change"] = {stage: asdict(change) for stage, change in changes.items()}
-            counts = {stage: Counter(a.verdict for a in answers) for stage, answers in asked.items()}
-            row["verdicts"] = {stage: {v: counts[stage][v] for v in VERDICTS} for stage in stages}
-            out.append(row)
-        return out
+            counts = Counter((a.stage, a.verdict) for a in answers)
+            row["verdicts"] = {stage: {v: counts[stage, v] for v in VERDICTS} for stage in stages}
+            rows.append(row)
+        return rows
 
     # -- as text ------------------------------------------------------------------------------------------------------
 
@@ -898,7 +885,7 @@ class Report:
             values = json.loads(path.read_text(encoding="utf-8"))
             clips = [path.parent / row["audio"] if row["audio"] else None for row in values["answers"]]
             answers = [Answer(**{**row, "audio": clip}) for row, clip in zip(values["answers"], clips, strict=True)]
-            return cls(**{f.name: values[f.name] for f in fields(cls)} | {"answers": answers})
+            return cls(**{name: values[name] for name in cls.__dataclass_fields__} | {"answers": answers})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is no report ({type(error).__name__}: {error}); save it again.") from None
 

@@ -5,7 +5,7 @@
 
 The page is one file without network. It is built from the data in it by textContent alone, so that no text can be
 markup. Its button writes the verdicts that were corrected or confirmed; the second command says how often they agree
-with the judge's.
+with the judge's. `plot_representations` draws the map of representations as a figure, with matplotlib.
 """
 
 from __future__ import annotations
