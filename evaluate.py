@@ -872,9 +872,9 @@ class Report:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the clips, as JSON takes it."""
-        clips = [str(a.audio) if isinstance(a.audio, (str, Path)) else None for a in self.answers]
-        answers = [{**vars(a), "audio": clip} for a, clip in zip(self.answers, clips, strict=True)]
+        """Everything as JSON takes it; of clips, the paths of those that are files."""
+        paths = [a.audio if isinstance(a.audio, (str, Path)) else None for a in self.answers]
+        answers = [{**vars(a), "audio": path} for a, path in zip(self.answers, paths, strict=True)]
         return plain({**vars(self), "table": self.rows(), "answers": answers})  # type: ignore[no-any-return]
 
     @classmethod
@@ -890,8 +890,7 @@ class Report:
             raise ValueError(f"{path} is no report ({type(error).__name__}: {error}); save it again.") from None
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Writes `report.json` (everything; of clips, the paths of those that are files) and `report.md` (the tables),
-        each whole or not at all; gives their paths."""
+        """Writes `report.json` (see `to_dict`) and `report.md` (the tables), each whole or not at all: their paths."""
         folder, saved = Path(directory), self.to_dict()
         for row in saved["answers"]:
             row["audio"] = row["audio"] and Path(os.path.relpath(row["audio"], folder)).as_posix()
