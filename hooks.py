@@ -9,7 +9,6 @@ import atexit
 import hashlib
 import inspect
 import math
-import operator
 import os
 import sys
 import threading
@@ -18,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -38,21 +36,18 @@ from transformers.utils.versions import require_version
 LAYER_LISTS = ("layers", "h", "blocks")
 FINAL_NORMS = ("norm", "norm_f", "ln_f", "final_layernorm", "final_layer_norm")
 
-# Classes that can't be served, each with the reason and what to do instead.
+# Classes that can't be served and classes that wrap a model, each with the reason or what to do instead.
 REFUSED = {
     "KyutaiSpeechToTextForConditionalGeneration": "its audio codes are part of input_ids and it takes no instruction",
     "VoxtralRealtimeForConditionalGeneration": "it adds audio at every position and reads no text alone; use Voxtral",
     "Qwen2_5OmniForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
     "Qwen3OmniMoeForConditionalGeneration": "the composite has no forward; pass its .thinker, or use from_pretrained",
-}
-# Classes that wrap a model, and what to pass instead.
-WRAPPERS = {
-    "PeftModel": "model.merge_and_unload(), which keeps its adapter, or model.unload(), which drops it",
-    "PeftMixedModel": "model.merge_and_unload(), which keeps its adapters, or model.unload(), which drops them",
-    "OptimizedModule": "model._orig_mod",
-    "DistributedDataParallel": "model.module",
-    "DataParallel": "model.module",
-    "FullyShardedDataParallel": "a model that is loaded whole",
+    "PeftModel": "pass model.merge_and_unload(), which keeps its adapter, or model.unload(), which drops it",
+    "PeftMixedModel": "pass model.merge_and_unload(), which keeps its adapters, or model.unload(), which drops them",
+    "OptimizedModule": "pass model._orig_mod",
+    "DistributedDataParallel": "pass model.module",
+    "DataParallel": "pass model.module",
+    "FullyShardedDataParallel": "pass a model that is loaded whole",
 }
 # The release of transformers before which a class can't be served; FIXED_INPUTS says what it could not be told.
 NEEDS = {"VibeVoiceAsrForConditionalGeneration": "5.23"}
@@ -90,10 +85,9 @@ def locate(
         ImportError: the class needs a newer transformers.
     """
     name = type(model).__name__
-    if wrapper := next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in WRAPPERS), None):
-        raise ValueError(f"The model is wrapped in a {wrapper}; pass {WRAPPERS[wrapper]}.")
-    if name in REFUSED:
-        raise ValueError(f"{name} is not supported: {REFUSED[name]}.")
+    for kind in type(model).__mro__:
+        if kind.__name__ in REFUSED:
+            raise ValueError(f"The model is a {kind.__name__}, which is not supported: {REFUSED[kind.__name__]}.")
     if name in NEEDS:
         require_version(f"transformers>={NEEDS[name]}", f"RRS can't make {name} repeatable before.")
     paths = {id(module): path for path, module in model.named_modules()}  # first name wins, as in state_dict
@@ -145,27 +139,23 @@ def locate(
     return Location(*parts, *(paths[id(part)] for part in parts))
 
 
-def _ask(model: nn.Module, accessor: str) -> nn.Module | None:
-    method = getattr(model, accessor, None)
-    return method() if callable(method) else None
+def _ask(model: Any, accessor: str) -> nn.Module | None:
+    return getattr(model, accessor, lambda: None)()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is changed for a while: flags that freeze, hooks that capture and steer
 
 ACTIVATIONS = ("inputs_embeds", "hidden_states", "input")  # keyword names of a module's main argument, asked first
+Hook = tuple[Any, Any, dict[str, Any]]  # `module.register_…`, what is registered, and keywords
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
+_LEFT: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
 
 
 def lock(model: nn.Module) -> threading.RLock:
     """The model's lock, to be used as `with lock(model):`; the thread that has it may take it again."""
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
-
-
-_LEFT: WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = WeakKeyDictionary()
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
@@ -194,66 +184,50 @@ def put_back(model: nn.Module) -> None:
         warnings.warn("Interrupts left hooks or flags of RRS on the model; they are as they were now.", stacklevel=2)
 
 
-@contextmanager
-def _setting(model: nn.Module, objects: Sequence[Any], name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of all objects inside the `with`; each has its own value again afterwards."""
-    before = [getattr(each, name) for each in objects]
-
-    def undo() -> None:
-        for each, old in zip(objects, before, strict=True):
-            setattr(each, name, old)
-
-    with undoing(model, undo):
-        for each in objects:
-            setattr(each, name, value)
-        yield
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients inside the `with`; every flag is as it was afterwards."""
-    modules, parameters = list(model.modules()), list(model.parameters())
-    with _setting(model, modules, "training", False), _setting(model, parameters, "requires_grad", False):
-        yield
-
-
-class UnfitPrompt(ValueError):  # noqa: N818
-    """A prompt that is no input of this model: its clip gives no audio token, or it has more tokens than positions."""
-
-
 class _Stop(Exception):  # noqa: N818
     """Ends a forward pass early; caught by the `with` that raised it and by nothing else."""
 
 
-def _take_off(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    """Removes hooks from a module; not by their handles, which an interrupt may have kept from being returned."""
+@contextmanager
+def _changed(
+    model: nn.Module, hooks: Sequence[Hook] = (), flags: Sequence[tuple[Any, str, bool]] = (), end: _Stop | None = None
+) -> Iterator[None]:
+    """Inside the `with`, hooks are on and flags `(object, name, value)` are set. `end`, raised in a hook, ends it."""
+    before = [getattr(each, name) for each, name, _ in flags]
+
+    def undo() -> None:
+        for register, hook, _ in hooks:
+            _take_off(register.__self__, hook)
+        for (each, name, _), own in zip(flags, before, strict=True):
+            setattr(each, name, own)
+
+    try:
+        with undoing(model, undo):
+            for each, name, value in flags:
+                setattr(each, name, value)
+            for register, hook, keywords in hooks:
+                register(hook, **keywords)
+            yield
+    except _Stop as error:
+        if error is not end:
+            raise
+
+
+def _take_off(module: nn.Module, hook: Any) -> None:
+    """Removes a hook; not by its handle, which an interrupt may have kept from being returned."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     for hooks, how in ((before, module._forward_pre_hooks_with_kwargs), (after, module._forward_hooks_with_kwargs)):
-        for number in [number for number, hook in hooks.items() if ours(hook)]:
+        for number in [number for number, other in hooks.items() if other is hook]:
             how.pop(number, None)
             hooks.pop(number, None)
 
 
 @contextmanager
-def _hooks(model: nn.Module, end: _Stop | None = None) -> Iterator[Callable[..., None]]:
-    """Gives `add(module.register_…, hook)` for hooks of the model that come off at the end of the `with`, which `end`,
-    raised in a hook, brings about."""
-    added: list[tuple[nn.Module, Any]] = []
-
-    def add(register: Any, hook: Any, **how: Any) -> None:
-        added.append((register.__self__, hook))
-        register(hook, **how)
-
-    def undo() -> None:
-        for module, hook in added:
-            _take_off(module, partial(operator.is_, hook))
-
-    try:
-        with undoing(model, undo):
-            yield add
-    except _Stop as error:
-        if error is not end:
-            raise
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients inside the `with`; every flag is as it was afterwards."""
+    flags: list[Any] = [(module, "training", False) for module in model.modules()]
+    with _changed(model, flags=flags + [(p, "requires_grad", False) for p in model.parameters()]):
+        yield
 
 
 @contextmanager
@@ -288,26 +262,25 @@ def capture(
     if missing := [path for path in paths if path not in known]:
         raise ValueError(f"No module {missing} in {type(model).__name__}; see model.named_modules().")
     record: dict[str, list[Tensor]] = {path: [] for path in paths}
-    pending, end = set(paths), _Stop()
+    end = _Stop()
 
     def keep(path: str, value: Any) -> None:
         tensor = next(_tensors(value), None)
         if tensor is None:
             raise ValueError(f"{path} carries no tensor at its {where}, but {type(value).__name__}.")
         record[path].append(tensor if position is None else tensor[:, position])
-        pending.discard(path)
-        if stop and not pending:
+        if stop and all(record.values()):
             raise end
 
-    def keep_input(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
+    def hook(path: str) -> Hook:
+        def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
 
-    with _hooks(model, end) as add:
-        for path in paths:
-            if where == "input":
-                add(known[path].register_forward_pre_hook, partial(keep_input, path), with_kwargs=True, prepend=True)
-            else:
-                add(known[path].register_forward_hook, lambda _m, _a, out, path=path: keep(path, out))
+        if where == "input":
+            return known[path].register_forward_pre_hook, on_input, {"with_kwargs": True, "prepend": True}
+        return known[path].register_forward_hook, lambda _module, _args, output: keep(path, output), {}
+
+    with _changed(model, [hook(path) for path in paths], end=end):
         yield record
 
 
@@ -367,13 +340,12 @@ def steer(
     def move_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         return moved(output) if isinstance(output, Tensor) else (moved(output[0]), *output[1:])
 
-    with _hooks(model) as add:
-        if position is not None:
-            add(place.decoder.register_forward_pre_hook, note_mask, with_kwargs=True)
-        if layer is None:
-            add(place.head.register_forward_pre_hook, lambda _module, args: (moved(args[0]), *args[1:]))
-        else:
-            add(block.register_forward_hook, move_output)
+    hooks: list[Hook] = [(block.register_forward_hook, move_output, {})]
+    if layer is None:
+        hooks = [(place.head.register_forward_pre_hook, lambda _module, args: (moved(args[0]), *args[1:]), {})]
+    if position is not None:
+        hooks.append((place.decoder.register_forward_pre_hook, note_mask, {"with_kwargs": True}))
+    with _changed(model, hooks):
         yield
 
 
@@ -405,6 +377,10 @@ READS_PROMPT: dict[str, Any] = {
 }  # fmt: skip
 
 
+class UnfitPrompt(ValueError):  # noqa: N818
+    """A prompt that is no input of this model: its clip gives no audio token, or it has more tokens than positions."""
+
+
 @dataclass(eq=False)
 class Prompt:
     """One prompt as the decoder sees it: token ids, and rows that replace their embeddings where the audio is."""
@@ -426,12 +402,12 @@ class Prompt:
     def extended(self, tokens: Sequence[int]) -> Prompt:
         """The prompt with token ids appended: an answer that has already begun."""
         more = torch.tensor(tokens, dtype=self.ids.dtype)
-        tails = {"input_ids": more} | {name: torch.full_like(more, fill) for name, fill in PER_TOKEN_INPUTS.items()}
 
         def make() -> dict[str, Any]:
             own = self.inputs()
-            longer = {k: torch.cat([own[k], tail[None].to(own[k])], 1) for k, tail in tails.items() if k in own}
-            return {**own, **longer}
+            per_token = {name: value for name, value in PER_TOKEN_INPUTS.items() if name in own}
+            longer = {name: F.pad(own[name], (0, len(more)), value=value) for name, value in per_token.items()}
+            return {**own, **longer, "input_ids": torch.cat([own["input_ids"], more[None].to(own["input_ids"])], 1)}
 
         return replace(self, ids=torch.cat([self.ids, more]), make=make)
 
@@ -459,8 +435,8 @@ class Reader:
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts
         self.from_embeddings = True  # may generate() start from embeddings?
         self.share_prefix = True  # may prompts of a batch share what they begin with?
-        self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head
-        self.logit_scale = 1.0  # what it multiplies the head's output with
+        self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head (Inkling)
+        self.logit_scale = 1.0  # what it multiplies the head's output with (Granite, Cohere, Muse Spark)
         self._per_token = False  # does the decoder take PER_TOKEN arguments?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
         self._frames: dict[Any, tuple[Tensor, Tensor]] = {}  # text and turns -> ids before, ids after the audio
@@ -506,9 +482,13 @@ class Reader:
         Raises:
             UnfitPrompt: the clip gives no audio token, or the prompt is too long.
         """
-        key, load = clip or ("", None)
-        frame, make = (text, turns), partial(self._inputs, text, load, turns)
-        if self._composes and key in self._clips and frame in self._frames and self.exact is not False:
+        (key, load), frame = clip or ("", None), (text, turns)
+
+        def make() -> dict[str, Any]:
+            given = self.render(text, load and load(), *([turns] if turns else []))
+            return {**given, **FIXED_INPUTS.get(type(self.model).__name__, {})}
+
+        if self._composes and key in self._clips and frame in self._frames:
             (before, after), (ids, rows) = self._frames[frame], self._clips[key]
             known = Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
             self.check_length([known])
@@ -518,24 +498,11 @@ class Reader:
             return prompt
         end = prompt.start + len(prompt.rows)
         before, after = self._frames.setdefault(frame, (prompt.ids[: prompt.start], prompt.ids[end:]))
-        ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows.clone()))
+        ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows))
         same_rows = _difference(prompt.rows, rows) <= self.tolerance
         if not same_rows or not torch.equal(torch.cat([before, ids, after]), prompt.ids):
             self._composes = False  # the ids around the audio depend on the clip, or the projected audio on the text
-        return replace(prompt, rows=rows if same_rows else prompt.rows.clone())
-
-    def _inputs(self, text: str | None, load: Callable[[], Any] | None, turns: tuple[Any, ...]) -> dict[str, Any]:
-        """The model's own inputs of one prompt, as `render` gives them; `_on_device` takes them to the model."""
-        given = self.render(text, load and load(), *([turns] if turns else []))
-        return {**given, **FIXED_INPUTS.get(type(self.model).__name__, {})}
-
-    def _on_device(self, value: Any) -> Any:
-        """Inputs on the model's device, numbers in its dtype."""
-        if isinstance(value, Mapping):  # also within inputs: first-generation Qwen-Audio's audio_info
-            return {k: self._on_device(v) for k, v in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
+        return replace(prompt, rows=rows) if same_rows else prompt
 
     def _run(self, make: Callable[[], dict[str, Any]], audio: bool) -> Prompt:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
@@ -545,41 +512,54 @@ class Reader:
         if self.exact is False or not (begins or audio):
             return prompt
         inputs = self._on_device(given)
-        if begins:
-            self.logit_scale = self._logit_scale(inputs, audio)
         seen = self._decoder_inputs(inputs)
         self._per_token = any(name in seen for name in PER_TOKEN)
         embeds = seen["inputs_embeds"][0]  # [length, hidden]
         off = 0.0 if len(embeds) == len(prompt) else math.inf
-        if audio and not off:
-            prompt = self._with_audio(prompt, embeds)
-        if not off and (begins or not self._clips):  # the first text and the first clip are checked
-            off = self._check(prompt, inputs)
-        if off <= self.tolerance:
-            return prompt
-        self.exact = False
-        warnings.warn(
-            f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: it is off by {off:.1e}, at "
-            f"{len(embeds)} positions for {len(prompt)} token ids; the full model runs for every prompt instead: "
-            "correct, but slower.",
-            stacklevel=4,
-        )
-        return replace(prompt, rows=None)
+        if audio and not off:  # it is where the embeddings are not those of the token ids
+            text = self._embed(prompt.ids[None])["inputs_embeds"][0]
+            differs = (embeds != text).any(-1).cpu().nonzero().flatten()
+            if not len(differs):
+                raise UnfitPrompt("the clip is too short: it gives this model no audio token; remove or pad it")
+            prompt.start = int(differs[0])
+            prompt.rows = embeds[prompt.start : int(differs[-1]) + 1].clone()
+        if begins or not self._clips:  # the first text and the first clip are checked
+            off = max(off, self._check(prompt, inputs))
+        if off > self.tolerance:
+            self.exact, prompt.rows = False, None
+            warnings.warn(
+                f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: it is off by {off:.1e}, "
+                f"at {len(embeds)} positions for {len(prompt)} token ids; the full model runs for every prompt "
+                "instead: correct, but slower.",
+                stacklevel=4,
+            )
+        return prompt
 
-    def _with_audio(self, prompt: Prompt, embeds: Tensor) -> Prompt:
-        """The prompt with its audio: the rows of `embeds` `[length, hidden]` that are not those of its token ids."""
-        differs = (embeds != self._embed(prompt.ids[None])["inputs_embeds"][0]).any(-1).cpu().nonzero().flatten()
-        if not len(differs):
-            raise UnfitPrompt("the clip is too short: it gives this model no audio token; remove or pad it")
-        start, end = int(differs[0]), int(differs[-1]) + 1
-        return replace(prompt, rows=embeds[start:end], start=start)
+    def _on_device(self, value: Any) -> Any:
+        """Inputs on the model's device, numbers in its dtype."""
+        if isinstance(value, Mapping):  # also within inputs: first-generation Qwen-Audio's audio_info
+            return {k: self._on_device(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     def _check(self, prompt: Prompt, inputs: dict[str, Any]) -> float:
         """How far a prompt's replay, shared and padded, is from the full model; decides what may be done on it."""
+        path, forward = self.location.head_path, inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        with (
+            self.own_lora(prompt.audio),
+            capture(self.model, path, where="input", position=-1) as before,
+            capture(self.model, path, position=-1) as after,
+        ):
+            logits = self.model(**inputs, **few).logits[0, -1]
+        true = before[path][0][0]
+        self.logit_scale = self._factor(after[path][0][0], logits)  # a soft cap leaves small logits as they are
         pair = [prompt.extended([int(prompt.ids[-1])] * 3), prompt]
-        true = self._head_input(inputs, prompt.audio)[0, 0]
-        self.scale *= self._factor(self._replay(pair)[1, 0], true)  # Inkling divides by a width
-        off = _difference(self._replay(pair)[1, 0], true)
+        ours = self._pass(pair)[1, 0]
+        factor = self._factor(ours, true)
+        self.scale *= factor
+        off = _difference(factor * ours, true)
         if off > self.tolerance:
             return off
         self.exact = True
@@ -590,7 +570,7 @@ class Reader:
         own = self._per_token or type(self.model).__name__ in OWN_AUDIO_LORA
         self.from_embeddings &= bool(accepted) and not own
         if self.from_embeddings:  # does the model, started from left-padded embeddings, end at the same vector?
-            padded = self._head_input(self.collate(pair), prompt.audio)[1, 0]
+            padded = self._head_input(self.collate(pair), prompt.audio)[1, -1]
             self.from_embeddings = _difference(padded, true) <= self.tolerance
         return off
 
@@ -615,40 +595,29 @@ class Reader:
             if "inputs_embeds" in seen:
                 raise end
 
-        with _hooks(self.model, end) as add:
-            for module in (self.location.decoder, block):
-                add(module.register_forward_pre_hook, note, with_kwargs=True)
+        where = (self.location.decoder, block)
+        with _changed(self.model, [(m.register_forward_pre_hook, note, {"with_kwargs": True}) for m in where], end=end):
             self.model(**inputs)
         if "inputs_embeds" not in seen:
             path = f"{self.location.layers_path}.0"
             raise ValueError(f"{path} never ran in a forward pass; pass decoder='path' of the one that does.")
         return seen
 
-    def _head_input(self, inputs: Mapping[str, Any], audio: bool, last: int = 1) -> Tensor:
-        """`[batch, last, hidden]`: what the head multiplies at the last positions when the whole model runs."""
+    def _head_input(self, inputs: Mapping[str, Any], audio: bool) -> Tensor:
+        """`[batch, length, hidden]`: what the head multiplies when the whole model runs."""
         path = self.location.head_path
-        stop: dict[str, Any] = {"where": "input", "position": slice(-last, None), "stop": True}
         # In no variable of this frame, which `_Stop`'s traceback keeps: after a Ctrl-C it has to end with the call.
-        with self.own_lora(audio), capture(self.model, path, **stop) as record:
+        with self.own_lora(audio), capture(self.model, path, where="input", stop=True) as record:
             self.model(**inputs)
         return record[path][0]
-
-    def _logit_scale(self, inputs: Mapping[str, Any], audio: bool) -> float:
-        """What the model multiplies the head's output with (Granite, Cohere, Muse Spark); 1 for anything else, such as
-        a soft cap, which leaves small logits as they are."""
-        path = self.location.head_path
-        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        with self.own_lora(audio), capture(self.model, path, position=-1) as record:
-            logits = self.model(**inputs, **few).logits
-        return self._factor(record[path][0][0], logits[0, -1])
 
     @contextmanager
     def own_lora(self, audio: bool) -> Iterator[None]:
         """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
         has, switch = type(self.model).__name__ in OWN_AUDIO_LORA, "_disable_adapters"
         # PEFT's enable_adapters() would change requires_grad, too.
-        modules = [m for m in self.model.modules() if has and hasattr(m, switch)]
-        with _setting(self.model, modules, switch, not audio):
+        flags = [(m, switch, not audio) for m in self.model.modules() if has and hasattr(m, switch)]
+        with _changed(self.model, flags=flags):
             yield
 
     @torch.no_grad()
@@ -677,34 +646,44 @@ class Reader:
 
     # -- from what the decoder sees to vectors ------------------------------------------------------------------------
 
-    def _replay(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
-        """`last_hidden` from cached decoder inputs.
+    def _pass(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
+        """`last_hidden` in one forward pass: replay of prompts all with audio or all without, or the full model of one.
 
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
         prompts begin with runs once, gradients included: on short questions more than half of all positions.
         """
-        decoder = self.location.decoder
-        hooked = bool(decoder._forward_pre_hooks)  # such as that of `steer`; they see whole prompts and their mask
-        with self.own_lora(prompts[0].audio), self._checkpointing() as recomputes:
-            whole = hooked or recomputes or not self.share_prefix  # what is recomputed has no cache
-            shared, cache = (0, {}) if whole else self._shared(prompts, last)
-            inputs = self.collate(prompts, shared, side="right")
-            if not hooked:
-                del inputs["attention_mask"]
-            with self._blocks(layers) as blocks:
+        decoder, audio, lengths = self.location.decoder, prompts[0].audio, None
+        paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers)) if layers]
+        # What model.gradient_checkpointing_enable() has set is looked at in training mode only. The children of these
+        # modules, such as dropouts, stay in eval.
+        enabled = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+        recomputed = [(m, "training", True) for m in enabled if torch.is_grad_enabled()]
+        with (
+            self.own_lora(audio),
+            _changed(self.model, flags=recomputed),
+            capture(self.model, paths[:1], where="input") as first,
+            capture(self.model, paths) as blocks,
+        ):
+            if self.exact is False:
+                out = self._head_input(self._on_device(prompts[0].inputs()), audio)
+            else:
+                hooked = bool(decoder._forward_pre_hooks)  # such as that of `steer`; they see whole prompts and a mask
+                whole = hooked or recomputed or not self.share_prefix  # what is recomputed has no cache
+                shared, cache = (0, {}) if whole else self._shared(prompts, last)
+                inputs = self.collate(prompts, shared, side="right")
+                if not hooked:
+                    del inputs["attention_mask"]
                 out = decoder(**inputs, **cache, use_cache=bool(cache))[0]
-        lengths = [len(prompt) - shared for prompt in prompts]
+                lengths = [len(prompt) - shared for prompt in prompts]
         if layers:
-            return torch.stack([_ends(h, lengths, last) for h in blocks()], 2)
-        return _ends(out, lengths, last) if self.scale == 1 else _ends(out, lengths, last) * self.scale
-
-    def _full(self, prompt: Prompt, last: int, layers: bool) -> Tensor:
-        """One prompt's vectors where replay is not exact: the full model runs, unpadded."""
-        with self._checkpointing(), self._blocks(layers) as blocks:
-            h = self._head_input(self._on_device(prompt.inputs()), prompt.audio, last)
-        if layers:
-            return torch.stack([_ends(each, [each.shape[1]], last) for each in blocks()], 2)
-        return _ends(h, [h.shape[1]], last)
+            states = [first[paths[0]][-1], *(blocks[path][-1] for path in paths)]
+            if states[1].dim() != 3:  # Gemma 3n
+                raise ValueError(
+                    "This model's blocks give several streams, not [batch, length, hidden]; use layers=False."
+                )
+            return torch.stack([_ends(h, lengths, last) for h in states], 2)
+        ends = _ends(out, lengths, last)
+        return ends if self.exact is False or self.scale == 1 else ends * self.scale
 
     def _shared(self, prompts: Sequence[Prompt], last: int) -> tuple[int, dict[str, Any]]:
         """How many leading token ids all prompts share, and the decoder's argument that has their keys and values.
@@ -727,32 +706,6 @@ class Reader:
         cache.batch_repeat_interleave(len(prompts))
         return length, {name: cache}
 
-    @contextmanager
-    def _checkpointing(self) -> Iterator[bool]:
-        """Makes `model.gradient_checkpointing_enable()` act inside the `with`, and says whether it does.
-
-        Modules that have the setting look at it in training mode only; their children, such as dropouts, stay in eval.
-        """
-        on = torch.is_grad_enabled()
-        modules = [m for m in self.location.decoder.modules() if on and getattr(m, "gradient_checkpointing", False)]
-        with _setting(self.model, modules, "training", True):
-            yield bool(modules)
-
-    @contextmanager
-    def _blocks(self, wanted: bool) -> Iterator[Callable[[], list[Tensor]]]:
-        """Gives, after a pass, what went into the first block and what each block gave, `[batch, length, hidden]`."""
-        paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers)) if wanted]
-
-        def seen() -> list[Tensor]:
-            if outputs[paths[0]][-1].dim() != 3:  # Gemma 3n
-                raise ValueError(
-                    "This model's blocks give several streams, not [batch, length, hidden]; use layers=False."
-                )
-            return [first[paths[0]][-1], *(outputs[path][-1] for path in paths)]
-
-        with capture(self.model, paths[:1], where="input") as first, capture(self.model, paths) as outputs:
-            yield seen
-
     def last_hidden(self, prompts: Sequence[Prompt], last: int = 1, layers: bool = False) -> Tensor:
         """What the head multiplies at the last `last` positions of each prompt, `[batch, last, hidden]`.
 
@@ -761,10 +714,10 @@ class Reader:
         """
         self.check_length(prompts)
         if self.exact is False:
-            return torch.cat([self._full(prompt, last, layers) for prompt in prompts])
+            return torch.cat([self._pass([prompt], last, layers) for prompt in prompts])
         # Apart with audio and without: Granite Speech's own LoRA is on for the one and off for the other.
         kinds = [[i for i, p in enumerate(prompts) if p.audio is audio] for audio in (False, True)]
-        rows = torch.cat([self._replay([prompts[i] for i in kind], last, layers) for kind in kinds if kind])
+        rows = torch.cat([self._pass([prompts[i] for i in kind], last, layers) for kind in kinds if kind])
         return rows if not all(kinds) else rows[torch.tensor([*kinds[0], *kinds[1]]).argsort()]
 
     def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> Iterator[list[int]]:
@@ -851,9 +804,9 @@ def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return torch.where(mask.bool(), ids, first), mask
 
 
-def _ends(h: Tensor, lengths: Sequence[int], last: int) -> Tensor:
+def _ends(h: Tensor, lengths: Sequence[int] | None, last: int) -> Tensor:
     """`h` `[batch, length, …]` at each row's last positions, `[batch, last, …]`; a shorter row repeats its first."""
-    ends = (torch.tensor(lengths)[:, None] + torch.arange(-last, 0)).clamp(min=0)
+    ends = (torch.tensor(lengths or [h.shape[1]])[:, None] + torch.arange(-last, 0)).clamp(min=0)
     # Indices on its device: from the CPU backward would copy them once more.
     return h[torch.arange(len(h), device=h.device)[:, None], ends.to(h.device)]
 
@@ -902,38 +855,40 @@ class LoRA(nn.Module):
     ) -> None:
         super().__init__()
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
-        self._modules_by_path: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         self.key: tuple[int, ...] | None = None
+        self._hooks: list[tuple[Any, Callable[..., Tensor]]] = []  # each linear with its hook
         generator = torch.Generator().manual_seed(seed)
         self._check_finite({})
-        for module in self._modules_by_path.values():
+        for i, path in enumerate(self.paths):
+            module: Any = model.get_submodule(path)
             bound, device = 1 / math.sqrt(module.in_features), module.weight.device  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(r, module.in_features, generator=generator) * 2 - 1) * bound
             self.A.append(nn.Parameter(a.to(device)))
             self.B.append(nn.Parameter(torch.zeros(module.out_features, r, device=device)))
+            self._hooks.append((module, self._hook(i, self.A[i], self.B[i])))
 
     def attach(self) -> LoRA:
         """Adds the update to every forward pass. A ValueError if another LoRA is on a linear: both would act."""
         self.detach()
-        if any(attached(module) for module in self._modules_by_path.values()):
+        if any(attached(module) for module, _ in self._hooks):
             raise ValueError(ANOTHER_LORA)
-        for i, (module, a, b) in enumerate(zip(self._modules_by_path.values(), self.A, self.B, strict=True)):
-            module.register_forward_hook(self._hook(i, a, b))
+        for module, hook in self._hooks:
+            module.register_forward_hook(hook)
         return self
 
     def detach(self) -> LoRA:
         """Takes the update off again: the model is vanilla, bit for bit. `attach()` puts it back."""
-        for module in self._modules_by_path.values():
-            _take_off(module, lambda hook: getattr(hook, "lora", None) is self)
+        for module, hook in self._hooks:
+            _take_off(module, hook)
         return self
 
     @property
     def attached(self) -> bool:
         """Whether the model currently runs with the update."""
-        return any(self in attached(module) for module in self._modules_by_path.values())
+        return any(self in attached(module) for module, _ in self._hooks)
 
-    def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[..., Tensor]:
         def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = self._drop(i, args[0]) if self.training and self.dropout else args[0]
             # The scale goes into B, which is small: a pass over the activations less, and one less in backward.
@@ -961,19 +916,20 @@ class LoRA(nn.Module):
         """Adds the update to the model's weights, and is zero and detached. It can't be undone; keep a saved copy."""
         self._check_finite(self.tensors())
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
-        weights = {path: getattr(m, "base_layer", m).weight for path, m in self._modules_by_path.items()}
-        for path, weight in weights.items():  # codes instead of numbers: integers, 4-bit blocks, unscaled float8
+        weights = [getattr(module, "base_layer", module).weight for module, _ in self._hooks]
+        for path, weight in zip(self.paths, weights, strict=True):  # codes: integers, 4-bit blocks, unscaled float8
             if not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
                 raise ValueError(f"{path} is quantised; load the model unquantised to merge.")
-        for weight, a, b in zip(weights.values(), self.A, self.B, strict=True):
+        for weight, a, b in zip(weights, self.A, self.B, strict=True):
             weight += (self.scale * (b @ a)).to(weight.dtype)
             b.zero_()  # it is in the weights: after an error (memory, Ctrl-C) another merge() does the rest
         self.detach()
 
     def _parameters_by_name(self) -> dict[str, nn.Parameter]:
         """By PEFT's names, A before B."""
-        names = [f"base_model.model.{path}.lora_{k}.weight" for path in self.paths for k in "AB"]
-        return dict(zip(names, [p for pair in zip(self.A, self.B, strict=True) for p in pair], strict=True))
+        named = zip(self.paths, self.A, self.B, strict=True)
+        pairs = [(f"base_model.model.{path}.lora_{k}.weight", p) for path, a, b in named for k, p in (("A", a), ("B", b))]
+        return dict(pairs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by PEFT's names, `base_model.model.{path}.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`."""
@@ -1033,15 +989,11 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
     }
     present, experts = sorted(set(linears.values())), expert_parameters(location)
     known = {n: [n] if n in present else [s for s in SAME_AS.get(n, ()) if s in present] for n in names}
-    if unmatched := sorted(n for n, found in known.items() if not found and not (n in MLP and experts)):
-        raise ValueError(
-            f"target_modules {unmatched} match no linear below {location.layers_path}; there are {present}."
-        )
     wanted = {n for found in known.values() for n in found}
-    if not wanted:
+    if unmatched := [n for n, found in known.items() if not found and not (wanted and n in MLP and experts)]:
         raise ValueError(
-            f"target_modules {list(names)} are all matrices of experts, 3-D parameters, which get no LoRA; name some "
-            f"of {present}."
+            f"target_modules {unmatched} match no linear below {location.layers_path}; name some of {present}."
+            + (" Matrices of experts are 3-D parameters, which get no LoRA." if experts else "")
         )
     depth, (low, high) = len(location.layers), layers
     inside = {str(i) for i in range(depth) if low <= (i + 0.5) / depth <= high}
@@ -1053,10 +1005,9 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
 
 def expert_parameters(location: Location) -> list[str]:
     """Paths of 3-D MLP weights `[experts, …]` below the decoder's blocks, which no LoRA is added to."""
-    mlps = {
-        path: p for path, p in location.layers.named_parameters() if path.rpartition(".")[2] in (*MLP, "gate_up_proj")
-    }
-    return [f"{location.layers_path}.{path}" for path, p in mlps.items() if p.dim() == 3]
+    cubes = [path for path, p in location.layers.named_parameters() if p.dim() == 3]
+    names = (*MLP, "gate_up_proj")
+    return [f"{location.layers_path}.{path}" for path in cubes if path.rpartition(".")[2] in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

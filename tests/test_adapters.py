@@ -363,7 +363,7 @@ def test_a_setting_of_the_future_is_refused(tmp_path):
 ])  # fmt: skip
 def test_wrapped_bases_are_refused_with_what_unwraps_them(wrap):
     model, tokenizer = tiny_llama()
-    with pytest.raises(ValueError, match=r"wrapped in a \w+; pass model\.\w+"):
+    with pytest.raises(ValueError, match=r"a \w+, which is not supported: pass model\.\w+"):
         RRS(wrap(model), tokenizer, verbose=False)
 
 

@@ -524,7 +524,7 @@ def table() -> str:
                 audio = condition != "text-only"
                 inputs = build_inputs(text, e.clip[1](16000) if audio else None)
                 with torch.no_grad():
-                    true = rrs.reader._head_input(inputs, audio)[0]
+                    true = rrs.reader._head_input(inputs, audio)[0, -1]
                 worst = max(worst, float((row - true).abs().max() / true.abs().max()))
             passed.append(condition)
         linears = {p.rpartition(".")[2]: None for p in linear_paths(rrs.location, rrs.config.target_modules)}
