@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -69,8 +69,7 @@ class Location:
     @property
     def head_weight(self) -> Tensor:
         """The head's matrix `[vocab, hidden]`; row i is the direction of token i."""
-        weight: Any = self.head.weight
-        return weight
+        return cast(Tensor, self.head.weight)
 
 
 def locate(
@@ -78,11 +77,8 @@ def locate(
 ) -> Location:
     """Find decoder, blocks, final norm and head of a Hugging Face (multimodal) language model.
 
-    `decoder`, `norm` and `head` are dotted paths. Where they are not given, the model's own accessors are asked.
-
-    Raises:
-        ValueError: a part is missing or ambiguous, or the class can't be served; the message says what to do.
-        ImportError: the class needs a newer transformers.
+    `decoder`, `norm` and `head` are dotted paths. Where they are not given, the model's own accessors are asked. An
+    error says what to do; it is an ImportError where the class needs a newer transformers, else a ValueError.
     """
     name = type(model).__name__
     for kind in type(model).__mro__:
@@ -124,18 +120,14 @@ def locate(
             "for the module that owns the one that feeds the head."
         )
     children = dict(decoder_module.named_children())
-
-    def only(names: Sequence[str], argument: str) -> Any:
-        found = [child for key, child in children.items() if key in names]
-        if len(found) != 1:
-            raise ValueError(
-                f"{paths[id(decoder_module)]!r} ({type(decoder_module).__name__}) must have exactly one of {names}; "
-                f"it has {list(children)}. Pass {argument}='path'."
-            )
-        return found[0]
-
-    norm_module = given("norm", norm) if norm else only(FINAL_NORMS, "norm")
-    parts: list[Any] = [decoder_module, only(LAYER_LISTS, "decoder"), norm_module, head_module]
+    lists, norms = ([m for key, m in children.items() if key in names] for names in (LAYER_LISTS, FINAL_NORMS))
+    norms = [given("norm", norm)] if norm else norms
+    if len(lists) != 1 or len(norms) != 1:
+        raise ValueError(
+            f"{paths[id(decoder_module)]!r} ({type(decoder_module).__name__}) must have exactly one of {LAYER_LISTS} "
+            f"and one of {FINAL_NORMS}; it has {list(children)}. Pass decoder='path', or norm='path'."
+        )
+    parts: list[Any] = [decoder_module, *lists, *norms, head_module]
     return Location(*parts, *(paths[id(part)] for part in parts))
 
 
@@ -253,9 +245,6 @@ def capture(
     Yields:
         `{path: [one tensor per forward pass]}`, on the autograd graph. Run `backward()` inside the `with`: gradient
         checkpointing runs the hooks once more.
-
-    Raises:
-        ValueError: a path that does not exist, or a module that carries no tensor there.
     """
     paths = [modules] if isinstance(modules, str) else list(modules)
     known = dict(model.named_modules(remove_duplicate=False))
@@ -313,9 +302,6 @@ def steer(
         position: only tokens `prompt[position]`, padding not counted; `None`: all tokens, generated ones too.
         scale: factor of the vector, or of the change that the function makes.
         location: of a model that `locate` needs help with.
-
-    Raises:
-        ValueError: no such layer; a vector of another size; a position without a layer.
     """
     place = location or locate(model)
     try:
@@ -413,11 +399,9 @@ class Prompt:
 
 
 class Reader:
-    """Runs prompts through a model: what the decoder sees is computed once and replayed from then on.
+    """Runs prompts through a model in eval mode: what the decoder sees is computed once and replayed from then on.
 
     Args:
-        model: the model, in eval mode.
-        location: from `locate(model)`.
         render: `(text or None, waveform or None) -> model inputs` for one unpadded prompt, `input_ids` `[1, length]`
             among them (`rrs.data.Renderer`, or your own).
         max_tokens: positions per forward pass (prompts × padded length) where gradients are not needed.
@@ -488,21 +472,25 @@ class Reader:
             given = self.render(text, load and load(), *([turns] if turns else []))
             return {**given, **FIXED_INPUTS.get(type(self.model).__name__, {})}
 
-        if self._composes and key in self._clips and frame in self._frames:
+        def composed() -> Prompt:
             (before, after), (ids, rows) = self._frames[frame], self._clips[key]
-            known = Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
+            return Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
+
+        if self._composes and key in self._clips and frame in self._frames:
+            known = composed()
             self.check_length([known])
             return known
         prompt = self._run(make, audio=clip is not None)
         if prompt.rows is None:
             return prompt
         end = prompt.start + len(prompt.rows)
-        before, after = self._frames.setdefault(frame, (prompt.ids[: prompt.start], prompt.ids[end:]))
-        ids, rows = self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows))
-        same_rows = _difference(prompt.rows, rows) <= self.tolerance
-        if not same_rows or not torch.equal(torch.cat([before, ids, after]), prompt.ids):
-            self._composes = False  # the ids around the audio depend on the clip, or the projected audio on the text
-        return replace(prompt, rows=rows) if same_rows else prompt
+        self._frames.setdefault(frame, (prompt.ids[: prompt.start], prompt.ids[end:]))
+        self._clips.setdefault(key, (prompt.ids[prompt.start : end], prompt.rows))
+        known, (_, rows) = composed(), self._clips[key]
+        if torch.equal(known.ids, prompt.ids) and _difference(prompt.rows, rows) <= self.tolerance:
+            return known
+        self._composes = False  # the ids around the audio depend on the clip, or the projected audio on the text
+        return prompt
 
     def _run(self, make: Callable[[], dict[str, Any]], audio: bool) -> Prompt:
         """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
@@ -524,7 +512,8 @@ class Reader:
             prompt.start = int(differs[0])
             prompt.rows = embeds[prompt.start : int(differs[-1]) + 1].clone()
         if begins or not self._clips:  # the first text and the first clip are checked
-            off = max(off, self._check(prompt, inputs))
+            with self.own_lora(audio):
+                off = max(off, self._check(prompt, inputs))
         if off > self.tolerance:
             self.exact, prompt.rows = False, None
             warnings.warn(
@@ -545,16 +534,12 @@ class Reader:
 
     def _check(self, prompt: Prompt, inputs: dict[str, Any]) -> float:
         """How far a prompt's replay, shared and padded, is from the full model; decides what may be done on it."""
-        path, forward = self.location.head_path, inspect.signature(self.model.forward).parameters
-        few = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
-        with (
-            self.own_lora(prompt.audio),
-            capture(self.model, path, where="input", position=-1) as before,
-            capture(self.model, path, position=-1) as after,
-        ):
+        path = self.location.head_path
+        few = {"logits_to_keep": 1} if _takes(self.model.forward, "logits_to_keep") else {}
+        with capture(self.model, path, where="input") as before, capture(self.model, path) as after:
             logits = self.model(**inputs, **few).logits[0, -1]
-        true = before[path][0][0]
-        self.logit_scale = self._factor(after[path][0][0], logits)  # a soft cap leaves small logits as they are
+        true = before[path][0][0, -1]
+        self.logit_scale = self._factor(after[path][0][0, -1], logits)  # a soft cap leaves small logits as they are
         pair = [prompt.extended([int(prompt.ids[-1])] * 3), prompt]
         ours = self._pass(pair)[1, 0]
         factor = self._factor(ours, true)
@@ -565,12 +550,11 @@ class Reader:
         self.exact = True
         # generate() must accept embeddings, and go on from them. With PER_TOKEN arguments it does not (Gemma 3n), and
         # Granite Speech switches its own LoRA by the presence of input_features.
-        prepare = getattr(self.model, "prepare_inputs_for_generation", None)
-        accepted = prepare and "inputs_embeds" in inspect.signature(prepare).parameters
+        accepted = _takes(getattr(self.model, "prepare_inputs_for_generation", None), "inputs_embeds")
         own = self._per_token or type(self.model).__name__ in OWN_AUDIO_LORA
-        self.from_embeddings &= bool(accepted) and not own
+        self.from_embeddings &= accepted and not own
         if self.from_embeddings:  # does the model, started from left-padded embeddings, end at the same vector?
-            padded = self._head_input(self.collate(pair), prompt.audio)[1, -1]
+            padded = self._head_input(self.collate(pair))[1, -1]
             self.from_embeddings = _difference(padded, true) <= self.tolerance
         return off
 
@@ -595,19 +579,20 @@ class Reader:
             if "inputs_embeds" in seen:
                 raise end
 
-        where = (self.location.decoder, block)
-        with _changed(self.model, [(m.register_forward_pre_hook, note, {"with_kwargs": True}) for m in where], end=end):
+        starts = (self.location.decoder, block)
+        hooks = [(module.register_forward_pre_hook, note, {"with_kwargs": True}) for module in starts]
+        with _changed(self.model, hooks, end=end):
             self.model(**inputs)
         if "inputs_embeds" not in seen:
             path = f"{self.location.layers_path}.0"
             raise ValueError(f"{path} never ran in a forward pass; pass decoder='path' of the one that does.")
         return seen
 
-    def _head_input(self, inputs: Mapping[str, Any], audio: bool) -> Tensor:
+    def _head_input(self, inputs: Mapping[str, Any]) -> Tensor:
         """`[batch, length, hidden]`: what the head multiplies when the whole model runs."""
         path = self.location.head_path
         # In no variable of this frame, which `_Stop`'s traceback keeps: after a Ctrl-C it has to end with the call.
-        with self.own_lora(audio), capture(self.model, path, where="input", stop=True) as record:
+        with capture(self.model, path, where="input", stop=True) as record:
             self.model(**inputs)
         return record[path][0]
 
@@ -652,20 +637,20 @@ class Reader:
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
         prompts begin with runs once, gradients included: on short questions more than half of all positions.
         """
-        decoder, audio, lengths = self.location.decoder, prompts[0].audio, None
+        decoder, lengths = self.location.decoder, None
         paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers)) if layers]
         # What model.gradient_checkpointing_enable() has set is looked at in training mode only. The children of these
         # modules, such as dropouts, stay in eval.
         enabled = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
         recomputed = [(m, "training", True) for m in enabled if torch.is_grad_enabled()]
         with (
-            self.own_lora(audio),
+            self.own_lora(prompts[0].audio),
             _changed(self.model, flags=recomputed),
             capture(self.model, paths[:1], where="input") as first,
             capture(self.model, paths) as blocks,
         ):
             if self.exact is False:
-                out = self._head_input(self._on_device(prompts[0].inputs()), audio)
+                out = self._head_input(self._on_device(prompts[0].inputs()))
             else:
                 hooked = bool(decoder._forward_pre_hooks)  # such as that of `steer`; they see whole prompts and a mask
                 whole = hooked or recomputed or not self.share_prefix  # what is recomputed has no cache
@@ -678,9 +663,7 @@ class Reader:
         if layers:
             states = [first[paths[0]][-1], *(blocks[path][-1] for path in paths)]
             if states[1].dim() != 3:  # Gemma 3n
-                raise ValueError(
-                    "This model's blocks give several streams, not [batch, length, hidden]; use layers=False."
-                )
+                raise ValueError("The blocks give several streams, not [batch, length, hidden]; use layers=False.")
             return torch.stack([_ends(h, lengths, last) for h in states], 2)
         ends = _ends(out, lengths, last)
         return ends if self.exact is False or self.scale == 1 else ends * self.scale
@@ -696,8 +679,7 @@ class Reader:
         if not length or len(prompts) == 1:
             return 0, {}
         decoder = self.location.decoder
-        renamed = "cache" in inspect.signature(decoder.forward).parameters  # transformers 5.24
-        name = "cache" if renamed else "past_key_values"
+        name = "cache" if _takes(decoder.forward, "cache") else "past_key_values"  # renamed in transformers 5.24
         cache = getattr(decoder(**self._embed(ids[:1, :length]), use_cache=True), name, None)
         # Not repeatable: tuples of keys and values (remote code), states of convolutions or state-space layers.
         if not isinstance(cache, Cache) or any(hasattr(layer, "conv_states") for layer in cache.layers):
@@ -720,19 +702,18 @@ class Reader:
         rows = torch.cat([self._pass([prompts[i] for i in kind], last, layers) for kind in kinds if kind])
         return rows if not all(kinds) else rows[torch.tensor([*kinds[0], *kinds[1]]).argsort()]
 
-    def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> Iterator[list[int]]:
+    def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> list[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
         positions allow; one by one where answers with these `settings` need it."""
         single = settings is not None and self._one_by_one(settings)
-        batch: list[int] = []
+        out: list[list[int]] = []
         for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
-            full = (len(batch) + 1) * len(prompts[i]) > self.max_tokens
-            if batch and (single or full or prompts[i].audio != prompts[batch[-1]].audio):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+            alike = not single and out and prompts[i].audio == prompts[out[-1][-1]].audio
+            if alike and (len(out[-1]) + 1) * len(prompts[i]) <= self.max_tokens:
+                out[-1].append(i)
+            else:
+                out.append([i])
+        return out
 
     @torch.no_grad()
     def represent(
@@ -744,11 +725,8 @@ class Reader:
     ) -> Tensor:
         """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
 
-        With several ranks each does some of the batches, the same ones as a single process; all get all rows.
-
-        Args:
-            progress: called with the number of prompts done, batch by batch.
-            last, layers: as in `last_hidden`, `[n, last, blocks + 1, hidden]`; without one of them, without its axis.
+        `last` and `layers` are as in `last_hidden`, and each has an axis if it is given. `progress` is called with the
+        number of prompts of each batch. Several ranks share the batches of a single process; all get all rows.
         """
         shape = [len(self.location.layers) + 1] if layers else []
         out = torch.zeros(len(prompts), last or 1, *shape, self.location.head_weight.shape[1])
@@ -794,6 +772,10 @@ class Reader:
             # It looks at which ids there are; padding with one of the prompt's own changes nothing.
             inputs["input_ids"] = _padded([prompt.ids for prompt in prompts], "left")[0].to(self.device)
         return inputs
+
+
+def _takes(function: Any, argument: str) -> bool:
+    return function is not None and argument in inspect.signature(function).parameters
 
 
 def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
@@ -927,9 +909,8 @@ class LoRA(nn.Module):
 
     def _parameters_by_name(self) -> dict[str, nn.Parameter]:
         """By PEFT's names, A before B."""
-        named = zip(self.paths, self.A, self.B, strict=True)
-        pairs = [(f"base_model.model.{path}.lora_{k}.weight", p) for path, a, b in named for k, p in (("A", a), ("B", b))]
-        return dict(pairs)
+        names = [f"base_model.model.{path}.lora_{k}.weight" for path in self.paths for k in "AB"]
+        return dict(zip(names, [p for pair in zip(self.A, self.B, strict=True) for p in pair], strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by PEFT's names, `base_model.model.{path}.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`."""
@@ -977,10 +958,7 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
     """Paths of the linears below the decoder's blocks whose last path component is one of `names`, exactly.
 
     `layers`: only blocks whose middle lies within these shares of the depth. A name without a match stands for those in
-    `SAME_AS`; where experts keep an MLP in 3-D parameters, names of its projections may match nothing.
-
-    Raises:
-        ValueError: a name that matches nothing, or no block within `layers`.
+    `SAME_AS`. If that matches nothing it is a ValueError, but for an MLP's names where experts have 3-D parameters.
     """
     linears = {  # nn.Linear, its subclasses and quantised stand-ins, all of which carry both sizes
         path: path.rpartition(".")[2]
@@ -1068,9 +1046,8 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
 
 def all_gather(own: dict[Any, T]) -> dict[Any, T]:
     """What all ranks have, in one dict."""
-    parts: list[Any] = [own]
+    parts: list[Any] = [own] * world()
     if world() > 1:
-        parts = [None] * world()
         dist.all_gather_object(parts, own)
     return {key: value for part in parts for key, value in part.items()}
 

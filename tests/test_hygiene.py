@@ -144,8 +144,9 @@ def test_a_capture_that_fails_changes_nothing(user):
 
 
 RESTORING = {
-    "undoing", "undo", "put_back", "_changed", "frozen", "_take_off", "capture", "own_lora", "_check", "_pass", "attach",
-    "detach", "disable", "enable", "disabled", "_running", "_decoder_inputs", "_head_input", "__enter__", "__exit__",
+    "undoing", "undo", "put_back", "_changed", "frozen", "_take_off", "capture", "attach", "detach", "disable",
+    "enable", "disabled", "_running", "own_lora", "_check", "_pass", "_decoder_inputs", "_head_input",
+    "__enter__", "__exit__",
 }  # fmt: skip
 
 

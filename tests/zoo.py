@@ -523,8 +523,8 @@ def table() -> str:
                 text = {"audio-text": rrs.config.instruction, "text-only": e.text, "audio-only": None}[condition]
                 audio = condition != "text-only"
                 inputs = build_inputs(text, e.clip[1](16000) if audio else None)
-                with torch.no_grad():
-                    true = rrs.reader._head_input(inputs, audio)[0, -1]
+                with rrs.reader.own_lora(audio), torch.no_grad():
+                    true = rrs.reader._head_input(inputs)[0, -1]
                 worst = max(worst, float((row - true).abs().max() / true.abs().max()))
             passed.append(condition)
         linears = {p.rpartition(".")[2]: None for p in linear_paths(rrs.location, rrs.config.target_modules)}
