@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -253,7 +254,9 @@ def capture(
     record: dict[str, list[Tensor]] = {path: [] for path in paths}
     end = _Stop()
 
-    def keep(path: str, value: Any) -> None:
+    def keep(path: str, _module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        if where == "input":  # `value` are its keyword arguments, else its output
+            value = (*args, *(value.get(name) for name in ACTIVATIONS), *value.values())
         tensor = next(_tensors(value), None)
         if tensor is None:
             raise ValueError(f"{path} carries no tensor at its {where}, but {type(value).__name__}.")
@@ -261,15 +264,10 @@ def capture(
         if stop and all(record.values()):
             raise end
 
-    def hook(path: str) -> Hook:
-        def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(path, (*args, *(kwargs.get(name) for name in ACTIVATIONS), *kwargs.values()))
-
-        if where == "input":
-            return known[path].register_forward_pre_hook, on_input, {"with_kwargs": True, "prepend": True}
-        return known[path].register_forward_hook, lambda _module, _args, output: keep(path, output), {}
-
-    with _changed(model, [hook(path) for path in paths], end=end):
+    register, keywords = "register_forward_hook", {}
+    if where == "input":
+        register, keywords = "register_forward_pre_hook", {"with_kwargs": True, "prepend": True}
+    with _changed(model, [(getattr(known[path], register), partial(keep, path), keywords) for path in paths], end=end):
         yield record
 
 
@@ -350,7 +348,7 @@ def _of_prompts(h: Tensor, mask: Any, position: int | slice) -> Tensor:
 # Replay: the frozen audio tower runs once per clip, the decoder as often as training needs
 
 # What differs between model classes, as data.
-PER_TOKEN = ("per_layer_inputs",)  # decoder arguments that follow from the token ids (Gemma 3n, Gemma 4)
+PER_TOKEN = "per_layer_inputs"  # the decoder's argument that follows from the token ids (Gemma 3n, Gemma 4)
 FIXED_INPUTS = {"VibeVoiceAsrForConditionalGeneration": {"sample": False}}  # else its audio encoder draws noise
 OWN_AUDIO_LORA = ("GraniteSpeechForConditionalGeneration", "GraniteSpeechPlusForConditionalGeneration")
 PER_TOKEN_INPUTS = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}  # and their values for text
@@ -421,7 +419,7 @@ class Reader:
         self.share_prefix = True  # may prompts of a batch share what they begin with?
         self.scale = 1.0  # what the model multiplies the decoder's output with on its way to the head (Inkling)
         self.logit_scale = 1.0  # what it multiplies the head's output with (Granite, Cohere, Muse Spark)
-        self._per_token = False  # does the decoder take PER_TOKEN arguments?
+        self._per_token = False  # does the decoder take PER_TOKEN?
         self._clips: dict[str, tuple[Tensor, Tensor]] = {}  # clip -> placeholder ids, projected audio [n, hidden]
         self._frames: dict[Any, tuple[Tensor, Tensor]] = {}  # text and turns -> ids before, ids after the audio
         self._composes = True  # is every prompt its clip and its frame, put together?
@@ -501,7 +499,7 @@ class Reader:
             return prompt
         inputs = self._on_device(given)
         seen = self._decoder_inputs(inputs)
-        self._per_token = any(name in seen for name in PER_TOKEN)
+        self._per_token = PER_TOKEN in seen
         embeds = seen["inputs_embeds"][0]  # [length, hidden]
         off = 0.0 if len(embeds) == len(prompt) else math.inf
         if audio and not off:  # it is where the embeddings are not those of the token ids
@@ -517,9 +515,8 @@ class Reader:
         if off > self.tolerance:
             self.exact, prompt.rows = False, None
             warnings.warn(
-                f"{type(self.location.decoder).__name__} can't be replayed from cached inputs: it is off by {off:.1e}, "
-                f"at {len(embeds)} positions for {len(prompt)} token ids; the full model runs for every prompt "
-                "instead: correct, but slower.",
+                f"{type(self.location.decoder).__name__}, replayed from cached inputs, is off by {off:.1e}, with "
+                f"{len(embeds)} positions for {len(prompt)} token ids; the full model runs instead, which is slower.",
                 stacklevel=4,
             )
         return prompt
@@ -548,7 +545,7 @@ class Reader:
         if off > self.tolerance:
             return off
         self.exact = True
-        # generate() must accept embeddings, and go on from them. With PER_TOKEN arguments it does not (Gemma 3n), and
+        # generate() must accept embeddings, and go on from them. With PER_TOKEN it does not (Gemma 3n), and
         # Granite Speech switches its own LoRA by the presence of input_features.
         accepted = _takes(getattr(self.model, "prepare_inputs_for_generation", None), "inputs_embeds")
         own = self._per_token or type(self.model).__name__ in OWN_AUDIO_LORA
@@ -574,8 +571,7 @@ class Reader:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if module is block:  # given token ids, the decoder merges the audio inside, as Phi-4's
                 kwargs = {"inputs_embeds": next(_tensors((*args, kwargs)))}
-            names = ("inputs_embeds", *PER_TOKEN)
-            seen.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+            seen.update({k: kwargs[k] for k in ("inputs_embeds", PER_TOKEN) if kwargs.get(k) is not None})
             if "inputs_embeds" in seen:
                 raise end
 
@@ -803,7 +799,6 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
-
 
 ANOTHER_LORA = (
     "Another RRS has its adapter on this model, and the two would add up. Call its disable() first, or, if that object "
