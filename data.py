@@ -72,6 +72,9 @@ class Example:
     def __post_init__(self) -> None:
         if not all(isinstance(turn, tuple) and len(turn) == 2 for turn in self.messages):
             raise DataError(f"{self.id}: messages must be pairs (role, text).")
+        if not isinstance(self.audio, (str, Path, bytes, Mapping, type(None))):
+            kind = type(self.audio).__name__
+            raise DataError(f"{self.id}: 'audio' must be a path, bytes or a dict with 'array', not {kind}.")
 
     def has(self, condition: str) -> bool:
         """Whether the example holds what `condition` needs: text, audio."""
@@ -219,7 +222,7 @@ def load_examples(
         if label is None or e.label in (None, label):
             examples.append(e if e.label or label is None else replace(e, label=label))
     if not examples:
-        held = ": its rows are all of the other label; pass the file with these" if seen else ""
+        held = f": its rows are all of the other label; pass the file with the {label} ones" if seen else ""
         raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it{held}.")
     if absent := [f"{e.id} ({e.meta['missing_clip']})" for e in examples if "missing_clip" in e.meta]:
         said = f"{name}: {len(absent)} of {len(examples)} clips are not there: {_some(absent)}. These rows can only be "
@@ -308,7 +311,9 @@ def _cells(row: Any) -> dict[str, Any]:
         value = value.item() if isinstance(value, np.generic) else value
         missing = value != value if isinstance(value, float) else type(value).__name__ in ("NAType", "NaTType")
         missing = missing or (isinstance(value, str) and not value.strip())
-        if column := str(key).strip().lower():  # pandas writes its index without a name
+        if (column := str(key).strip().lower()) in cells:
+            raise DataError(f"the column {column!r} stands twice, but for upper and lower case; rename or remove one.")
+        if column:  # pandas writes its index without a name
             cells[column] = None if missing else value
     return cells
 
@@ -342,8 +347,6 @@ def _example(
             raise DataError(f"{place} does not exist, or is no ordinary file; correct the path or audio_dir=.")
         if audio is None:
             meta["missing_clip"] = str(place)
-    elif audio is not None and not isinstance(audio, (bytes, Mapping)):
-        raise DataError(f"'audio' must be a path, bytes or a dict with 'array', not {type(audio).__name__}.")
     name = int(name) if isinstance(name, float) and name.is_integer() else default_id if name is None else name
     if str(name).startswith("B_"):  # so the authors name a twin
         meta["twin"] = meta.get("twin") or str(name)[2:]
@@ -446,7 +449,7 @@ def _array(source: Mapping[str, Any], name: str) -> tuple[npt.NDArray[Any], int]
     if wave.dtype in (np.int16, np.int32):
         wave = wave / -float(np.iinfo(wave.dtype).min)
     if wave.dtype.kind != "f":  # a list of integers becomes int64, whatever its samples' width
-        remedy = "np.asarray(array, np.int16) if that is the samples' width, or floats in [-1, 1]: 16-bit PCM / 32768"
+        remedy = "np.asarray(array, np.int16) for 16 bits, array / 128 - 1 for unsigned 8-bit, or floats in [-1, 1]"
         raise DataError(f"{name}: 'array' holds {wave.dtype}, samples of unknown width; pass {remedy}.")
     return wave, rate
 

@@ -154,7 +154,7 @@ def test_resampling_at_the_same_rate_is_the_identity():
         ({"array": np.zeros((1, 9)), "sampling_rate": RATE}, r"q7: .*\[1, 9\].*\[samples, channels\]; transpose"),
         ({"array": np.zeros((2, 9), np.int16), "sampling_rate": RATE}, "transpose"),
         ({"array": [0, 12000, -32768], "sampling_rate": RATE}, r"q7: .*unknown width.*np\.asarray\(array, np\.int16\)"),
-        ({"array": np.zeros(9, np.uint8), "sampling_rate": RATE}, "unknown width"),
+        ({"array": np.zeros(9, np.uint8), "sampling_rate": RATE}, r"unknown width.*array / 128 - 1 for unsigned 8-bit"),
         ({"array": [0.0, 12000.0, -32768.0], "sampling_rate": RATE}, r"q7: .*32768, expected floats.*divide PCM"),
     ],
 )

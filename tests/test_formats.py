@@ -325,6 +325,24 @@ def test_a_known_header_is_never_a_question(tmp_path, file, name):
     assert all(word in str(error.value) for word in [str(tmp_path / file), *words]), error.value
 
 
+def test_columns_that_differ_by_upper_and_lower_case_only_are_refused(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"text": "x", "label": "harmful", "Label": "benign"}')
+    with pytest.raises(DataError, match=r"row 1: the column 'label' stands twice.*remove one"):
+        load_examples(tmp_path / "m.jsonl")
+
+
+def test_a_file_of_the_other_side_says_which_one_is_wanted(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"text": "x", "label": "benign"}')
+    with pytest.raises(DataError, match=r"no harmful examples in it.*pass the file with the harmful ones"):
+        load_examples(tmp_path / "m.jsonl", "harmful")
+
+
+@pytest.mark.parametrize("audio", [np.zeros(9), [0.0] * 9, torch.zeros(9)])
+def test_audio_of_a_wrong_type_is_told_at_once(audio):
+    with pytest.raises(DataError, match="q7: 'audio' must be a path, bytes or a dict with 'array', not"):
+        Example("q7", audio=audio)
+
+
 class Table(list):
     """Rows with the features of `datasets`."""
 
