@@ -613,7 +613,8 @@ class Mean:
         return cls(int(n), float(total / n), *bootstrap(rows, lambda sums: sums[:, 0] / sums[:, 1]))
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n and not math.isnan(self.value) else "–"
+        known = self.value is not None and math.isfinite(self.value)  # NaN and infinity are null in a saved report
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if known else "–"
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_a_saved_report_is_loaded_as_it_was(tmp_path):
     report = make()
     report.maps["audio-text"] = project({"before": {"harmful": torch.randn(5, 4)}})
     nothing = {"kl": asdict(Mean.of([])), "same": asdict(Rate.of([]))}
-    report.usefulness = [{"condition": "c", "stage": "before", "n": 0, **nothing}]
+    report.usefulness = [{"condition": "c", "stage": stage, "n": 0, **nothing} for stage in report.stages]
     files = report.save(tmp_path / "r")
     assert [f.name for f in files] == ["report.json", "report.md"]
     assert json.loads(files[0].read_text(), parse_constant=pytest.fail)["table"][0]["group"] == "harmful"
