@@ -891,7 +891,8 @@ class Report:
             raise ValueError(f"{path} is no report ({type(error).__name__}: {error}); save it again.") from None
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Writes `report.json` (see `to_dict`) and `report.md` (the tables), each whole or not at all: their paths."""
+        """Writes `report.json` (see `to_dict`: clips that are no files are not kept) and `report.md` (the tables), each
+        whole or not at all: their paths."""
         folder, saved = Path(directory), self.to_dict()
         for row in saved["answers"]:
             row["audio"] = row["audio"] and Path(os.path.relpath(row["audio"], folder)).as_posix()

@@ -264,7 +264,6 @@ def compare(
     report.notes += [f"System prompt: {SYSTEM!r}", f"Chosen by dev, within {found.budget}: {' '.join(notes)}"]
     vars(model).update({**ours, "report": report})
     model.enable()
-    report.save(out)
     write_page(report, out)
     return report
 

@@ -69,7 +69,6 @@ def main() -> None:
     report = evaluate(open_model(args.model), args.adapter, test, max_new_tokens=args.max_new_tokens, cache=cache)
     print(report)
     if args.out:
-        report.save(args.out)
         print(f"Read every answer: {write_page(report, args.out)}")
 
 

@@ -137,7 +137,6 @@ def main() -> None:
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
     report.notes += [SMOKE] if args.fast else []
-    report.save(args.out)
     write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 

@@ -2,6 +2,7 @@
 
     python examples/review.py out                                                # out/report.html from report.json
     python examples/review.py out --verdicts verdicts.jsonl --out out/reviewed   # with verdicts corrected by hand
+    write_page(report, "out")       # in a script, in place of report.save: clips in memory become files, which play
 
 The page is one file without network. It is built from the data in it by textContent alone, so that no text can be
 markup. Its button writes the verdicts that were corrected or confirmed; the second command says how often they agree
@@ -59,8 +60,9 @@ def playable(report: Report, folder: Path) -> list[Path | None]:
 def sound_file(audio: Any, folder: Path) -> Path | None:
     """A clip's file, as in `playable`; of one that is no file, a new one named by its contents."""
     if isinstance(audio, Mapping) and "array" in audio:
-        buffer = io.BytesIO()
-        soundfile.write(buffer, np.asarray(audio["array"], np.float32), int(audio["sampling_rate"]), format="WAV")
+        buffer, wave = io.BytesIO(), np.asarray(audio["array"])
+        wave = wave.astype(np.float32) if wave.dtype.kind == "f" else wave  # integers are scaled by their width
+        soundfile.write(buffer, wave, int(audio["sampling_rate"]), format="WAV")
         audio = buffer.getvalue()
     elif isinstance(audio, Mapping):
         audio = audio["path"] if audio.get("bytes") is None else audio["bytes"]

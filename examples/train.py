@@ -223,7 +223,6 @@ def main() -> None:
     model.fit(harmful, benign, preflight=8 if args.limit else 32, **keep)
     model.calibrate(grouped(dev), possible(dev), max_new_tokens=16 if args.limit else 24)
     report = model.evaluate(test, asked, max_new_tokens=16 if args.limit else 64)
-    report.save(args.out)
     page = write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 

@@ -443,6 +443,13 @@ def test_many_answers_come_in_portions_and_many_clips_are_linked(tmp_path, monke
     assert "plays 0.3" in opened(page, script=loaded + "document.querySelector('audio').preload = 'metadata';")
 
 
+def test_a_clip_of_integers_is_as_loud_on_the_page(tmp_path):
+    clip = {"array": (tone(0.3, 0) * 2**15).astype(np.int16), "sampling_rate": RATE}
+    report = Report([Answer("g", "audio-only", "s", "a", None, "…", "refusal", audio=clip)], [], "judge")
+    write_page(report, tmp_path)
+    assert soundfile.read(Report.load(tmp_path).answers[0].audio)[0] == pytest.approx(tone(0.3, 0), abs=1e-4)
+
+
 def test_clips_as_they_come(tmp_path):
     """Paths, encoded bytes, arrays and datasets' dicts; what is no sound, or gone, is left out."""
     buffer = io.BytesIO()
