@@ -247,11 +247,14 @@ def _read_file(path: Path, wanted: set[str]) -> list[Any]:
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     first = lines[0] if lines else "?"
     known = {*wanted, *COLUMNS["text"].split(), *COLUMNS["audio"].split()}
+    table = suffix in (".csv", ".tsv")
     for delimiter in ",\t;":
         names = {name.strip(' "').lower() for name in first.split(delimiter)}
         if known & names and first[-1] not in ".?!":
             return _read_table(path, content, delimiter)
-    if suffix in (".csv", ".tsv") and lines:
+        alike = len(names) > 1 and len(lines) > 1 and len({line.count(delimiter) for line in lines}) == 1
+        table |= alike and all(len(name.split()) <= 2 for name in names)
+    if table and lines:
         raise DataError(f"{path} is no table that can be read: {first[:99]!r} names no known column. {COULD_BE}")
     return [{"text": line} for line in lines]
 
@@ -263,8 +266,9 @@ def _read_json(path: Path, content: str) -> list[Any]:
         try:
             value, at = decoder.raw_decode(content, start.start())
         except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, 100,000 brackets
-            line = content.count("\n", 0, getattr(error, "pos", start.start())) + 1
-            said = f"{path}, line {line}: not valid JSON ({getattr(error, 'msg', error)})"
+            ends = (start.start(), getattr(error, "pos", start.start()))
+            lines = " to ".join(dict.fromkeys(str(content.count("\n", 0, at) + 1) for at in ends))
+            said = f"{path}, line {lines}: not valid JSON ({getattr(error, 'msg', error)})"
             raise DataError(f"{said}; a file holds one object a line, or a list of them.") from None
         rows += value if isinstance(value, list) else [value]
     return rows

@@ -35,15 +35,16 @@ EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linke
 SOUNDS = {b"RIFF": "wav", b"OggS": "ogg", b"fLaC": "flac", b"ID3": "mpeg", b"\xff\xfb": "mpeg", b"\xff\xf3": "mpeg"}
 
 
-def write_page(report: Report, folder: str | Path) -> Path:
-    """Writes `report.html`, and the files of `Report.save` with it: they name the clips that the page plays.
+def write_page(report: Report, folder: str | Path, save: bool = True) -> Path:
+    """Writes `report.html`, and, if `save`, the files of `Report.save`: they name the clips that the page plays.
 
     Clips that are no files become files in `audio/`.
     """
     folder = Path(folder)
     clips = on_rank0(lambda: playable(report, folder))
     report = replace(report, answers=[replace(a, audio=clips[i]) for i, a in enumerate(report.answers)])
-    report.save(folder)
+    if save:
+        report.save(folder)
     return on_rank0(lambda: write_files(folder, {"report.html": page(report, folder)}))[0]
 
 
@@ -500,7 +501,8 @@ def main() -> None:
             print(report.notes[-1])
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"Read every answer: {write_page(report, args.out or args.folder)}")
+    page_file = write_page(report, args.out or args.folder, save=bool(args.out))
+    print(f"Read every answer: {page_file}")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def test_bom_and_crlf(tmp_path):
     ("content", "words"),
     [
         ('{"id": "a", "text": "x"}\n{"id": ', ["m.jsonl, line 2", "not valid JSON"]),
+        ('{"text": "x"}\n{"text": "y"\n{"text": "z"}', ["m.jsonl, line 2 to 3", "not valid JSON"]),
         ('[{"text": "x"},]', ["m.jsonl, line 1", "not valid JSON"]),
         ('{"id": "a"}', ["row 1", "neither 'text' nor 'audio'"]),
         ('{"id": "a", "text": 5}', ["row 1", "'text' must be a string"]),
@@ -85,6 +86,16 @@ def test_bad_manifests(tmp_path, content, words):
     with pytest.raises(DataError) as error:
         load_examples(path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_table_with_unknown_columns_is_no_list_of_questions(tmp_path):
+    (tmp_path / "m.txt").write_text("instruction,kind\nSay hello,a\nSay no,b")
+    with pytest.raises(DataError, match=r"m\.txt is no table that can be read: .* names no known column.*columns="):
+        load_examples(tmp_path / "m.txt")
+    assert [e.text for e in load_examples(tmp_path / "m.txt", columns={"text": "instruction"})] == [
+        "Say hello",
+        "Say no",
+    ]
 
 
 def test_missing_manifest_and_wrong_type(tmp_path):
