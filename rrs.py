@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -216,27 +216,25 @@ class RRSConfig:
             setattr(self, name, tuple(_number(name, x, float) for x in value))
         self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
-        for name in ("prompts", "conditions", "target_modules", "refusal", "refusal_prompt", "instruction"):
-            if not (value := getattr(self, name)) or not all(value):
-                raise ValueError(f"{name}={value!r} is empty or holds an empty one.")
-        bounds: dict[str, tuple[bool, str]] = {
-            "conditions": (set(self.conditions) <= set(CONDITIONS), f"must be some of {CONDITIONS}"),
-            "direction": (self.direction in ("delta", "natural"), "must be 'delta' or 'natural'"),
-            "keep_share": (0 < self.keep_share <= 1, "must lie in (0, 1]; keep_tokens=0 holds no answers"),
-            "betas": (all(0 <= beta < 1 for beta in self.betas), "must lie in [0, 1)"),
-            "layers": (0 <= self.layers[0] < self.layers[1] <= 1, "must be two shares of the depth, e.g. (0.5, 1.0)"),
-            "lora_dropout": (0 <= self.lora_dropout < 1, "must lie in [0, 1)"),
-        }
-        for name in ("lora_r", "epochs", "batch_size", "accumulate"):
-            bounds[name] = (getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
-            bounds[name] = (getattr(self, name) > 0, "must be above 0")
-        least_0 = ("penalty", "weight_decay", "harmful_strength", "benign_strength", "keep_tokens", "refusal_examples")
-        for name in least_0:
-            bounds[name] = (getattr(self, name) >= 0, "must not be negative")
-        for name, (holds, rule) in bounds.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} {rule}.")
+        strings, least_0 = (
+            "prompts conditions target_modules refusal refusal_prompt instruction",
+            ("penalty weight_decay harmful_strength benign_strength keep_tokens refusal_examples"),
+        )
+        rules: list[tuple[str, Callable[[Any], bool], str]] = [
+            (strings, lambda x: len(x) > 0 and all(x), "is empty or holds an empty one"),
+            (least_0, lambda x: x >= 0, "must not be negative"),
+            ("lora_r epochs batch_size accumulate", lambda x: x >= 1, "must be at least 1"),
+            ("lora_alpha learning_rate max_grad_norm", lambda x: x > 0, "must be above 0"),
+            ("conditions", set(CONDITIONS).issuperset, f"must be some of {CONDITIONS}"),
+            ("direction", ("delta", "natural").__contains__, "must be 'delta' or 'natural'"),
+            ("keep_share", lambda x: 0 < x <= 1, "must lie in (0, 1]; keep_tokens=0 holds no answers"),
+            ("betas", lambda x: all(0 <= beta < 1 for beta in x), "must lie in [0, 1)"),
+            ("layers", lambda x: 0 <= x[0] < x[1] <= 1, "must be two shares of the depth, e.g. (0.5, 1.0)"),
+            ("lora_dropout", lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+        ]
+        for name, holds, rule in [(name, holds, rule) for names, holds, rule in rules for name in names.split()]:
+            if not holds(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r} {rule}.")
         if self.keep_share < 1 and not self.keep_tokens:
             raise ValueError(f"keep_share={self.keep_share!r} has no effect with keep_tokens=0; set that, too.")
 
@@ -419,12 +417,8 @@ def to_targets(
             `objective=partial(to_targets, distance=lambda h, t: 1 - torch.cosine_similarity(h, t))`.
     """
     lengths = [len(item.target) for item in items]
-    if max(lengths) <= min(map(len, prompts)):  # one pass for all, unless a prompt has fewer positions than that
-        h = reader.last_hidden(prompts, max(lengths))  # [batch, longest, hidden]
-        ends = [rows[-n:] for rows, n in zip(h, lengths, strict=True)]
-    else:
-        ends = [reader.last_hidden([prompt], n)[0] for prompt, n in zip(prompts, lengths, strict=True)]
-    h = torch.cat(ends).float()  # [all positions, hidden]
+    rows = reader.last_hidden(prompts, max(lengths))  # [batch, longest, hidden]
+    h = torch.cat([row[-n:] for row, n in zip(rows, lengths, strict=True)]).float()  # [all positions, hidden]
     values = distance(h, torch.cat([item.target for item in items]).to(h)).split(lengths)
     return torch.stack([v[0] + v[1:].mean() if len(v) > 1 else v[0] for v in values])
 
@@ -504,21 +498,21 @@ class Step:
     grad_norm: float  # before clipping
     learning_rate: float
 
-    def row(self) -> dict[str, float]:
-        """All but `rrs`, for the history."""
-        return {k: v for k, v in vars(self).items() if k != "rrs"}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that know when they are damaged
+
+
+def _raw(tensor: Tensor) -> bytes:
+    """The numbers of a tensor, whatever its dtype and strides."""
+    return tensor.detach().cpu()[..., None].view(torch.uint8).numpy().tobytes()
 
 
 def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
     """SHA-256 of names, dtypes, shapes, contents and record."""
     sha = hashlib.sha256(record.encode())
     for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(tensor.clone().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + _raw(tensor))
     return sha.hexdigest()
 
 
@@ -562,8 +556,7 @@ class Checkpoints:
     @property
     def last(self) -> str:
         """How messages call the last good checkpoint."""
-        files = sorted(self.folder.glob("step-*.safetensors"))
-        return f"The last good checkpoint is {files[-1]}" if files else "There is no checkpoint yet"
+        return f"The last good checkpoint is {files[-1]}" if (files := self.files()) else "There is no checkpoint yet"
 
     def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         """Writes the state after `step`; the ones before stay as they are until it is on disk."""
@@ -576,8 +569,7 @@ class Checkpoints:
         except OSError as error:
             message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
             raise OSError(error.errno, message) from error
-        files = self.files()  # on every rank: rank 0 tells them
-        for path in files[:-2] if rank() == 0 else []:
+        for path in self.files()[:-2]:
             path.unlink(missing_ok=True)
 
     def load(self, lora: LoRA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -603,33 +595,28 @@ class Checkpoints:
 
 
 @contextmanager
-def holding(folder: str | Path | None) -> Iterator[None]:
+def holding(folder: str | Path) -> Iterator[None]:
     """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it.
 
     The lock is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing.
     """
-    files = list[Any]()
+    with ExitStack() as stack:
 
-    def take() -> None:
-        if folder is None:
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        files.append((Path(folder) / ".lock").open("a"))
-        try:
-            if fcntl:
-                fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"Another run is at work in {folder}; wait for its end, or choose another checkpoint_dir."
-            raise BlockingIOError(message) from None
-        except OSError as error:  # some network file systems
-            warnings.warn(f"{folder} can't be locked ({error}): start no other run there.", RRSWarning, stacklevel=5)
+        def take() -> None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((Path(folder) / ".lock").open("a"))
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"Another run is at work in {folder}; wait for its end, or choose another checkpoint_dir."
+                raise BlockingIOError(message) from None
+            except OSError as error:  # some network file systems
+                message = f"{folder} can't be locked ({error}): start no other run there."
+                warnings.warn(message, RRSWarning, stacklevel=5)
 
-    try:
         on_rank0(take)
         yield
-    finally:
-        for file in files:
-            file.close()
 
 
 def check_run(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
@@ -694,8 +681,7 @@ def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
     """
 
     def digest(value: Tensor) -> bytes:
-        value = value.to(torch.bfloat16) if value.is_floating_point() else value
-        raw = value.cpu().clone().flatten().view(torch.uint8).numpy().data if value.numel() else b""
+        raw = _raw(value.to(torch.bfloat16) if value.is_floating_point() else value)
         return hashlib.sha256(f"{list(value.shape)}".encode() + hashlib.sha256(raw).digest()).digest()
 
     def tensors(module: nn.Module) -> list[Tensor]:
@@ -716,14 +702,12 @@ def origin() -> dict[str, Any]:
     """What it takes to run this process again: command, folder, files that it names; and facts of the machine."""
     names = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
     files = [n for n in names if os.path.isfile(n) and os.access(n, os.R_OK) and os.path.getsize(n) < 2**30]
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    machine = {"python": platform.python_version(), "system": platform.system(), "processor": processor}
-    return {
-        "command": sys.argv,
-        "folder": os.getcwd(),
-        "files": {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in files},
-        "machine": {**machine, "device": best_device().type, "threads": torch.get_num_threads()},
-    }
+    machine = {
+        "python": platform.python_version(), "system": platform.system(), "threads": torch.get_num_threads(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "device": best_device().type,
+    }  # fmt: skip
+    hashes = {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in files}
+    return {"command": sys.argv, "folder": os.getcwd(), "files": hashes, "machine": machine}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -852,14 +836,14 @@ def _excess(before: Report, now: Report, limits: Mapping[str, float]) -> float:
     """By how much a group's answers are beyond its budget, less about a standard error: half of the way from the change
     to the lower end of its 95% interval."""
 
-    def change(group: str) -> Change:
-        rows = [[a for a in r.answers if group in (a.group, "degenerate")] for r in (before, now)]
+    found = []
+    for group, limit in limits.items():
         verdicts = ("degenerate",) if group == "degenerate" else before.counted(group)
-        old, new = ([a.verdict in verdicts for a in answers] for answers in rows)
-        return Change.of(old, new, [a.unit for a in rows[0]])
-
-    changes = {group: change(group) for group in limits}
-    return max((changes[g].value + changes[g].low) / 2 - limit for g, limit in limits.items())
+        old, new = ([a for a in r.answers if group in (a.group, "degenerate")] for r in (before, now))
+        was, is_now = ([a.verdict in verdicts for a in answers] for answers in (old, new))
+        change = Change.of(was, is_now, [a.unit for a in old])
+        found.append((change.value + change.low) / 2 - limit)
+    return max(found)
 
 
 def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequence[Example]]) -> dict[str, float]:
@@ -935,13 +919,8 @@ def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
         ValueError: a setting that is not known to leave the computation as it is, by name.
     """
     for name, value in peft.items():
-        fine = (
-            value in NEUTRAL[name] if name in NEUTRAL else name in TRAINING_ONLY or value in (None, False, {}, [], "")
-        )
-        if not fine:
-            raise ValueError(
-                f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT instead."
-            )
+        if name not in TRAINING_ONLY and value not in NEUTRAL.get(name, (None, False, {}, [], "")):
+            raise ValueError(f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT.")
     ranks = sorted({len(t) for n, t in tensors.items() if n.endswith(LORA_A)})
     if ranks != [peft["r"]]:
         raise ValueError(f"The adapter's tensors have the ranks {ranks}, its config says r={peft['r']}.")
@@ -1007,18 +986,6 @@ def renamed(tensors: Mapping[str, Tensor], model: nn.Module, location: Location)
         below = f"{location.layers_path}.{f'.{path}'.partition(f'.{blocks}.')[2]}"
         out[PEFT + (below if path not in inside and below in inside else path) + lora + kind] = tensor
     return out
-
-
-def acts_as(now: Tensor, trained: Tensor, vanilla: Tensor) -> str:
-    """Whether logits `[prompts, ids]` are the adapter's or vanilla's: the nearer of the two, if its distance is at most
-    a third of that between the two, or rounding (2% of the largest logit)."""
-    far = {"trained": now - trained, "vanilla": now - vanilla}
-    size = {name: float(x.square().mean().sqrt()) for name, x in far.items()}
-    limit = max(float((trained - vanilla).square().mean().sqrt()) / 3, 0.02 * float(trained.abs().max()))
-    nearest = min(size, key=size.__getitem__)
-    most = " and ".join(f"{float(x.abs().max()):.2g} from {name}" for name, x in far.items())
-    said = nearest if size[nearest] <= limit else "something else"
-    return f"acts as {said}: first-token logits are at most {most} ({len(now)} prompts)"
 
 
 def verify(directory: str | Path, model: Any, processor: Any, **kwargs: Any) -> str:
@@ -1313,10 +1280,9 @@ class Runner:
         if usefulness:
             measure(report, groups, conditions, at, usefulness, begun)
         report.notes += notes
-        if calibrated := self.record.get("calibrated"):
-            scale = calibrated["chosen"]["scale"]
-            curve = (calibrated["vanilla"], *calibrated["points"])
-            report.curve = [{**point, "chosen": point["scale"] == scale} for point in curve]
+        if found := self.record.get("calibrated"):
+            points = (found["vanilla"], *found["points"])
+            report.curve = [{**point, "chosen": point["scale"] == found["chosen"]["scale"]} for point in points]
         report.settings = {  # whatever it takes to run again
             "max_new_tokens": max_new_tokens,
             "prefix": prefix,
@@ -1324,9 +1290,7 @@ class Runner:
             "config": asdict(self.config),
             "versions": versions(),
             "model": {"class": type(self.model).__name__, "fingerprint": base},
-            "data": {
-                group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()
-            },
+            "data": {g: {"n": len(rows), "sha256": content_hash(rows, self.render)} for g, rows in groups.items()},
         }
         if given is None and "after" in stages:
             self.report = report
@@ -1341,27 +1305,11 @@ class Runner:
 
     def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
         """Warns of examples that were trained on, or whose twins were; what it said."""
-        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
-        if not seen:
+        if not (seen := shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)):
             return []
         note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
         warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
         return [note]
-
-    def _judged(
-        self,
-        groups: Mapping[str, Sequence[Example]],
-        conditions: Sequence[str],
-        judge: Judge | None,
-        max_new_tokens: int,
-    ) -> Report:
-        """Judged answers of the model as it is now."""
-
-        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
-            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
-
-        with self._running():
-            return answer_and_judge(groups, conditions, ["now"], answer, judge or judge_refusals)
 
     def _refusals(
         self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False
@@ -1783,7 +1731,7 @@ class RRS(Runner):
                 # --------------------------------------------------------------------------------------------------
                 loss, epoch = mean + c.penalty * square, step // per_epoch + 1
                 state = Step(self, epoch, step + 1, steps, loss, mean, square, norm, rate)
-                history.append(state.row())
+                history.append({name: value for name, value in vars(state).items() if name != "rrs"})
                 bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
                 bar.update()
                 self.report = None  # one that a callback made was of the weights before
@@ -1831,13 +1779,12 @@ class RRS(Runner):
         for condition, label in dict.fromkeys((i.condition, i.example.label) for i in items):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
             data.setdefault(condition, {})[str(label)] = {"n": len(side), "sha256": content_hash(side, self.render)}
-        name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        made = getattr(self.model, "config", None)
         base = {
-            "class": type(self.model).__name__,
-            "name": name,
+            "class": type(self.model).__name__, "name": getattr(made, "_name_or_path", ""),
             "fingerprint": fingerprint(self.model, self.location.decoder),
-        }
-        base["revision"] = getattr(getattr(self.model, "config", None), "_commit_hash", None)
+            "revision": getattr(made, "_commit_hash", None),
+        }  # fmt: skip
         return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
 
     def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
@@ -1880,7 +1827,7 @@ class RRS(Runner):
 
         try:
             self.disable()
-            with holding(folder), self._running():
+            with holding(folder) if folder else nullcontext(), self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
                 self.report, self.directions, self._trained_on = None, {}, frozenset()
                 yield
@@ -2032,22 +1979,26 @@ class RRS(Runner):
         groups, harmful, harmless = self._dev(dev, conditions)
         limits = _budgets(budget, {g: groups[g] for g in harmless})
         with self._running():
-            prompts = {g: [self.read(e, c) for c in conditions for e in groups[g] if e.has(c)] for g in groups}
+            prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}
         some = {g: rows[:: -(-len(rows) // answers)] for g, rows in groups.items()}
 
         def at(scale: float) -> Point:
             lora.scale = scale * present
-            with self._running():
-                leads = {g: self._lead(self.reader.represent(rows)) for g, rows in prompts.items()}
+            with self._running(), self._bar(sum(map(len, prompts.values())), f"calibrate ×{scale:.2f}") as bar:
+                leads = {g: self._lead(self.reader.represent(rows, bar.update)) for g, rows in prompts.items()}
             now = {g: Rate.of(first.tolist()) for g, (first, _) in leads.items()}
             over = max(now[g].value - (vanilla.groups if scale else now)[g].value - limits[g] for g in harmless)
             lead = torch.cat([leads[g][1] for g in harmful])
             apart = {g: auc(lead, leads[g][1]) for g in harmless}
             return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
 
+        def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
+            return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
+
         def judged(point: Point) -> Report:
             lora.scale = point.scale * present
-            report = self._judged(some, conditions, judge, max_new_tokens)
+            with self._running():
+                report = answer_and_judge(some, conditions, ["now"], answer, judge or judge_refusals)
             point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
             return report
 
@@ -2056,8 +2007,7 @@ class RRS(Runner):
             with self.disabled():
                 vanilla = at(0.0)
                 before = judged(vanilla) if judge is not None else None
-            with self._bar(0, "calibrate: scales") as bar:
-                points = _curve(lambda scale: (bar.update(), at(scale))[1], most)
+            points = _curve(at, most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
                 chosen = next(p for p in points if p.scale == 1)
@@ -2108,11 +2058,19 @@ class RRS(Runner):
         return canary, {"canary.ids": ids} | {f"canary.{name}": rows.gather(1, ids) for name, rows in logits.items()}
 
     def _acts(self, canary: Sequence[Mapping[str, Any]], vectors: Mapping[str, Tensor], most: int | None = None) -> str:
-        """What the model acts as now, by the `most` prompts of a canary that tell most; see `acts_as`."""
+        """What the model acts as now, by the `most` prompts of a canary that tell most: the nearer of trained and
+        vanilla, if its logits are at most a third as far as the two are apart, or rounding (2% of the largest)."""
         ids, trained, vanilla = (vectors[f"canary.{name}"] for name in ("ids", "trained", "vanilla"))
         rows = (trained - vanilla).abs().amax(1).argsort(descending=True)[:most].tolist()
+        ids, trained, vanilla = ids[rows], trained[rows], vanilla[rows]  # [prompts, ids]
         prompts, logits = self._begin([canary[i] for i in rows])
-        said = acts_as(logits.gather(1, ids[rows]), trained[rows], vanilla[rows])
+        far = {name: logits.gather(1, ids) - x for name, x in (("trained", trained), ("vanilla", vanilla))}
+        size = {name: float(x.square().mean().sqrt()) for name, x in far.items()}
+        limit = max(float((trained - vanilla).square().mean().sqrt()) / 3, 0.02 * float(trained.abs().max()))
+        nearest = min(size, key=size.__getitem__)
+        said = f"acts as {nearest if size[nearest] <= limit else 'something else'}: first-token logits are at most "
+        said += " and ".join(f"{float(x.abs().max()):.2g} from {name}" for name, x in far.items())
+        said += f" ({len(rows)} prompts)"
         if [p.ids.tolist() for p in prompts] != [canary[i]["tokens"] for i in rows]:
             said += "; prompts have other tokens than in training: chat template, system prompt or build_inputs differ"
         return said
@@ -2143,15 +2101,12 @@ class RRS(Runner):
             peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
             return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
 
-        files, extra = adapter(""), pack(vectors | logits)
-        packed = {FILES[1]: files[FILES[1]], FILES[4]: extra}
+        files, extra = adapter(""), {FILES[4]: pack(vectors | logits)}
+        packed = {FILES[1]: files[FILES[1]], **extra}
         record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
         record["scale"] = lora.scale
-        files |= {
-            "rrs.json": json.dumps(record, indent=2).encode(),
-            "README.md": model_card(record, self.report).encode(),
-            "rrs.safetensors": extra,
-        }
+        card = model_card(record, self.report).encode()
+        files |= {"rrs.json": json.dumps(record, indent=2).encode(), "README.md": card, **extra}
         if type(self.model).__name__ in THINKERS.values():
             on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
         on_rank0(lambda: write_files(path, files))
@@ -2171,37 +2126,35 @@ class RRS(Runner):
         """
         tensors, peft, record, vectors = read_adapter(Path(directory))
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
-        if kwargs.get("template_kwargs", known := record.get("template_kwargs")) != known and known is not None:
-            message = f"{directory} was trained with template_kwargs={known!r}, not {kwargs['template_kwargs']!r}."
+        known = record.get("template_kwargs")
+        if known is not None and (now := kwargs.get("template_kwargs", known)) != known:
+            message = f"{directory} was trained with template_kwargs={known!r}, not {now!r}."
             warnings.warn(message, RRSWarning, stacklevel=2)
-        rrs = cls(model, processor, config, **{"template_kwargs": record.get("template_kwargs"), **kwargs})
-        rank_, scale = lora_scale(peft, tensors)
-        own, same = (
-            renamed(tensors, model, rrs.location),
-            base.get("fingerprint") == fingerprint(model, rrs.location.decoder),
-        )
+        rrs = cls(model, processor, config, **{"template_kwargs": known, **kwargs})
+        r, scale = lora_scale(peft, tensors)
         if not math.isclose(scale, record.get("scale", scale)):
             raise ValueError(f"{directory}: adapter_config.json has another scale than rrs.json; save it again.")
-        inside = dict.fromkeys(p for p, _ in model.named_modules())
+        own, here = renamed(tensors, model, rrs.location), fingerprint(model, rrs.location.decoder)
         names = {n[len(PEFT) :].partition(".lora_")[0] for n in own}
-        unknown = sorted(names - inside.keys()) or sorted(tensors.keys() - own.keys()) * (not same)
+        paths = [path for path, _ in model.named_modules() if path in names]
+        unknown = sorted(names.difference(paths))
+        if base.get("fingerprint") != here:  # another base lacks what had to be renamed
+            unknown = unknown or sorted(tensors.keys() - own.keys())
         if unknown or len(own) < len(tensors):
             raise ValueError(
                 f"{directory} was made for another base ({base.get('class', '?')}): {type(model).__name__} has no "
                 f"{unknown[:3]} …"
             )
-        dropout = float(peft.get("lora_dropout") or 0)
-        rrs.lora = LoRA(model, [p for p in inside if p in names], r=rank_, alpha=scale * rank_, dropout=dropout).eval()
+        rrs.lora = LoRA(model, paths, r=r, alpha=scale * r, dropout=float(peft.get("lora_dropout") or 0)).eval()
         rrs.lora.load_tensors(own)
         rrs._trained_on = frozenset(vectors.pop("trained_on", torch.empty(0)).tolist())
-        for condition in dict.fromkeys(name.rpartition(".")[0] for name in vectors if not name.startswith("canary.")):
+        for condition in {name.rpartition(".")[0]: 0 for name in vectors if not name.startswith("canary.")}:
             rrs.directions[condition] = Direction(*(vectors[f"{condition}.{field}"] for field in Direction._fields))
-        rrs.history = record.pop("history", [])
-        own_keys = ("evaluation", "sha256", "scale", "template_kwargs", "canary")
-        rrs.record = {k: v for k, v in record.items() if k not in own_keys}
+        rrs.history, canary = record.pop("history", []), record.pop("canary", None)
+        rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "sha256", "scale", "template_kwargs")}
         rrs.lora.attach()
-        said = rrs._acts(record["canary"], vectors, 2) if "canary" in record else "its effect is unknown"
-        another = "fingerprint" in base and not same
+        said = rrs._acts(canary, vectors, 2) if canary is not None else "its effect is unknown"
+        another = base.get("fingerprint", here) != here
         if another or not said.startswith(("acts as trained", "its effect")):
             where = f" was trained on another base than the one it is loaded on ({base});" if another else ""
             warnings.warn(f"{directory}{where} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
