@@ -305,7 +305,7 @@ def select_features(
     score = scorer(delta, head_row)
     if score.shape != delta.shape:
         raise ValueError(
-            f"The scorer gave {list(score.shape)}; it must give a score for each of {len(delta)} features."
+            f"The scorer gave {list(score.shape)}; it must give one score for each of {len(delta)} features."
         )
     if not torch.isfinite(score).all():
         raise ValueError("The features' scores hold NaN or infinity; check the vectors, the scorer and the weights.")
@@ -642,21 +642,20 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     path = Path(directory).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; choose a folder.")
-    held = {p.name for p in path.iterdir() if not p.name.endswith(SCRATCH)} if path.exists() else set()
+    path.mkdir(parents=True, exist_ok=True)
+    held = {p.name for p in path.iterdir() if not p.name.endswith(SCRATCH)}
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
     ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
     if foreign := sorted(held - {*FILES, COMPOSITE} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
-    path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise PermissionError(f"{path} can't be written; choose another folder.")
     return path
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and of the numbers it is given, so that a resumed run knows an edited
-    one."""
+    """A function's name with a hash of its code and of the numbers it is given: a resumed run knows an edited one."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
@@ -684,13 +683,12 @@ def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
         raw = _raw(value.to(torch.bfloat16) if value.is_floating_point() else value)
         return hashlib.sha256(f"{list(value.shape)}".encode() + hashlib.sha256(raw).digest()).digest()
 
-    def tensors(module: nn.Module) -> list[Tensor]:
-        return [t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
+    def tensors(module: nn.Module) -> dict[int, Tensor]:
+        return {id(t): t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"}
 
-    inside = tensors(decoder or locate(model).decoder)
-    known = {id(t) for t in inside}
-    rest = sorted(digest(t) for t in tensors(model) if id(t) not in known)
-    return hashlib.sha256(b"".join([*map(digest, inside), *rest])).hexdigest()[:16]
+    inside, all_of_it = tensors(decoder or locate(model).decoder), tensors(model)
+    rest = sorted(digest(t) for key, t in all_of_it.items() if key not in inside)
+    return hashlib.sha256(b"".join([*map(digest, inside.values()), *rest])).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
@@ -825,17 +823,16 @@ def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
     while points[0].over > 0 and points[0].scale > 0.1:
         points.insert(0, measure(points[0].scale / STEP))
     # Up until harmless inputs are refused in numbers, or answers break.
-    while points[-1].over <= 0.1 and points[-1].refused >= max(p.refused for p in points) - 0.1:
-        if points[-1].scale * STEP > most * 1.001:
+    while (top := points[-1]).over <= 0.1 and top.refused >= max(p.refused for p in points) - 0.1:
+        if (scale := top.scale * STEP) > most * 1.001:
             break
-        points.append(measure(points[-1].scale * STEP))
+        points.append(measure(scale))
     return points
 
 
 def _excess(before: Report, now: Report, limits: Mapping[str, float]) -> float:
     """By how much a group's answers are beyond its budget, less about a standard error: half of the way from the change
     to the lower end of its 95% interval."""
-
     found = []
     for group, limit in limits.items():
         verdicts = ("degenerate",) if group == "degenerate" else before.counted(group)
@@ -1095,10 +1092,11 @@ class Runner:
         template_kwargs: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        if config is not None and not isinstance(config, RRSConfig):
+        config = RRSConfig() if config is None else config
+        if not isinstance(config, RRSConfig):
             raise ValueError(f"config is a {type(config).__name__}; make it an RRSConfig, e.g. by RRSConfig.from_dict.")
         connect()
-        self.model, self.processor, self.config = model, processor, config or RRSConfig()
+        self.model, self.processor, self.config = model, processor, config
         self.verbose, self.template_kwargs = verbose and rank() == 0, dict(template_kwargs or {})
         self.location = locate(model, decoder=decoder, norm=norm, head=head)
         self.render = build_inputs or Renderer(processor, self.config.system, self.template_kwargs)
@@ -1125,15 +1123,15 @@ class Runner:
     # -- data to prompts ----------------------------------------------------------------------------------------------
 
     def read(
-        self, example: Example, condition: str, instruction: str | None = None, refusal_prompt: bool = False
+        self, example: Example, condition: str, instruction: str | None = None, refusal_prompt: bool | str = False
     ) -> Prompt:
         """The prompt of one example in one condition, as the decoder sees it; its clip is encoded once.
 
         Args:
             instruction: default `config.instruction`.
-            refusal_prompt: append `config.refusal_prompt`.
+            refusal_prompt: append `config.refusal_prompt`, or this one.
         """
-        added = self.config.refusal_prompt if refusal_prompt else ""
+        added = self.config.refusal_prompt if refusal_prompt is True else refusal_prompt or ""
         text, turns = user_turn(example, condition, instruction or self.config.instruction, added), example.messages
         if text and self._control:  # the chat template's renderer sees to it itself
             text = as_letters(text, self._control)
@@ -1159,8 +1157,7 @@ class Runner:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
-        heard = [i for i, e in enumerate(examples) if spoken and e.has(spoken)]
-        if not heard:
+        if not (heard := [i for i, e in enumerate(examples) if spoken and e.has(spoken)]):
             return [*examples]
         with self._running(vanilla=True), self._bar(len(heard), "read clips") as bar:
             for i in heard:
@@ -1182,10 +1179,9 @@ class Runner:
             return ()
         with self._running():
             turn = self.tokenizer.decode(self.reader.read("Hello.").ids[-4:].tolist())
-            before, both = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (turn, turn + words))
-        if both[: len(before)] == before:
-            return tuple(both[len(before) :])
-        return tuple(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+        given = (turn, turn + words, words)
+        before, both, alone = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in given)
+        return tuple(both[len(before) :] if both[: len(before)] == before else alone)
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -1312,7 +1308,7 @@ class Runner:
         return [note]
 
     def _refusals(
-        self, examples: Sequence[Example], condition: str, refusal_prompt: bool = False
+        self, examples: Sequence[Example], condition: str, refusal_prompt: bool | str = False
     ) -> tuple[Rate, list[str]]:
         """How many examples the vanilla model refuses, by answers of 24 tokens; and the refusals, or all if none is."""
         with self._running(vanilla=True):
@@ -1338,17 +1334,13 @@ class Runner:
         """The `lm_head` row `[hidden]` of a token id, float32 on the CPU."""
         return self.location.head_weight[token].detach().float().cpu()
 
-    def _first_choice(self, h: Tensor) -> Tensor:
-        """The head's most likely token `[n]` at vectors `[n, hidden]`."""
-        return self._logits(h, lambda logits: logits.argmax(-1))
-
     def _lead(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the refusal token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead."""
         token = self.refusal_token
 
         def take(logits: Tensor) -> Tensor:
             first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
-            return torch.stack([first.float(), logits[:, token] - torch.where(first, second, best)], 1)
+            return torch.stack([first, logits[:, token] - torch.where(first, second, best)], 1)
 
         first, lead = self._logits(h, take).unbind(-1)
         return first.bool(), lead
@@ -1422,10 +1414,8 @@ class Runner:
         """The vectors, if they are numbers."""
         if not torch.isfinite(vectors).all():
             names = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-            raise ValueError(
-                f"{condition}: the model's last hidden state is NaN or infinite. "
-                + (f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32.")
-            )
+            fix = f"Weights that are: {names[:4]}; load the checkpoint again." if names else "Try dtype float32."
+            raise ValueError(f"{condition}: the model's last hidden state is NaN or infinite. {fix}")
         return vectors
 
     @contextmanager
@@ -1441,9 +1431,8 @@ class Runner:
             tqdm.write(message)
 
     def _bar(self, total: int, what: str, done: int = 0) -> tqdm[Any]:
-        return tqdm(
-            total=total or None, desc=what, initial=done, disable=not self.verbose, leave=False, dynamic_ncols=True
-        )
+        off = not self.verbose
+        return tqdm(total=total, desc=what, initial=done, disable=off, leave=False, dynamic_ncols=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1536,18 +1525,14 @@ class RRS(Runner):
             return self._finite(self.reader.represent(prompts, bar.update, layers=all_layers), condition)
 
     def extract_along(
-        self,
-        examples: Sequence[Example],
-        condition: str,
-        suffixes: Sequence[Sequence[int]],
-        *,
+        self, examples: Sequence[Example], condition: str, suffixes: Sequence[Sequence[int]], *,
         refusal_prompt: bool = False,
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """`h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each example.
 
         Args:
             suffixes: the answers' token ids, one answer for each example; `()` is the prompt's end alone.
-        """  # fmt: skip
+        """
         out = [torch.empty(0)] * len(examples)
         with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
             for n in sorted({len(s) for s in suffixes}):
@@ -1615,14 +1600,15 @@ class RRS(Runner):
         condition, items, direction, r_h, r_b = prepared
         some = [[i.example for i in side[:: -(-len(side) // n)]] for side in (items[: len(r_h)], items[len(r_h) :])]
         goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
+        first = partial(self._logits, take=lambda logits: logits.argmax(-1))  # the head's most likely token
         check = Preflight(
             condition,
             harmful_refused=self._refusals(some[0], condition)[0],
             benign_refused=self._refusals(some[1], condition)[0],
             refused=self._refusals(some[0], condition, refusal_prompt=True)[0],
-            token_full=Rate.of(self._first_choice(r_h + direction.delta) == self.refusal_token),
-            token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
-            benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
+            token_full=Rate.of(first(r_h + direction.delta) == self.refusal_token),
+            token_target=Rate.of(first(goal_h) == self.refusal_token),
+            benign_same=Rate.of(first(goal_b) == first(r_b)),
         )
         self._say(str(check))
         for advice in check.advice(self.config):
@@ -1642,18 +1628,14 @@ class RRS(Runner):
         """
         condition = condition or self.config.conditions[0]
         examples = self._usable(load_examples(harmful, "harmful"), condition)
-        examples, config, tried = examples[:: -(-len(examples) // n)], self.config, dict[str, tuple[Rate, list[str]]]()
-        try:
-            for prompt in dict.fromkeys(p for p in (*prompts, config.refusal_prompt) if p != "auto"):
-                self.config = replace(config, refusal_prompt=prompt)
-                tried[prompt] = self._refusals(examples, condition, refusal_prompt=True)
-        finally:
-            self.config = config
-        order = sorted(tried, key=lambda prompt: -tried[prompt][0].value)
-        rate, texts = tried[order[0]]
+        examples = examples[:: -(-len(examples) // n)]
+        asked = dict.fromkeys(p for p in (*prompts, self.config.refusal_prompt) if p != "auto")
+        tried = [(prompt, *self._refusals(examples, condition, prompt)) for prompt in asked]
+        tried.sort(key=lambda row: -row[1].value)
+        prompt, rate, texts = tried[0]
         start = _common_start([self.tokenizer(text, add_special_tokens=False)["input_ids"][:16] for text in texts])
         words = _sentence(self.tokenizer.decode(start, skip_special_tokens=True).strip(), texts)
-        found = Refusal(order[0], words, rate, [(prompt, tried[prompt][0]) for prompt in order])
+        found = Refusal(prompt, words, rate, [row[:2] for row in tried])
         self._say(str(found))
         if found.refused.value < 0.5:
             warnings.warn(
@@ -1666,17 +1648,11 @@ class RRS(Runner):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(
-        self,
-        items: Sequence[TrainItem],
-        *,
-        objective: Objective = to_targets,
-        penalty: Penalty = LoRA.penalty,
-        callbacks: Iterable[Callback] = (),
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 0,
-        resume: bool = False,
+        self, items: Sequence[TrainItem], *,
+        objective: Objective = to_targets, penalty: Penalty = LoRA.penalty, callbacks: Iterable[Callback] = (),
+        checkpoint_dir: str | Path | None = None, checkpoint_every: int = 0, resume: bool = False,
         record: Mapping[str, Any] | None = None,
-    ) -> RRS:
+    ) -> RRS:  # fmt: skip
         """Step 5, in place: attaches a fresh LoRA and trains it towards the items' targets. `disable()` takes it off.
 
         `loss = mean(weight · objective) + config.penalty · penalty(lora)`, AdamW, linear decay, gradient clipping.
@@ -1696,7 +1672,11 @@ class RRS(Runner):
         check_run(checkpoint_dir, resume, checkpoint_every)
         c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
         self._check_items(items, objective)
-        lora, optimizer = self._new_lora()
+        paths, fused = linear_paths(self.location, c.target_modules, c.layers), has_fused_adamw(self.reader.device)
+        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
+        optimizer = torch.optim.AdamW(
+            lora.parameters(), c.learning_rate, c.betas, weight_decay=c.weight_decay, fused=fused
+        )
         per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
         steps, about = c.epochs * per_epoch, {**run, **(record or {})}
         if checkpoint_dir is not None:
@@ -1704,7 +1684,8 @@ class RRS(Runner):
             saved = checkpoints.load(lora, optimizer)
             history, about = saved.get("history", history), saved.get("record", about)
             steps = len(history) if saved.get("stopped") else steps
-        lengths = self._lengths(items) if c.group_by_length else None
+        with self._running(vanilla=True) if c.group_by_length else nullcontext():  # not with what a label adds
+            lengths = [len(self.read(i.example, i.condition)) for i in items] if c.group_by_length else None
         self._say_plan(items, steps, lora)
         with self._training(lora, about, history, checkpoint_dir), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
@@ -1746,15 +1727,6 @@ class RRS(Runner):
                     break
         return self
 
-    def _new_lora(self) -> tuple[LoRA, torch.optim.Optimizer]:
-        """A LoRA that does nothing yet, and what trains it."""
-        c, fused = self.config, has_fused_adamw(self.reader.device)
-        paths = linear_paths(self.location, c.target_modules, c.layers)
-        lora = LoRA(self.model, paths, r=c.lora_r, alpha=c.lora_alpha, dropout=c.lora_dropout, seed=c.seed)
-        return lora, torch.optim.AdamW(
-            lora.parameters(), c.learning_rate, c.betas, weight_decay=c.weight_decay, fused=fused
-        )
-
     def _check_items(self, items: Sequence[TrainItem], objective: Objective) -> None:
         """Raises ValueError for what can't be trained on, naming the item."""
         if not items:
@@ -1793,22 +1765,16 @@ class RRS(Runner):
         for i, item in enumerate(items, 1):  # negated, permuted or weighted ones differ, too
             flat = item.target.float().flatten()
             total += i * item.weight * float((flat + torch.linspace(1, 2, len(flat))).norm())
-        norm = f"{total:.4g}"
-        return {"dtype": str(self.reader.dtype), "how": [*map(describe, (objective, penalty))], "targets": norm}
-
-    def _lengths(self, items: Sequence[TrainItem]) -> list[int]:
-        """Of the prompts alone: what is added to them goes by label, and batches should not."""
-        with self._running(vanilla=True):
-            return [len(self.read(item.example, item.condition)) for item in items]
+        how = [describe(objective), describe(penalty)]
+        return {"dtype": str(self.reader.dtype), "how": how, "targets": f"{total:.4g}"}
 
     def _say_plan(self, items: Sequence[TrainItem], steps: int, lora: LoRA) -> None:
         found = Counter(path.rpartition(".")[2] for path in lora.paths)
         experts = len(expert_parameters(self.location))
         self._say(
             f"train: {len(items)} items, {steps} steps of {self.config.batch_size} × {self.config.accumulate}; LoRA on "
-            + ", ".join(f"{name} ×{n}" for name, n in found.items())
-            + f", {sum(p.numel() for p in lora.parameters()):,} parameters"
-            + (f"; none on {experts} matrices of experts, which are 3-D parameters" if experts else "")
+            f"{', '.join(f'{name} ×{n}' for name, n in found.items())}, {sum(map(Tensor.numel, lora.parameters())):,} "
+            "parameters" + (f"; none on {experts} matrices of experts, which are 3-D parameters" if experts else "")
         )
 
     @contextmanager
@@ -1912,9 +1878,7 @@ class RRS(Runner):
                 self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
                 extra["refusal"] = asdict(found)
             differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
-            self._say(
-                "settings that differ from the paper's:" + "".join(differs) if differs else "the paper's settings"
-            )
+            self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))
             prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
             if preflight and not started:
                 extra["preflight"] = [asdict(self.preflight(p, preflight)) for p in prepared]
