@@ -291,22 +291,16 @@ def select_features(
     """Safety feature selection: which features of Δ to keep (the paper's top-m%), a boolean mask `[hidden]`.
 
     Args:
-        delta: Δ `[hidden]`.
-        head_row: the `lm_head` row of the refusal token `[hidden]`.
-        top: percentage of features to keep, those with the highest score; or `"positive"`: every score above 0.
-        scorer: `(delta, head_row) -> [hidden]`.
-
-    Raises:
-        ValueError: shapes differ, `top` is out of range, or no feature is kept.
+        delta, head_row: Δ and the `lm_head` row of the refusal token, `[hidden]` each.
+        top: percentage of features to keep, those with the highest score; or `"positive"`: every score above 0. A
+            ValueError where none is kept.
     """
     _check_top(top)
     if delta.shape != head_row.shape or delta.dim() != 1:
         raise ValueError(f"delta {list(delta.shape)} and head_row {list(head_row.shape)} must both be [hidden].")
     score = scorer(delta, head_row)
     if score.shape != delta.shape:
-        raise ValueError(
-            f"The scorer gave {list(score.shape)}; it must give one score for each of {len(delta)} features."
-        )
+        raise ValueError(f"The scorer gave {list(score.shape)}, not one score for each of {len(delta)} features.")
     if not torch.isfinite(score).all():
         raise ValueError("The features' scores hold NaN or infinity; check the vectors, the scorer and the weights.")
     if isinstance(top, str):
@@ -349,12 +343,9 @@ def natural_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: i
 class Direction(NamedTuple):
     """What moves inputs in one condition; float32 on the CPU."""
 
-    delta: Tensor
-    """`Δ = mean(R_h+) − mean(R_b)` `[hidden]`."""
-    mask: Tensor
-    """Kept features `[hidden]`, boolean."""
-    move: Tensor
-    """Along what inputs move `[hidden]`: Δ∘mask, or the natural gradient nearest to it."""
+    delta: Tensor  # Δ = mean(R_h+) − mean(R_b) [hidden]
+    mask: Tensor  # kept features [hidden], boolean
+    move: Tensor  # along what inputs move [hidden]: Δ∘mask, or the natural gradient nearest to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,25 +353,16 @@ class TrainItem:
     """One training input: what is asked, and where its last vectors shall be."""
 
     example: Example
-    condition: str
-    """How it is asked: one of `rrs.data.CONDITIONS`."""
-    target: Tensor
-    """`[positions, hidden]`: where the vectors at the last positions shall be; or what your own objective takes."""
-    suffix: tuple[int, ...] = ()
-    """Token ids of an answer that has already begun; `()` is the prompt's end (the paper)."""
-    weight: float = 1.0
-    """Factor of this item's loss."""
+    condition: str  # how it is asked: one of `rrs.data.CONDITIONS`
+    target: Tensor  # [positions, hidden]: where the last positions shall be; or what your own objective takes
+    suffix: tuple[int, ...] = ()  # token ids of an answer that has already begun; () is the prompt's end (the paper)
+    weight: float = 1.0  # factor of its loss
 
 
 def make_items(
-    examples: Sequence[Example],
-    condition: str,
-    vectors: Tensor,
-    move: Tensor,
-    *,
-    suffixes: Sequence[Sequence[int]] | None = None,
-    along: Sequence[Tensor] | None = None,
-) -> list[TrainItem]:
+    examples: Sequence[Example], condition: str, vectors: Tensor, move: Tensor, *,
+    suffixes: Sequence[Sequence[int]] | None = None, along: Sequence[Tensor] | None = None,
+) -> list[TrainItem]:  # fmt: skip
     """Step 4, one side at a time: the paper's targets, `R_h + Δ` for harmful and `R_b − Δ` for benign examples.
 
     Args:
@@ -410,11 +392,9 @@ def to_targets(
 ) -> Tensor:
     """The default objective `[batch]`: how far the vectors at the prompts' last positions are from their targets.
 
-    The position at the prompt's end counts as much as all positions of the answer together.
-
-    Args:
-        distance: `(h [n, hidden], target [n, hidden]) -> [n]`. For another one:
-            `objective=partial(to_targets, distance=lambda h, t: 1 - torch.cosine_similarity(h, t))`.
+    The position at the prompt's end counts as much as all positions of the answer together. Another distance
+    `(h [n, hidden], target [n, hidden]) -> [n]`, for example:
+    `objective=partial(to_targets, distance=lambda h, t: 1 - torch.cosine_similarity(h, t))`.
     """
     lengths = [len(item.target) for item in items]
     rows = reader.last_hidden(prompts, max(lengths))  # [batch, longest, hidden]
@@ -439,10 +419,8 @@ def draw(
     """The batches of one optimizer step, each item with its instruction: a function of `(seed, step)` alone.
 
     Every epoch visits every item once, in a random order. A batch holds one condition, as lengths differ much between
-    them. The instructions are shuffled for each batch, so that they say nothing about the label.
-
-    Args:
-        lengths: of the items' prompts; with them those of like length share a batch.
+    them; given the `lengths` of the items' prompts, those of like length share a batch. The instructions are shuffled
+    for each batch, so that they say nothing about the label.
     """
     epoch, place = divmod(step, steps_per_epoch(items, config))
     order, size, plan = seeded(config.seed, "order", epoch), config.batch_size, list[list[int]]()
@@ -539,11 +517,8 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
 class Checkpoints:
     """The states of one training run on disk: `step-N.safetensors` with weights, AdamW's moments and a record.
 
-    Whatever else training needs is a function of seed and step, so that resuming is exact. The last two are kept.
-
-    Args:
-        folder: theirs; one run's only.
-        run: what makes the run what it is; a checkpoint of another one is refused.
+    Whatever else training needs is a function of seed and step, so that resuming is exact. The last two are kept. The
+    folder is one run's only; `run` is what makes it what it is: a checkpoint of another one is refused.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
@@ -596,10 +571,8 @@ class Checkpoints:
 
 @contextmanager
 def holding(folder: str | Path) -> Iterator[None]:
-    """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it.
-
-    The lock is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing.
-    """
+    """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it. The lock
+    is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing."""
     with ExitStack() as stack:
 
         def take() -> None:
@@ -673,11 +646,9 @@ def describe(function: Any) -> str:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, decoder: nn.Module | None = None) -> str:
-    """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ.
-
-    Names play no part, as releases of transformers rename modules; nor does the device, nor the dtype where it holds
-    the values: they are rounded to bfloat16 first.
-    """
+    """A hash of all weights and buffers, of the decoder's in their order, so that swapped layers differ. Names play no
+    part, as releases of transformers rename modules; nor does the dtype where it holds the values: they are rounded to
+    bfloat16 first."""
 
     def digest(value: Tensor) -> bytes:
         raw = _raw(value.to(torch.bfloat16) if value.is_floating_point() else value)
@@ -795,7 +766,7 @@ class Point:
 
 @dataclass
 class Calibration:
-    """The curve of refusals against their cost, and the point that was chosen."""
+    """The curve of refusals against their cost, and the chosen point."""
 
     budget: dict[str, float]
     vanilla: Point
@@ -856,10 +827,8 @@ def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequenc
 
 
 def grouped(examples: Any) -> dict[str, list[Example]]:
-    """Examples by group: `{name: whatever load_examples takes}`; or without names by label. A group has one label.
-
-    In a group called "harmful" or "benign", examples without a label have that one.
-    """
+    """Examples by group: `{name: whatever load_examples takes}`; or without names by label. A group has one label; in
+    one called "harmful" or "benign", examples without a label have that."""
     if not isinstance(examples, Mapping):
         loaded = load_examples(examples)
         examples = {str(label): [e for e in loaded if e.label == label] for label in {e.label: 0 for e in loaded}}
@@ -894,27 +863,22 @@ TRAINING_ONLY = {
 
 
 def peft_config(lora: LoRA, record: Mapping[str, Any], model: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well.
-
-    PEFT also takes modules whose paths end with one of these; where there are such, a pattern lists the paths instead.
-    """
-    paths = [prefix + path for path in lora.paths]
+    """`adapter_config.json`; with whole paths, as bare names would match the audio tower as well. PEFT also takes
+    modules whose paths end with one of these; where there are such, a pattern lists the paths instead."""
+    paths, base = [prefix + path for path in lora.paths], record.get("base", {})
     longer = tuple(f".{path}" for path in paths)
     exact = not any(f"{prefix}{path}".endswith(longer) for path, _ in model.named_modules())
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r,
-        "base_model_name_or_path": record.get("base", {}).get("name") or None, "lora_alpha": lora.scale * lora.r,
-        "lora_dropout": lora.dropout, "target_modules": paths if exact else "|".join(map(re.escape, paths)),
-        "bias": "none", "inference_mode": True, "revision": record.get("base", {}).get("revision"),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
+        "base_model_name_or_path": base.get("name") or None, "revision": base.get("revision"),
+        "target_modules": paths if exact else "|".join(map(re.escape, paths)),
+        "r": lora.r, "lora_alpha": lora.scale * lora.r, "lora_dropout": lora.dropout,
     }  # fmt: skip
 
 
 def lora_scale(peft: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-    """Rank and scale of an adapter: the rank by its tensors, the scale by PEFT's config.
-
-    Raises:
-        ValueError: a setting that is not known to leave the computation as it is, by name.
-    """
+    """Rank and scale of an adapter: the rank by its tensors, the scale by PEFT's config. ValueError for a setting that
+    is not known to leave the computation as it is, by name."""
     for name, value in peft.items():
         if name not in TRAINING_ONLY and value not in NEUTRAL.get(name, (None, False, {}, [], "")):
             raise ValueError(f"The adapter has {name}={value!r}, which RRS does not compute; load it with PEFT.")
@@ -947,10 +911,7 @@ def check_record(record: Any) -> None:
 
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Tensors, PEFT's config, our record and vectors of a saved adapter; the latter two empty where PEFT wrote it.
-
-    Raises:
-        FileNotFoundError, ValueError: no adapter is there, or it is damaged.
-    """
+    FileNotFoundError where no adapter is, ValueError where it is damaged."""
     weights, config, about, extra = (directory / FILES[i] for i in (1, 0, 2, 4))
     if missing := [path.name for path in (config, weights) if not path.is_file()]:
         raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
@@ -973,10 +934,8 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
 
 
 def renamed(tensors: Mapping[str, Tensor], model: nn.Module, location: Location) -> dict[str, Tensor]:
-    """A saved LoRA by this model's paths: releases of transformers rename what the decoder's blocks lie in.
-
-    A path that the model lacks becomes the one with the same ending below the decoder's blocks, if there is one.
-    """
+    """A saved LoRA by this model's paths: releases of transformers rename what the decoder's blocks lie in. A path that
+    the model lacks becomes the one with the same ending below the decoder's blocks, if there is one."""
     blocks, inside, out = location.layers_path.rpartition(".")[2], {p for p, _ in model.named_modules()}, {}
     for name, tensor in tensors.items():
         path, lora, kind = name.removeprefix(PEFT).partition(".lora_")
@@ -987,12 +946,8 @@ def renamed(tensors: Mapping[str, Tensor], model: nn.Module, location: Location)
 
 def verify(directory: str | Path, model: Any, processor: Any, **kwargs: Any) -> str:
     """Does a model act as a saved adapter was trained to? One line: it acts as trained, as vanilla, or as something
-    else, with the largest difference.
-
-    Args:
-        model: what has the adapter: a `PeftModel`, a merged model, or a composite of which the model is a part.
-        kwargs: as in training, `build_inputs` and others of `RRS(...)`.
-    """
+    else, with the largest difference. The model may be a `PeftModel`, a merged one, or a composite of which the trained
+    one is a part; `kwargs` are those of `RRS(...)` in training, such as `build_inputs`."""
     _, _, record, vectors = read_adapter(Path(directory))
     if "canary" not in record:
         raise ValueError(f"{directory} has no canary, as RRS did not save it; RRS.load and save it.")
@@ -1004,7 +959,7 @@ def verify(directory: str | Path, model: Any, processor: Any, **kwargs: Any) -> 
 
 def model_card(record: Mapping[str, Any], report: Report | None) -> str:
     """The model card: what a reader of the adapter has to know, from its record, with the hub's metadata."""
-    base, history, settings = record.get("base", {}), record.get("history", []), record.get("config", {})
+    base, history = record.get("base", {}), record.get("history", [])
     name = str(base.get("name") or "")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
     task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
@@ -1020,8 +975,8 @@ def model_card(record: Mapping[str, Any], report: Report | None) -> str:
         ]  # fmt: skip
         meta["model-index"] = [{"name": "RRS adapter", "results": results}]
     first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
-    calibrated = record.get("calibrated")
-    scaled = f" Calibrated: scaled by {calibrated['chosen']['scale']:.2f}." if calibrated else ""
+    found = record.get("calibrated")
+    scaled = f" Calibrated: scaled by {found['chosen']['scale']:.2f}." if found else ""
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in meta.items()), "---", "", "# RRS adapter", ""]
     lines += [
         f"A LoRA that is to make {f'`{name}`' if public else 'its base model'} (`{base.get('class', '?')}`, revision "
@@ -1047,10 +1002,9 @@ def model_card(record: Mapping[str, Any], report: Report | None) -> str:
         "\nA server that has the adapter answers these prompts, greedily, as in the last column:\n",
         "| condition | prompt | vanilla's answer | with the adapter |\n| --- | --- | --- | --- |",
     ]
-    for prompt in record.get("canary", []):
-        cells = [markdown(prompt[key]) for key in ("condition", "text", "vanilla", "trained")]
-        lines.append(f"| {' | '.join(cells)} |")
-    differs = RRSConfig.from_dict(settings).differences().items()
+    columns = ("condition", "text", "vanilla", "trained")
+    lines += [f"| {' | '.join(markdown(p[key]) for key in columns)} |" for p in record.get("canary", [])]
+    differs = RRSConfig.from_dict(record.get("config", {})).differences().items()
     lines += ["\n## Settings that differ from the paper's\n", *(f"- `{key}`: {markdown(x)}" for key, x in differs)]
     return "\n".join([*lines, "\nAll of them, data, preflight, calibration and history are in `rrs.json`.", ""])
 
@@ -1080,18 +1034,11 @@ class Runner:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        config: RRSConfig | None = None,
-        *,
-        decoder: str | None = None,
-        norm: str | None = None,
-        head: str | None = None,
+        self, model: nn.Module, processor: Any, config: RRSConfig | None = None, *,
+        decoder: str | None = None, norm: str | None = None, head: str | None = None,
         build_inputs: Callable[[str | None, Any], dict[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        verbose: bool = True,
-    ) -> None:
+        template_kwargs: Mapping[str, Any] | None = None, verbose: bool = True,
+    ) -> None:  # fmt: skip
         config = RRSConfig() if config is None else config
         if not isinstance(config, RRSConfig):
             raise ValueError(f"config is a {type(config).__name__}; make it an RRSConfig, e.g. by RRSConfig.from_dict.")
@@ -1105,10 +1052,7 @@ class Runner:
         self.reader = Reader(model, self.location, self.render)
         rows, ids = self.location.head_weight.shape[0], int(getattr(self.tokenizer, "vocab_size", 0) or 0)
         if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
-            raise ValueError(
-                f"The processor does not fit the model: its tokenizer has {ids} tokens, {type(model).__name__} has "
-                f"{rows}. Load both from the same checkpoint."
-            )
+            raise ValueError(f"The processor has {ids} tokens, the model {rows}; load both from the same checkpoint.")
         self.lora: LoRA | None = None
         self.directions: dict[str, Direction] = {}
         """Δ, mask and move of each condition that this adapter was trained in; saved and loaded with it."""
@@ -1149,11 +1093,8 @@ class Runner:
     def readable(
         self, examples: Sequence[Example], conditions: Sequence[str], on_error: Literal["raise", "skip"] = "raise"
     ) -> list[Example]:
-        """The examples, if their clips can be read; else a DataError names all that can't.
-
-        Args:
-            on_error: `"raise"`, or `"skip"` to leave them out and warn with their number.
-        """
+        """The examples, if their clips can be read; else a DataError names all that can't, or with `on_error="skip"` a
+        warning, and they are left out."""
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
@@ -1186,14 +1127,9 @@ class Runner:
     # -- answers ------------------------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        examples: Any,
-        condition: str | None = None,
-        *,
-        max_new_tokens: int = 128,
-        refusal_prompt: bool = False,
-        prefix: str = "",
-    ) -> list[str]:
+        self, examples: Any, condition: str | None = None, *,
+        max_new_tokens: int = 128, refusal_prompt: bool = False, prefix: str = "",
+    ) -> list[str]:  # fmt: skip
         """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
 
         Args:
@@ -1205,28 +1141,19 @@ class Runner:
         if isinstance(examples, str) and not (os.path.exists(examples) or Path(examples).suffix[1:].isalpha()):
             examples = [examples]  # no file, and not named like one: a question
         examples = load_examples(examples)
-        if condition is None:
-            condition = "audio-text" if examples[0].has("audio-text") else "text-only"
-        examples = self._usable(examples, condition)
-        self.readable(examples, [condition])
+        condition = condition or ("audio-text" if examples[0].has("audio-text") else "text-only")
+        examples = self.readable(self._usable(examples, condition), [condition])
         begun = self.token_ids(prefix)
         with self._running():
             prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(begun) for e in examples]
             return self._answer(prompts, max_new_tokens, f"generate {condition}")
 
     def evaluate(
-        self,
-        examples: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        judge: Judge = judge_refusals,
-        max_new_tokens: int = 64,
-        prefix: str = "",
-        stages: Mapping[str, Stage] | None = None,
-        cache: str | Path | None = None,
-        usefulness: int = 64,
+        self, examples: Any, conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"), *,
+        judge: Judge = judge_refusals, max_new_tokens: int = 64, prefix: str = "",
+        stages: Mapping[str, Stage] | None = None, cache: str | Path | None = None, usefulness: int = 64,
         on_error: Literal["raise", "skip"] = "raise",
-    ) -> Report:
+    ) -> Report:  # fmt: skip
         """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
 
         Args:
@@ -1254,8 +1181,8 @@ class Runner:
             if bad := len(rows) - len(groups[group]):
                 notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
         notes += self._warn_of_training_data(groups)
-        harmful, harmless = ([(g, e) for g in side for e in groups[g]] for side in by_label(groups))
-        if both := shared([e for _, e in harmful], [e for _, e in harmless]):
+        harmful, harmless = ([e for g in side for e in groups[g]] for side in by_label(groups))
+        if both := shared(harmful, harmless):
             notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
             warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
         base = fingerprint(self.model, self.location.decoder)
@@ -1279,15 +1206,11 @@ class Runner:
         if found := self.record.get("calibrated"):
             points = (found["vanilla"], *found["points"])
             report.curve = [{**point, "chosen": point["scale"] == found["chosen"]["scale"]} for point in points]
+        data = {group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()}
         report.settings = {  # whatever it takes to run again
-            "max_new_tokens": max_new_tokens,
-            "prefix": prefix,
-            **origin(),
-            "config": asdict(self.config),
-            "versions": versions(),
-            "model": {"class": type(self.model).__name__, "fingerprint": base},
-            "data": {g: {"n": len(rows), "sha256": content_hash(rows, self.render)} for g, rows in groups.items()},
-        }
+            "max_new_tokens": max_new_tokens, "prefix": prefix, **origin(), "config": asdict(self.config),
+            "versions": versions(), "model": {"class": type(self.model).__name__, "fingerprint": base}, "data": data,
+        }  # fmt: skip
         if given is None and "after" in stages:
             self.report = report
         return report
@@ -1368,11 +1291,8 @@ class Runner:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The vanilla model, this thread's own, inside the `with`; the adapter is as it was afterwards.
-
-        Raises:
-            ValueError: another RRS has its adapter on this model.
-        """
+        """The vanilla model, this thread's own, inside the `with`; the adapter is as it was afterwards. ValueError if
+        another RRS has its adapter on this model."""
 
         def undo() -> None:
             if on and self.lora is not None:  # not merged in here
@@ -1454,17 +1374,10 @@ class RRS(Runner):
 
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_dir: str | Path,
-        config: RRSConfig | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        trust_remote_code: bool = False,
-        revision: str = "main",
-        model_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> RRS:
+        cls, name_or_dir: str | Path, config: RRSConfig | None = None, *,
+        device: str | torch.device | None = None, dtype: torch.dtype | None = None, trust_remote_code: bool = False,
+        revision: str = "main", model_kwargs: Mapping[str, Any] | None = None, **kwargs: Any,
+    ) -> RRS:  # fmt: skip
         """Load model and processor by name or folder. Weights are read from safetensors only, never unpickled.
 
         Args:
@@ -1497,27 +1410,17 @@ class RRS(Runner):
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     def extract(
-        self,
-        examples: Any,
-        condition: str,
-        *,
-        refusal_prompt: bool = False,
-        all_layers: bool = False,
-        vanilla: bool = True,
-    ) -> Tensor:
+        self, examples: Any, condition: str, *,
+        refusal_prompt: bool = False, all_layers: bool = False, vanilla: bool = True,
+    ) -> Tensor:  # fmt: skip
         """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
 
         `h(x)` is what the head multiplies at the prompt's last token.
 
         Args:
-            examples: whatever `load_examples` takes.
-            condition: one of `rrs.data.CONDITIONS`.
             refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
             all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
             vanilla: without the adapter; False leaves it as it is.
-
-        Raises:
-            ValueError: an example lacks what the condition needs; the model gives NaN.
         """
         examples = self._usable(load_examples(examples), condition)
         with self._running(vanilla), self._bar(len(examples), f"extract {condition}") as bar:
@@ -1528,11 +1431,8 @@ class RRS(Runner):
         self, examples: Sequence[Example], condition: str, suffixes: Sequence[Sequence[int]], *,
         refusal_prompt: bool = False,
     ) -> list[Tensor]:  # fmt: skip
-        """`h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each example.
-
-        Args:
-            suffixes: the answers' token ids, one answer for each example; `()` is the prompt's end alone.
-        """
+        """Vanilla's `h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each
+        example; `suffixes` are the answers' token ids."""
         out = [torch.empty(0)] * len(examples)
         with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
             for n in sorted({len(s) for s in suffixes}):
@@ -1544,12 +1444,8 @@ class RRS(Runner):
         return out
 
     def select(self, benign: Tensor, refused: Tensor, scorer: Scorer = contribution) -> Direction:
-        """Steps 2 and 3: `Δ = mean(R_h+) − mean(R_b)`, its safety features, and what inputs are moved along.
-
-        Args:
-            benign, refused: R_b and R_h+, `[n, hidden]` each.
-            scorer: scores features for the selection, instead of the paper's `contribution`.
-        """
+        """Steps 2 and 3, of R_b and R_h+ `[n, hidden]`: `Δ = mean(R_h+) − mean(R_b)`, its safety features, and what
+        inputs are moved along."""
         delta = refused.mean(0) - benign.mean(0)
         mask = select_features(delta, self.head_row(self.refusal_token), self.config.top, scorer)
         move = delta * mask
@@ -1593,10 +1489,7 @@ class RRS(Runner):
 
     def preflight(self, prepared: Prepared, n: int = 32) -> Preflight:
         """Checks, before training, on the vanilla model, whether this can work; warns with the fix where it can't.
-
-        Args:
-            n: harmful and benign examples to answer (24 tokens each).
-        """
+        `n` harmful and `n` benign examples answer, in 24 tokens each."""
         condition, items, direction, r_h, r_b = prepared
         some = [[i.example for i in side[:: -(-len(side) // n)]] for side in (items[: len(r_h)], items[len(r_h) :])]
         goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
@@ -1621,7 +1514,6 @@ class RRS(Runner):
         """How does this model refuse? Tries refusal prompts, and reads off the words its refusals begin with.
 
         Args:
-            harmful: whatever `load_examples` takes.
             condition: default the first of `config.conditions`.
             prompts: to try, beside the config's own.
             n: examples to answer under each (24 tokens).
@@ -1665,9 +1557,8 @@ class RRS(Runner):
             checkpoint_dir, checkpoint_every, resume: as in `fit`.
             record: what else to keep in `self.record`.
 
-        Raises:
-            FloatingPointError: loss or gradient is not finite; the message names step, examples, last checkpoint.
-            Whatever is raised, the model and this object are as they were before.
+        FloatingPointError where loss or gradient is not finite, with step, examples and last checkpoint. Whatever is
+        raised, the model and this object are as they were before.
         """
         check_run(checkpoint_dir, resume, checkpoint_every)
         c, items, callbacks, history = self.config, list(items), list(callbacks), list[dict[str, float]]()
@@ -1793,7 +1684,7 @@ class RRS(Runner):
 
         try:
             self.disable()
-            with holding(folder) if folder else nullcontext(), self._running():
+            with nullcontext() if folder is None else holding(folder), self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
                 self.report, self.directions, self._trained_on = None, {}, frozenset()
                 yield
@@ -1823,20 +1714,13 @@ class RRS(Runner):
             )  # fmt: skip
 
     def fit(
-        self,
-        harmful: Any,
-        benign: Any,
-        *,
-        scorer: Scorer = contribution,
-        preflight: int = 32,
-        on_error: Literal["raise", "skip"] = "raise",
-        save_to: str | Path | None = None,
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 0,
-        resume: bool = False,
-        **training: Any,
-    ) -> RRS:
-        """The whole method, in place: extract, select, items, preflight, train. `disable()` brings vanilla back.
+        self, harmful: Any, benign: Any, *,
+        scorer: Scorer = contribution, preflight: int = 32, on_error: Literal["raise", "skip"] = "raise",
+        save_to: str | Path | None = None, checkpoint_dir: str | Path | None = None, checkpoint_every: int = 0,
+        resume: bool = False, **training: Any,
+    ) -> RRS:  # fmt: skip
+        """The whole method, in place: extract, select, items, preflight, train. `disable()` brings vanilla back; after
+        an error, model and adapter are as they were before.
 
         The same seed gives the same adapter, bit for bit, on the same machine, versions and number of threads, also
         after interruptions. Not on another machine, nor on GPUs, whose kernels may add in another order unless
@@ -1853,9 +1737,6 @@ class RRS(Runner):
             checkpoint_every: optimizer steps between two checkpoints; 0 is an epoch's.
             resume: go on from the folder's newest checkpoint, if it has one, to the result of an uninterrupted run.
             training: `objective`, `penalty` and `callbacks` of `train`.
-
-        Returns:
-            self. After an error, model and adapter are as they were before.
         """
         began, started = time.perf_counter(), check_run(checkpoint_dir, resume, checkpoint_every)
         if save_to is not None:
@@ -1899,48 +1780,36 @@ class RRS(Runner):
 
     # -- how strongly it acts -----------------------------------------------------------------------------------------
 
-    def _dev(self, dev: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str], list[str]]:
-        """Groups that can be asked in some condition, harmful ones first, and the names of both sides' groups."""
+    @torch.no_grad()
+    def calibrate(
+        self, dev: Any, conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"), *,
+        budget: float | Mapping[str, float] = 0.01, judge: Judge | None = judge_refusals, max_new_tokens: int = 24,
+        answers: int = 100, most: float = 8.0,
+    ) -> Calibration:  # fmt: skip
+        """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
+
+        Divide `lora.scale` by the chosen scale to undo it. Scales around 1 are tried; counted is where the refusal
+        token is the head's first choice, one forward pass of dev for each scale. Then the best scale answers, and
+        weaker ones, until no group's judged answers are beyond its budget by more than their standard error. A warning
+        says if no scale is within the budget; the nearest is set.
+
+        Args:
+            dev, conditions: to choose by, as in `evaluate`; not what was trained on.
+            budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
+                together: a number, or one for each group; 0.01 is a point. "degenerate": of all answers.
+            judge: checks answers of `max_new_tokens`; `None` chooses by first tokens alone.
+            answers, most: questions of each group to answer, evenly spread; the largest scale to try.
+        """
+        if (lora := self.lora) is None or not lora.attached:
+            raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
+        conditions, present = _strings("conditions", conditions), lora.scale
         groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
         groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
         harmful, harmless = by_label(groups)
         if not harmful or not harmless:
             raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
+        groups = {g: groups[g] for g in (*harmful, *harmless)}
         self._warn_of_training_data(groups)
-        return {g: groups[g] for g in (*harmful, *harmless)}, harmful, harmless
-
-    @torch.no_grad()
-    def calibrate(
-        self,
-        dev: Any,
-        conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"),
-        *,
-        budget: float | Mapping[str, float] = 0.01,
-        judge: Judge | None = judge_refusals,
-        max_new_tokens: int = 24,
-        answers: int = 100,
-        most: float = 8.0,
-    ) -> Calibration:
-        """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
-
-        Divide `lora.scale` by the chosen scale to undo it. Scales around 1 are tried; counted is where the refusal
-        token is the head's first choice, one forward pass of dev for each scale. Then the best scale answers, and
-        weaker ones, until no group's judged answers are beyond its budget by more than their standard error.
-
-        Args:
-            dev: to choose by, as in `evaluate`; not what was trained on.
-            conditions: in which to ask, where an example has what they need.
-            budget: how much more often than vanilla each group of harmless inputs may be refused, all conditions
-                together: a number, or one for each group; 0.01 is a point. "degenerate": of all answers.
-            judge: checks answers of `max_new_tokens`; `None` chooses by first tokens alone.
-            answers, most: questions of each group to answer, evenly spread; the largest scale to try.
-
-        Returns the curve and the chosen point. A warning says if no scale is within the budget; the nearest is set.
-        """
-        if (lora := self.lora) is None or not lora.attached:
-            raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
-        conditions, present = _strings("conditions", conditions), lora.scale
-        groups, harmful, harmless = self._dev(dev, conditions)
         limits = _budgets(budget, {g: groups[g] for g in harmless})
         with self._running():
             prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}
@@ -1975,15 +1844,13 @@ class RRS(Runner):
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
                 chosen = next(p for p in points if p.scale == 1)
-            over = chosen.over
-            if before is not None:  # weaker and weaker, until the answers are within the budget, too
-                tried = [(_excess(before, judged(chosen), limits), chosen)]
-                while tried[-1][0] > 1e-9 and tried[-1][1].scale > 0.25:
-                    if (place := points.index(tried[-1][1])) == 0:
-                        points.insert(0, at(points[0].scale / STEP))
-                    weaker = points[max(0, place - 1)]
-                    tried.append((_excess(before, judged(weaker), limits), weaker))
-                over, chosen = min(tried, key=lambda pair: pair[0])
+            tried = [(_excess(before, judged(chosen), limits) if before else chosen.over, chosen)]
+            while before and tried[-1][0] > 1e-9 and tried[-1][1].scale > 0.25:  # until answers are within it, too
+                if (place := points.index(tried[-1][1])) == 0:
+                    points.insert(0, at(points[0].scale / STEP))
+                weaker = points[max(0, place - 1)]
+                tried.append((_excess(before, judged(weaker), limits), weaker))
+            over, chosen = min(tried, key=lambda pair: pair[0])
         lora.scale, self.report = chosen.scale * present, None
         result = Calibration(limits, vanilla, points, chosen)
         self.record["calibrated"] = asdict(result)
@@ -2044,10 +1911,8 @@ class RRS(Runner):
         hashes of the training questions, by which `evaluate` knows them again, and the canary that `verify` reads).
 
         Of a thinker, the folder `composite` in it has the adapter again, for the full checkpoint's class. Every file
-        appears complete or not at all, `adapter_config.json` last.
-
-        Raises:
-            FileExistsError: the folder has content and `overwrite` is off, or content that is none of ours.
+        appears complete or not at all, `adapter_config.json` last. FileExistsError where the folder has content and
+        `overwrite` is off, or content that is none of ours.
         """
         if (lora := self.lora) is None:
             raise ValueError("There is nothing to save; call fit() first.")
@@ -2080,13 +1945,9 @@ class RRS(Runner):
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module, processor: Any, **kwargs: Any) -> RRS:
         """A saved adapter on its base model, attached in place; `disable()` takes it off. It warns where the canary
-        does not act as trained.
+        does not act as trained. `kwargs` are further arguments of `RRS(...)`; `config` is saved with the adapter.
 
-        Args:
-            kwargs: further arguments of `RRS(...)` but `config`, which is saved with the adapter.
-
-        Raises:
-            FileNotFoundError, ValueError: no adapter there, or one for another base.
+        FileNotFoundError where no adapter is, ValueError where it is damaged or for another base.
         """
         tensors, peft, record, vectors = read_adapter(Path(directory))
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
@@ -2105,10 +1966,8 @@ class RRS(Runner):
         if base.get("fingerprint") != here:  # another base lacks what had to be renamed
             unknown = unknown or sorted(tensors.keys() - own.keys())
         if unknown or len(own) < len(tensors):
-            raise ValueError(
-                f"{directory} was made for another base ({base.get('class', '?')}): {type(model).__name__} has no "
-                f"{unknown[:3]} …"
-            )
+            made = f"{directory} was made for another base ({base.get('class', '?')})"
+            raise ValueError(f"{made}: {type(model).__name__} has no {unknown[:3]} …")
         rrs.lora = LoRA(model, paths, r=r, alpha=scale * r, dropout=float(peft.get("lora_dropout") or 0)).eval()
         rrs.lora.load_tensors(own)
         rrs._trained_on = frozenset(vectors.pop("trained_on", torch.empty(0)).tolist())
