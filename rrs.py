@@ -216,10 +216,8 @@ class RRSConfig:
             setattr(self, name, tuple(_number(name, x, float) for x in value))
         self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
-        strings, least_0 = (
-            "prompts conditions target_modules refusal refusal_prompt instruction",
-            ("penalty weight_decay harmful_strength benign_strength keep_tokens refusal_examples"),
-        )
+        strings = "prompts conditions target_modules refusal refusal_prompt instruction"
+        least_0 = "penalty weight_decay harmful_strength benign_strength keep_tokens refusal_examples"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
             (strings, lambda x: len(x) > 0 and all(x), "is empty or holds an empty one"),
             (least_0, lambda x: x >= 0, "must not be negative"),
@@ -232,9 +230,10 @@ class RRSConfig:
             ("layers", lambda x: 0 <= x[0] < x[1] <= 1, "must be two shares of the depth, e.g. (0.5, 1.0)"),
             ("lora_dropout", lambda x: 0 <= x < 1, "must lie in [0, 1)"),
         ]
-        for name, holds, rule in [(name, holds, rule) for names, holds, rule in rules for name in names.split()]:
-            if not holds(value := getattr(self, name)):
-                raise ValueError(f"{name}={value!r} {rule}.")
+        for names, holds, rule in rules:
+            for name in names.split():
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name}={value!r} {rule}.")
         if self.keep_share < 1 and not self.keep_tokens:
             raise ValueError(f"keep_share={self.keep_share!r} has no effect with keep_tokens=0; set that, too.")
 
@@ -603,10 +602,8 @@ def check_run(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
     with holding(folder):
         files = Checkpoints(folder, {}).files()
     if files and not resume:
-        raise FileExistsError(
-            f"{folder} holds checkpoints of a run ({files[-1].name}). Pass resume=True to go on with it, or "
-            "another checkpoint_dir to start a new one."
-        )
+        found = f"{folder} holds checkpoints of a run ({files[-1].name})"
+        raise FileExistsError(f"{found}. Pass resume=True to go on with it, or another checkpoint_dir to start anew.")
     return bool(files)
 
 
@@ -838,10 +835,8 @@ def grouped(examples: Any) -> dict[str, list[Example]]:
         loaded = [replace(e, label=e.label or own) for e in load_examples(rows)]
         labels = {e.label for e in loaded} | ({own} if own else set())
         if len(labels) > 1 or None in labels:
-            raise ValueError(
-                f"The group {group!r} has examples labelled {sorted(map(str, labels))}; give it "
-                'load_examples(…, "harmful") or load_examples(…, "benign"), and each label groups of its own.'
-            )
+            said = f"The group {group!r} has examples labelled {sorted(map(str, labels))}; give each label its own"
+            raise ValueError(f'{said} groups, of load_examples(…, "harmful") or load_examples(…, "benign").')
         groups |= {group: loaded} if loaded else {}
     return groups
 
@@ -1395,10 +1390,8 @@ class RRS(Runner):
         architecture = (transformers.AutoConfig.from_pretrained(name, **source).architectures or [""])[0]
         model_class = getattr(transformers, THINKERS.get(architecture, architecture), None)
         if model_class is None and not trust_remote_code:
-            raise ValueError(
-                f"transformers {transformers.__version__} has no class {architecture!r} for {name}. Update it; or, if "
-                "you trust the code in that checkpoint, pass trust_remote_code=True."
-            )
+            said = f"transformers {transformers.__version__} has no class {architecture!r} for {name}. Update it; or"
+            raise ValueError(f"{said}, if you trust the code in that checkpoint, pass trust_remote_code=True.")
         loader: Any = model_class or transformers.AutoModelForCausalLM
         model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **source, **given)
         with needed_packages(f"The processor of {name}"):
@@ -1530,11 +1523,8 @@ class RRS(Runner):
         found = Refusal(prompt, words, rate, [row[:2] for row in tried])
         self._say(str(found))
         if found.refused.value < 0.5:
-            warnings.warn(
-                f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your own "
-                "that say the words to reply with; a model that was never aligned may not have the behaviour.",
-                RRSWarning, stacklevel=2,
-            )  # fmt: skip
+            said = f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your"
+            warnings.warn(f"{said} own that say the words to reply with.", RRSWarning, stacklevel=2)
         return found
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -1697,21 +1687,17 @@ class RRS(Runner):
         if not math.isfinite(loss):
             names = [f"{item.condition} {item.example.id}" for batch in batches for item, _ in batch]
             last = checkpoints.last if checkpoints else "There is no checkpoint"
-            raise FloatingPointError(
-                f"step {step + 1}: loss or gradient is not finite on {names}. {last}. Lower learning_rate "
-                f"({self.config.learning_rate}), or check the base model's weights for NaN."
-            )
+            fix = f"Lower learning_rate ({self.config.learning_rate}), or check the base model's weights for NaN."
+            raise FloatingPointError(f"step {step + 1}: loss or gradient is not finite on {names}. {last}. {fix}")
 
     def _check_divergence(self, history: Sequence[Mapping[str, float]], per_epoch: int) -> None:
         """Warns, after an epoch, the first time that its loss is far above the start's."""
         epochs = [history[i : i + per_epoch] for i in range(0, len(history), per_epoch)]
         high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
         if high[-1] and not any(high[:-1]):
-            warnings.warn(
-                f"epoch {len(epochs)}: the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g}). "
-                f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha}).",
-                RRSWarning, stacklevel=3,
-            )  # fmt: skip
+            fix = f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha})."
+            said = f"the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g})"
+            warnings.warn(f"epoch {len(epochs)}: {said}. {fix}", RRSWarning, stacklevel=3)
 
     def fit(
         self, harmful: Any, benign: Any, *,
