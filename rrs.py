@@ -47,10 +47,8 @@ HERE, SIBLINGS = Path(__file__).parent, ("hooks", "data", "evaluate")
 def _belong_together(elsewhere: Sequence[str]) -> None:
     """Raises ImportError for modules that do not lie beside this one: parts of two copies must not mix."""
     if elsewhere:
-        raise ImportError(
-            f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong "
-            "together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py."
-        )
+        said = f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong"
+        raise ImportError(f"{said} together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py.")
 
 
 _belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file()])
@@ -1049,14 +1047,10 @@ class Runner:
         if ids > rows:  # without added tokens: placeholders may lie beyond the embedding, words may not
             raise ValueError(f"The processor has {ids} tokens, the model {rows}; load both from the same checkpoint.")
         self.lora: LoRA | None = None
-        self.directions: dict[str, Direction] = {}
-        """Δ, mask and move of each condition that this adapter was trained in; saved and loaded with it."""
-        self.history: list[dict[str, float]] = []
-        """One row for each optimizer step; see `Step`."""
-        self.report: Report | None = None
-        """The last before/after evaluation of this adapter; `save` puts it on the model card."""
-        self.record: dict[str, Any] = {}
-        """What the adapter was trained with: config, data, base, versions, preflight, calibration."""
+        self.directions: dict[str, Direction] = {}  # by condition that this adapter was trained in; saved with it
+        self.history: list[dict[str, float]] = []  # one row for each optimizer step; see `Step`
+        self.report: Report | None = None  # the adapter's last before/after evaluation; `save` puts it on the card
+        self.record: dict[str, Any] = {}  # what it was trained with: config, data, base, versions, preflight, …
         self._trained_on = frozenset[int]()
 
     # -- data to prompts ----------------------------------------------------------------------------------------------
@@ -1064,12 +1058,8 @@ class Runner:
     def read(
         self, example: Example, condition: str, instruction: str | None = None, refusal_prompt: bool | str = False
     ) -> Prompt:
-        """The prompt of one example in one condition, as the decoder sees it; its clip is encoded once.
-
-        Args:
-            instruction: default `config.instruction`.
-            refusal_prompt: append `config.refusal_prompt`, or this one.
-        """
+        """The prompt of one example in one condition, as the decoder sees it; its clip is encoded once. `instruction`
+        is by default the config's; `refusal_prompt` appends the config's (`True`), or the one given."""
         added = self.config.refusal_prompt if refusal_prompt is True else refusal_prompt or ""
         text, turns = user_turn(example, condition, instruction or self.config.instruction, added), example.messages
         if text and self._control:  # the chat template's renderer sees to it itself
@@ -1130,7 +1120,6 @@ class Runner:
         Args:
             examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
             condition: default audio-text, or text-only where the first has no audio.
-            refusal_prompt: append the refusal prompt.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         if isinstance(examples, str) and not (os.path.exists(examples) or Path(examples).suffix[1:].isalpha()):
@@ -1153,7 +1142,6 @@ class Runner:
 
         Args:
             examples: whatever `load_examples` takes, with labels; or `{group: examples}`, to report groups apart.
-            conditions: see `rrs.data.CONDITIONS`.
             judge: `(prompts, responses) -> verdicts`, of answers of `max_new_tokens`.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; reported and judged is what the model adds.
             stages: other states of the model to compare, `{name: stage}`, the first being what the others are compared
@@ -1460,13 +1448,11 @@ class RRS(Runner):
         up, down = c.harmful_strength * direction.move, c.benign_strength * direction.move
         suffixes, goals = [suffix] * len(harmful), [plus[:, 1:].mean(0)] * len(harmful)
         items = make_items(harmful, condition, r_h, up, suffixes=suffixes, along=goals)
-        held = self._held(benign, condition, r_b)
+        kept, held = make_items(benign, condition, r_b, -down), self._held(benign, condition, r_b)
         after = self.extract_along([benign[i] for i in held], condition, [*held.values()])
-        along = {i: rows[1:] for i, rows in zip(held, after, strict=True)}
-        answers = [held.get(i, ()) for i in range(len(benign))]
-        rows = [along.get(i, r_b[:0]) for i in range(len(benign))]
-        items += make_items(benign, condition, r_b, -down, suffixes=answers, along=rows)
-        return Prepared(condition, items, direction, r_h, r_b)
+        for (i, answer), rows in zip(held.items(), after, strict=True):
+            kept[i] = replace(kept[i], suffix=answer, target=torch.cat([kept[i].target, rows[1:]]))
+        return Prepared(condition, [*items, *kept], direction, r_h, r_b)
 
     def _held(self, benign: Sequence[Example], condition: str, r_b: Tensor) -> dict[int, tuple[int, ...]]:
         """Which benign answers are held (`config.keep_tokens`, `.keep_share`): index to the answer's first tokens."""
@@ -1504,13 +1490,8 @@ class RRS(Runner):
     def find_refusal(
         self, harmful: Any, condition: str | None = None, *, prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
     ) -> Refusal:
-        """How does this model refuse? Tries refusal prompts, and reads off the words its refusals begin with.
-
-        Args:
-            condition: default the first of `config.conditions`.
-            prompts: to try, beside the config's own.
-            n: examples to answer under each (24 tokens).
-        """
+        """How does this model refuse? Tries `prompts` and the config's own on `n` examples (24 tokens each), by default
+        in the first of `config.conditions`, and reads off the words that its refusals begin with."""
         condition = condition or self.config.conditions[0]
         examples = self._usable(load_examples(harmful, "harmful"), condition)
         examples = examples[:: -(-len(examples) // n)]
@@ -1619,10 +1600,8 @@ class RRS(Runner):
             if not item.example.has(item.condition):
                 raise ValueError(f"{where}: the example lacks what this condition needs.")
             if vectors and not (len(shape) == 2 and shape[1] == hidden and 1 <= shape[0] <= most):
-                raise ValueError(
-                    f"{where}: the target {list(shape)} must be [positions, {hidden}] with at most {most} positions, "
-                    "the prompt's end and the suffix; for one vector, vector[None]."
-                )
+                said = f"{where}: the target {list(shape)} must be [positions, {hidden}] with at most {most} positions"
+                raise ValueError(f"{said}, the prompt's end and the suffix; for one vector, vector[None].")
             if item.target.is_floating_point() and not torch.isfinite(item.target).all():
                 raise ValueError(f"{where}: the target holds NaN or infinity.")
 
