@@ -1290,10 +1290,8 @@ class Runner:
                 yield
 
     def merge(self) -> nn.Module:
-        """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first.
-
-        Where the model is the part of a composite (`composite.thinker`), `composite.save_pretrained` then has it, too.
-        """
+        """Adds the adapter to the model's weights for good and returns the model; can't be undone, `save` first. Where
+        the model is the part of a composite (`composite.thinker`), `composite.save_pretrained` then has it, too."""
         if self.lora is None:
             raise ValueError("There is no adapter to merge; call fit() or RRS.load(dir, model, processor).")
         self.lora.merge()
@@ -1546,8 +1544,10 @@ class RRS(Runner):
             saved = checkpoints.load(lora, optimizer)
             history, about = saved.get("history", history), saved.get("record", about)
             steps = len(history) if saved.get("stopped") else steps
-        with self._running(vanilla=True) if c.group_by_length else nullcontext():  # not with what a label adds
-            lengths = [len(self.read(i.example, i.condition)) for i in items] if c.group_by_length else None
+        lengths = None
+        if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
+            with self._running(vanilla=True):
+                lengths = [len(self.read(i.example, i.condition)) for i in items]
         self._say_plan(items, steps, lora)
         with self._training(lora, about, history, checkpoint_dir), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
