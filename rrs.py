@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -566,10 +567,17 @@ class Checkpoints:
         return dict(record)
 
 
+_HELD: set[tuple[Path, int]] = set()  # folders of this process's runs, each with its thread
+
+
 @contextmanager
-def holding(folder: str | Path) -> Iterator[None]:
+def holding(folder: str | Path | None) -> Iterator[None]:
     """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it. The lock
     is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing."""
+    mine = Path(folder or "").resolve(), get_ident()
+    if folder is None or mine in _HELD:  # `fit` holds it for `train`
+        yield
+        return
     with ExitStack() as stack:
 
         def take() -> None:
@@ -586,6 +594,8 @@ def holding(folder: str | Path) -> Iterator[None]:
                 warnings.warn(message, RRSWarning, stacklevel=5)
 
         on_rank0(take)
+        stack.callback(_HELD.discard, mine)
+        _HELD.add(mine)
         yield
 
 
@@ -702,7 +712,8 @@ class Preflight:
         """What is unlikely to work, each with the fix."""
         first, one_word = f"the first token of refusal={config.refusal!r}", len(config.refusal.split()) == 1
         checks = [
-            (self.harmful_refused.value > 0.9, f"{self.harmful_refused} of harmful questions are refused already."),
+            (self.harmful_refused.value > 0.9, f"{self.harmful_refused} of harmful questions are refused already: "
+             "there is little to gain."),
             (self.benign_refused.value > 0.25, f"{self.benign_refused} of benign questions are refused already; choose "
              "ones that the model answers."),
             (self.refused.value < 0.5 and one_word, f"only {self.refused} answers refuse under the refusal prompt, so "
@@ -785,8 +796,13 @@ STEP = 2 ** (1 / 3)  # between two scales of the curve
 
 def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
     """Points of the curve, by scale: from 1 down until one is within the budget, and from 1 up while it pays."""
-    points = [measure(1.0)]
-    while points[0].over > 0 and points[0].scale > 0.1:
+    points = [measure(min(1.0, most))]
+
+    def weaker_pays() -> bool:  # also where 1 is so strong that answers break
+        more = points[0].refused > points[1].refused if len(points) > 1 else points[0].refused < 0.5
+        return points[0].scale > 0.1 and (points[0].over > 0 or more)
+
+    while weaker_pays():
         points.insert(0, measure(points[0].scale / STEP))
     # Up until harmless inputs are refused in numbers, or answers break.
     while (top := points[-1]).over <= 0.1 and top.refused >= max(p.refused for p in points) - 0.1:
@@ -1653,7 +1669,7 @@ class RRS(Runner):
 
         try:
             self.disable()
-            with nullcontext() if folder is None else holding(folder), self._running():
+            with holding(folder), self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
                 self.report, self.directions, self._trained_on = None, {}, frozenset()
                 yield
@@ -1718,21 +1734,22 @@ class RRS(Runner):
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         config, extra = self.config, dict[str, Any]()
         try:
-            if "auto" in (config.refusal_prompt, config.refusal):
-                found = self.find_refusal(harmful)
-                own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
-                self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
-                extra["refusal"] = asdict(found)
-            differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
-            self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))
-            prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
-            if preflight and not started:
-                extra["preflight"] = [asdict(self.preflight(p, preflight)) for p in prepared]
-            items = [item for p in prepared for item in p.items]
-            self.train(
-                items, checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume, record=extra,
-                **training,
-            )  # fmt: skip
+            with holding(checkpoint_dir):
+                if "auto" in (config.refusal_prompt, config.refusal):
+                    found = self.find_refusal(harmful)
+                    own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
+                    self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
+                    extra["refusal"] = asdict(found)
+                differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
+                self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))
+                prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
+                if preflight and not started:
+                    extra["preflight"] = [asdict(self.preflight(p, preflight)) for p in prepared]
+                items = [item for p in prepared for item in p.items]
+                self.train(
+                    items, checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume,
+                    record=extra, **training,
+                )  # fmt: skip
         except BaseException:
             self.config = config
             raise
@@ -1808,9 +1825,9 @@ class RRS(Runner):
             points = _curve(at, most)
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
-                chosen = next(p for p in points if p.scale == 1)
+                chosen = min(points, key=lambda p: abs(math.log(p.scale)))
             tried = [(_excess(before, judged(chosen), limits) if before else chosen.over, chosen)]
-            while before and tried[-1][0] > 1e-9 and tried[-1][1].scale > 0.25:  # until answers are within it, too
+            while before and tried[-1][0] > 1e-9 and tried[-1][1].scale > 0.1:  # until answers are within it, too
                 if (place := points.index(tried[-1][1])) == 0:
                     points.insert(0, at(points[0].scale / STEP))
                 weaker = points[max(0, place - 1)]

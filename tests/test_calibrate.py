@@ -44,7 +44,6 @@ def test_calibrate_takes_the_most_refusals_within_the_budget(drawn):
     before = drawn.lora.scale
     found = drawn.calibrate(DEV, TEXT, budget=0.5, judge=None)
     assert all(b.scale == pytest.approx(a.scale * 2 ** (1 / 3)) for a, b in pairwise(found.points))
-    assert any(p.scale == 1 for p in found.points)
     vanilla = found.vanilla.groups["benign"].value
     cost = {p.scale: p.groups["benign"].value - vanilla for p in found.points}
     assert max(cost.values()) > 0.5  # or there is nothing to choose
@@ -63,6 +62,23 @@ def test_calibrate_takes_the_most_refusals_within_the_budget(drawn):
     with drawn.disabled():
         assert vanilla == share_at_s(drawn, DEV["benign"])
     assert all(f"{p.scale:6.2f}" in str(found) for p in found.points)
+
+
+def test_no_scale_is_above_the_largest_to_try(drawn):
+    found = drawn.calibrate(DEV, TEXT, budget=1.0, judge=None, most=0.5)
+    assert max(p.scale for p in found.points) == 0.5
+    assert found.chosen.scale <= 0.5
+
+
+def test_an_update_that_breaks_answers_is_made_weaker(drawn):
+    """Ten times too strong, fewer harmful inputs are refused, none beyond the budget: weaker scales refuse more."""
+    best = drawn.calibrate(DEV, TEXT, budget=1.0, judge=None).chosen
+    drawn.lora.scale *= 16
+    found = drawn.calibrate(DEV, TEXT, budget=1.0, judge=None)
+    now = next(p for p in found.points if p.scale == 1)
+    assert now.refused < 0.5 < best.refused
+    assert found.chosen.scale < 1
+    assert found.chosen.refused > now.refused
 
 
 def test_how_well_calibrate_finds_groups_told_apart_counted_by_hand(drawn):
