@@ -799,7 +799,7 @@ def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
     points = [measure(min(1.0, most))]
 
     def weaker_pays() -> bool:  # also where 1 is so strong that answers break
-        more = points[0].refused > points[1].refused if len(points) > 1 else points[0].refused < 0.5
+        more = points[0].refused >= points[1].refused if len(points) > 1 else points[0].refused < 0.5
         return points[0].scale > 0.1 and (points[0].over > 0 or more)
 
     while weaker_pays():
