@@ -48,7 +48,7 @@ CONFIG = RRSConfig(
     # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange.
     direction="natural",
     harmful_strength=4.4,
-    benign_strength=2.0,
+    benign_strength=0.8,  # with more, harmless answers change more, and nothing is told apart better
     layers=(0.4, 1.0),  # all blocks told held-out twins apart no better at the same number of steps, and are slower
     penalty=2e-5,  # it sums over modules while the distance averages over features: a weight of 1 freezes this model
     lora_alpha=32.0,
@@ -116,13 +116,13 @@ def main() -> None:
     began, step = time.perf_counter(), 40 if args.fast else 1
     print(
         "Builds a small speech LM (165 MB to download once), trains it on typed questions, chooses how strongly it "
-        f"acts, and asks it new ones, typed and spoken. About {3 if args.fast else 13} minutes on 2 CPU cores."
+        f"acts, and asks it new ones, typed and spoken. About {3 if args.fast else 11} minutes on 2 CPU cores."
         + (f" {SMOKE}" if args.fast else ""),
         flush=True,
     )
     lalm, processor = load_demo(dtype=fast_dtype())
     model = RRS(lalm, processor, replace(CONFIG, seed=args.seed))
-    model.reader.max_tokens = 2048  # a quarter of the default: smaller batches of answers need less memory
+    model.reader.max_tokens = 4096  # half the default: smaller batches of answers need less memory
     train, dev, test = training_questions(), evaluation_questions("dev"), evaluation_questions()
     train = {label: rows[::step] for label, rows in train.items()}
     if args.fast:
@@ -132,7 +132,7 @@ def main() -> None:
     with sdpa_kernel(SDPBackend.MATH) if lalm.dtype == torch.bfloat16 else nullcontext():
         model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     half = {group: rows[::2] for group, rows in dev.items()}  # enough to choose one number by
-    model.calibrate(half, ("audio-text", "text-only"), budget=BUDGET, answers=8 if args.fast else 40)
+    model.calibrate(half, ("audio-text", "text-only"), budget=BUDGET, answers=8 if args.fast else 30)
     report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=24)
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
