@@ -71,6 +71,7 @@ def test_bom_and_crlf(tmp_path):
         ('{"text": "x"}\n{"text": "y"\n{"text": "z"}', ["m.jsonl, line 2 to 3", "not valid JSON"]),
         ('[{"text": "x"},]', ["m.jsonl, line 1", "not valid JSON"]),
         ('{"id": "a"}', ["row 1", "neither 'text' nor 'audio'"]),
+        ('{"audio": {}}', ["row 1", "neither 'text' nor 'audio'"]),
         ('{"id": "a", "text": 5}', ["row 1", "'text' must be a string"]),
         ('"hello"', ["row 1", "expected an object"]),
         ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', ["rows 1 and 2", "same id 'a'"]),
