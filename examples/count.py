@@ -31,7 +31,8 @@ META = torch.device("meta")
 SECONDS = (3.0, 4.7, 6.3, 8.0)  # clips of a batch that is drawn at random
 MANY = tuple(3 + 5 * i / 127 for i in range(128))  # of 32 batches, which group_by_length sorts first
 BEFORE, AFTER, REFUSAL = 18, 22, 14  # tokens before and after the audio, and of the refusal prompt
-EACH = 8  # prompts in a batch of our extraction, which sorts them by length
+EACH = 16  # prompts in a batch of our extraction, which sorts them by length
+FEWER = "ours, group_by_length, refusal_examples of 1/8"
 
 
 class Peak(TorchDispatchMode):
@@ -128,11 +129,12 @@ class Case:
     # -- extraction of a harmful and a benign example with each length: R_b, R_h and R_h+
 
     @torch.no_grad()
-    def our_extraction(self) -> None:
-        """EACH times as many, in batches of one length; without the audio tower, which hears each clip once."""
+    def our_extraction(self, refused: int) -> None:
+        """EACH times as many, in batches of one length, R_h+ of `refused` of them; without the audio tower, which hears
+        each clip once."""
         for n in self.frames:
-            for more in (0, 0, REFUSAL):
-                self.reader.last_hidden(self.prompts([n] * EACH, more))
+            for more, times in ((0, EACH), (0, EACH), (REFUSAL, refused)):
+                self.reader.last_hidden(self.prompts([n] * times, more))
 
     @torch.no_grad()
     def their_extraction(self) -> None:
@@ -143,10 +145,11 @@ class Case:
     def floor_of_step(self, batches: Sequence[Sequence[int]]) -> float:
         return 4.0 * self.weights * sum(BEFORE + sum(frames) + AFTER * len(frames) for frames in batches)
 
-    def floor_of_extraction(self) -> float:
+    def floor_of_extraction(self, refused: float = 1.0) -> float:
+        """R_h+ adds to R_h what the refusal prompt adds, for a share of the examples."""
         tower, own = sum(p.numel() for p in self.tower.parameters()), sum(self.frames) + AFTER * len(self.frames)
         heard = 2.0 * tower * 50 * SIZES[self.size]["window"] * 2 * len(self.frames)
-        return heard + 2.0 * self.weights * (2 * own + REFUSAL * len(self.frames))
+        return heard + 2.0 * self.weights * (2 * own + refused * REFUSAL * len(self.frames))
 
 
 def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
@@ -162,25 +165,27 @@ def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
         random = [case.frames] * 2
         floor, floor_of_step = case.floor_of_extraction(), case.floor_of_step(random)
         lines.append(f"| {size}, floor | {floor_of_step / 1e12:.1f} | 1 | – | {floor / 1e12:.1f} | 1 | – |")
+        once, alone = counted(torch.no_grad()(lambda case=case: case.heard(1)))
+
+        def ours(refused: int, case: Case = case, once: int = once, alone: int = alone) -> tuple[int, int]:
+            flops, most = counted(partial(case.our_extraction, refused))
+            return flops // EACH + 2 * len(SECONDS) * once, max(alone, most)
+
+        few = case.floor_of_extraction(1 / 8)
         sides = {
-            "ours": (partial(case.our_step, random), floor_of_step),
-            "ours, group_by_length": (partial(case.our_step, case.grouped), case.floor_of_step(case.grouped)),
-            "the recipe's": (case.their_step, floor_of_step),
+            "ours": (partial(case.our_step, random), floor_of_step, ours(EACH), floor),
+            FEWER: (partial(case.our_step, case.grouped), case.floor_of_step(case.grouped), ours(EACH // 8), few),
+            "the recipe's": (case.their_step, floor_of_step, counted(case.their_extraction), floor),
         }
-        theirs, (once, alone), (all_, batch) = map(
-            counted, (case.their_extraction, torch.no_grad()(lambda case=case: case.heard(1)), case.our_extraction)
-        )
-        ours = all_ // EACH + 2 * len(SECONDS) * once, max(alone, batch)
-        for name, (step, least) in sides.items():
+        for name, (step, least, (vectors, most), least_vectors) in sides.items():
             flops, peak = counted(step)
             case.lora.zero_grad(set_to_none=True)
-            vectors, most = theirs if name == "the recipe's" else ours
             cells = [f"{flops / 1e12:.1f}", f"{flops / least:.2f}", f"{(state + peak) / 1e9:.1f}"]
-            cells += [f"{vectors / 1e12:.1f}", f"{vectors / floor:.2f}", f"{(still + most) / 1e9:.1f}"]
+            cells += [f"{vectors / 1e12:.1f}", f"{vectors / least_vectors:.2f}", f"{(still + most) / 1e9:.1f}"]
             lines.append(f"| {size}, {name} | {' | '.join(cells)} |")
     about = (
         f"A step: two batches of {len(SECONDS)} prompts with clips of {SECONDS} s; grouped, two of the batches that 128"
-        " clips of 3 to 8 s give, against their own floor."
+        " clips of 3 to 8 s give, against their own floor; so is R_h+ of one in 8 harmful examples."
     )
     return "\n".join([*lines, f"\n{about} Extraction: a harmful and a benign example with each of the four lengths."])
 

@@ -585,7 +585,7 @@ def test_counted_steps_lie_between_the_floor_and_the_recipe(monkeypatch):
     assert case.floor_of_step([case.frames] * 2) == 4 * case.weights * tokens * 2
     assert case.floor_of_step(case.grouped) == 4 * case.weights * (18 + 4 * (12 + 22)) * 2
     lines = [line.strip("| ").split(" | ") for line in count.table(["tiny"]).splitlines()[2:6]]
-    names = ("floor", "ours", "ours, group_by_length", "the recipe's")
+    names = ("floor", "ours", count.FEWER, "the recipe's")
     assert [line[0] for line in lines] == [f"tiny, {name}" for name in names]
     for column in (2, 5):  # how far each is from the floor, in a step and in extraction
         ours, grouped, theirs = (float(line[column]) for line in lines[1:])
