@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ META = torch.device("meta")
 SECONDS = (3.0, 4.7, 6.3, 8.0)  # clips of a batch that is drawn at random
 MANY = tuple(3 + 5 * i / 127 for i in range(128))  # of 32 batches, which group_by_length sorts first
 BEFORE, AFTER, REFUSAL = 18, 22, 14  # tokens before and after the audio, and of the refusal prompt
-EACH = 16  # prompts in a batch of our extraction, which sorts them by length
-FEWER = "ours, group_by_length, refusal_examples of 1/8"
+EACH, FEW = 16, 2  # prompts in a batch of our extraction, which sorts them by length; R_h+ of few of them
+FEWER = f"ours, group_by_length, refusal_examples of 1/{EACH // FEW}"
 
 
 class Peak(TorchDispatchMode):
@@ -136,6 +136,16 @@ class Case:
             for more, times in ((0, EACH), (0, EACH), (REFUSAL, refused)):
                 self.reader.last_hidden(self.prompts([n] * times, more))
 
+    @cached_property
+    def hearing(self) -> tuple[int, int]:
+        """What one clip costs."""
+        return counted(torch.no_grad()(lambda: self.heard(1)))
+
+    def our_cost(self, refused: int) -> tuple[int, int]:
+        """Of extraction, an example of each side and length: operations, and bytes at the peak."""
+        (once, alone), (all_, batch) = self.hearing, counted(lambda: self.our_extraction(refused))
+        return all_ // EACH + 2 * len(SECONDS) * once, max(alone, batch)
+
     @torch.no_grad()
     def their_extraction(self) -> None:
         for n in self.frames:
@@ -165,16 +175,10 @@ def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
         random = [case.frames] * 2
         floor, floor_of_step = case.floor_of_extraction(), case.floor_of_step(random)
         lines.append(f"| {size}, floor | {floor_of_step / 1e12:.1f} | 1 | – | {floor / 1e12:.1f} | 1 | – |")
-        once, alone = counted(torch.no_grad()(lambda case=case: case.heard(1)))
-
-        def ours(refused: int, case: Case = case, once: int = once, alone: int = alone) -> tuple[int, int]:
-            flops, most = counted(partial(case.our_extraction, refused))
-            return flops // EACH + 2 * len(SECONDS) * once, max(alone, most)
-
-        few = case.floor_of_extraction(1 / 8)
+        few = case.floor_of_extraction(FEW / EACH)
         sides = {
-            "ours": (partial(case.our_step, random), floor_of_step, ours(EACH), floor),
-            FEWER: (partial(case.our_step, case.grouped), case.floor_of_step(case.grouped), ours(EACH // 8), few),
+            "ours": (partial(case.our_step, random), floor_of_step, case.our_cost(EACH), floor),
+            FEWER: (partial(case.our_step, case.grouped), case.floor_of_step(case.grouped), case.our_cost(FEW), few),
             "the recipe's": (case.their_step, floor_of_step, counted(case.their_extraction), floor),
         }
         for name, (step, least, (vectors, most), least_vectors) in sides.items():
@@ -185,7 +189,7 @@ def table(sizes: Sequence[str] = ("7b", "omni-7b")) -> str:
             lines.append(f"| {size}, {name} | {' | '.join(cells)} |")
     about = (
         f"A step: two batches of {len(SECONDS)} prompts with clips of {SECONDS} s; grouped, two of the batches that 128"
-        " clips of 3 to 8 s give, against their own floor; so is R_h+ of one in 8 harmful examples."
+        f" clips of 3 to 8 s give, against their own floor; so is R_h+ of one in {EACH // FEW} harmful examples."
     )
     return "\n".join([*lines, f"\n{about} Extraction: a harmful and a benign example with each of the four lengths."])
 
