@@ -17,9 +17,9 @@
     RRS             the settings given: the quickstart's on the demo, else the paper's
 
 The paper names SFT's structures without defining them; these definitions are ours. SFT's refusals are the model's own
-under the refusal prompt, or a fixed sentence where it does not refuse. SFT and the published RRS get the best of a grid
-of learning rates and epochs, and every adapter the scale at which `RRS.calibrate` finds it within the budgets. All of
-this is chosen by held-out questions, never by those of the table.
+under the refusal prompt, or a fixed sentence where it does not refuse. SFT and the published RRS get the best of three
+learning rates and then of one or two times the epochs, and every adapter the scale at which `RRS.calibrate` finds it
+within the budgets. All of this is chosen by held-out questions, never by those of the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ SYSTEM = (
 REFUSAL = "I'm sorry, but I can't help with that."
 ALPHA, ALPHAS, COMPONENTS = 0.1, (0.025, 0.05, 0.1, 0.2, 0.4, 0.8), 10  # of SARSteer: its own, ours to choose from
 SARSTEER_PROMPT = "I cannot assist with that."
-GRID = tuple(product((0.1, 0.3, 1.0), (1, 2)))  # factors of the learning rate and of the epochs
+RATES, EPOCHS = (0.1, 0.3, 1.0), (1, 2)  # factors of the learning rate, then, at the best one, of the epochs
 METHOD = (
     "top",
     "harmful_strength",
@@ -147,20 +147,30 @@ def score(vanilla: Rates, now: Rates, budget: Rates, harmful: Sequence[str]) -> 
 
 
 def best_of(
-    model: RRS, items: Sequence[TrainItem], configs: Sequence[RRSConfig], dev: Any, conditions: Sequence[str],
-    budget: Any, **training: Any,
+    model: RRS, items: Sequence[TrainItem], config: RRSConfig, rates: Sequence[float], epochs: Sequence[int], dev: Any,
+    conditions: Sequence[str], budget: Any, **training: Any,
 ) -> tuple[LoRA, str]:  # fmt: skip
-    """Trains with each of the configs and gives each adapter its scale by dev: the best one, and what it is."""
-    tried = []
-    for config in configs:
-        model.config = config
+    """Trains at each rate, then for more epochs at the best one; each adapter gets its scale by dev. The best of all,
+    and what it is."""
+    tried: list[tuple[tuple[bool, float], float, LoRA, str]] = []
+
+    def attempt(rate: float, times: int) -> None:
+        changed = replace(config, learning_rate=config.learning_rate * rate, epochs=config.epochs * times)
+        model.config = changed
         found = model.train(items, **training).calibrate(dev, conditions, budget=budget)
-        rates = [{g: rate.value for g, rate in point.answers.items()} for point in (found.vanilla, found.chosen)]
-        merit = score(*rates, found.budget, [g for g in rates[0] if g not in found.budget])
-        about = f"rate {config.learning_rate:g}, epochs {config.epochs}, scale ×{found.chosen.scale:.2f}"
-        tried.append((merit, model.disable().lora, about))
-    _, lora, about = max(tried, key=lambda row: row[0])
-    assert lora is not None
+        rows = [{g: r.value for g, r in point.answers.items()} for point in (found.vanilla, found.chosen)]
+        merit = score(*rows, found.budget, [g for g in rows[0] if g not in found.budget])
+        about = f"rate {changed.learning_rate:g}, epochs {changed.epochs}, scale ×{found.chosen.scale:.2f}"
+        lora = model.disable().lora
+        assert lora is not None
+        tried.append((merit, rate, lora, about))
+
+    for rate in rates:
+        attempt(rate, epochs[0])
+    best_rate = max(tried, key=lambda row: row[0])[1]
+    for times in epochs[1:]:
+        attempt(best_rate, times)
+    _, _, lora, about = max(tried, key=lambda row: row[0])
     return lora, about
 
 
@@ -191,7 +201,8 @@ def compare(
     out: Path,
     *,
     budget: float | Mapping[str, float] = 0.01,
-    grid: Sequence[tuple[float, int]] = GRID,
+    rates: Sequence[float] = RATES,
+    epochs: Sequence[int] = EPOCHS,
     alphas: Sequence[float] = ALPHAS,
     max_new_tokens: int = 40,
 ) -> Report:
@@ -202,7 +213,7 @@ def compare(
         train: `{"harmful": …, "benign": …}`.
         dev, test: `{group: examples}`, to choose by and for the table.
         budget: as in `RRS.calibrate`.
-        grid: factors of `config.learning_rate` and `config.epochs`.
+        rates, epochs: factors of `config.learning_rate` and `config.epochs` to choose from, see `best_of`.
         alphas: strengths of steering to choose from.
     """
     conditions, tried = possible(chain(*test.values())), possible(chain(*dev.values()))
@@ -220,9 +231,6 @@ def compare(
     )
     model.disable()
 
-    def grown(config: RRSConfig) -> list[RRSConfig]:
-        return [replace(config, learning_rate=config.learning_rate * r, epochs=config.epochs * n) for r, n in grid]
-
     first, every = config.conditions[0], dict.fromkeys((config.conditions[0], *conditions))
     refusals, answers = (
         {c: own_answers(model, train[side], c, side == "harmful", max_new_tokens) for c in every}
@@ -233,15 +241,15 @@ def compare(
         "SFT mirror": refusals[first] + answers[first],
         "SFT parallel": [item for c in conditions for item in refusals[c] + answers[c]],
     }
+    best = partial(best_of, rates=rates, epochs=epochs, dev=dev, conditions=tried, budget=budget)
     for name, items in structures.items():
-        configs = grown(replace(config, penalty=0.0))
-        loras[name], about = best_of(model, items, configs, dev, tried, budget, objective=negative_log_likelihood)
+        loras[name], about = best(model, items, replace(config, penalty=0.0), objective=negative_log_likelihood)
         notes.append(f"{name}: {about}.")
     paper = {name: getattr(RRSConfig(), name) for name in METHOD}
     published = replace(config, refusal=model.tokenizer.decode(model.token_ids(config.refusal)[:1]), **paper)
     model.config = published
     items = [item for c in config.conditions for item in model.prepare(train["harmful"], train["benign"], c).items]
-    loras["RRS, published"], about = best_of(model, items, grown(published), dev, tried, budget)
+    loras["RRS, published"], about = best(model, items, published)
     notes.append(f"RRS, published: {about}.")
     model.config = config
 
@@ -277,7 +285,7 @@ def main() -> None:
     parser.add_argument("--test", action=Groups, default={}, **TEST)
     parser.add_argument("--budget", type=float, help="of each harmless group; default: the quickstart's, else 0.01")
     parser.add_argument("--every", type=int, default=1, help="train on and choose by every n-th question only")
-    parser.add_argument("--fast", action="store_true", help="a tenth of the data, no grid: does everything run?")
+    parser.add_argument("--fast", action="store_true", help="a tenth of the data, nothing chosen: does everything run?")
     args = parser.parse_args()
     import quickstart
 
@@ -292,11 +300,11 @@ def main() -> None:
         budget = args.budget or quickstart.BUDGET
     if not test:
         parser.error("pass --test GROUP=FILE for the table")
-    grid = ((1.0, 1),) if args.fast else GRID
-    if args.fast:
-        train, dev, test = ({k: v[::10] for k, v in groups.items()} for groups in (train, dev, test))
-    train, dev = ({k: v[:: args.every] for k, v in groups.items()} for groups in (train, dev))
-    print(compare(open_model(args.model), train, dev, test, args.out, budget=budget, grid=grid))
+    rates, epochs = ((1.0,), (1,)) if args.fast else (RATES, EPOCHS)
+    every = 10 if args.fast else args.every
+    train, dev = ({k: v[::every] for k, v in groups.items()} for groups in (train, dev))
+    test = {k: v[:: 10 if args.fast else 1] for k, v in test.items()}
+    print(compare(open_model(args.model), train, dev, test, args.out, budget=budget, rates=rates, epochs=epochs))
 
 
 if __name__ == "__main__":

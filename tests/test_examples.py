@@ -254,7 +254,7 @@ def test_all_methods_in_one_table(tmp_path):
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     test = {"harmful": data["harmful"][:2], "hard-benign": load_examples(rows("benign", 2, 50))}
     dev = {group: [replace(e, audio=None) for e in examples] for group, examples in test.items()}
-    options = {"grid": ((1.0, 1),), "alphas": (0.1, 0.8), "max_new_tokens": 3, "budget": 1.0}
+    options = {"rates": (1.0,), "epochs": (1,), "alphas": (0.1, 0.8), "max_new_tokens": 3, "budget": 1.0}
     report = compare.compare(model, data, dev, test, tmp_path, **options)
     assert [s.partition(",")[0] for s in report.stages] == [
         "vanilla", "system prompt", "SARSteer", "SARSteer", "SFT basic", "SFT mirror", "SFT parallel", "RRS", "RRS"
