@@ -35,8 +35,8 @@ the question typed in the paper's second form, `TEXT_CONTENT`."""
 
 TEXT_CONTENT = "The audio content is: {question}. {instruction}"
 
-# Limits of one file, checked before memory is taken: files claim and compress what they like.
-MAX_SECONDS, MAX_BYTES = 3600.0, 2**30
+MAX_BYTES = 2**30
+"""The most that a file may hold, or a clip as mono float32 (93 minutes at 48 kHz): files compress what they like."""
 
 
 class DataError(ValueError):
@@ -239,7 +239,7 @@ def _read_file(path: Path, wanted: set[str]) -> list[Any]:
     if suffix in AUDIO_SUFFIXES:
         return [{"audio": path.name}]
     try:
-        content = _read(path, str(path), remedy="split it").decode("utf-8-sig").replace("\r\n", "\n")
+        content = _read(path, str(path)).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: can't be read as UTF-8 text ({error}); save it as UTF-8.") from None
     if content.lstrip()[:1] in ("[", "{") or suffix in (".json", ".jsonl"):
@@ -408,29 +408,21 @@ def _find(folder: Path | None, any_place: bool, name: str | Path) -> Path:
 # Audio
 
 
-def load_audio(
-    source: Any, rate: int, *, name: str = "audio", max_seconds: float = MAX_SECONDS, max_bytes: int = MAX_BYTES
-) -> Wave:
-    """Any audio as mono float32 `[samples]` in [-1, 1] at `rate` Hz.
+def load_audio(source: Any, rate: int, *, name: str = "audio") -> Wave:
+    """Any audio as mono float32 `[samples]` in [-1, 1] at `rate` Hz; a DataError if it can't be, or is no sound.
 
     Args:
         source: a path, encoded bytes, or `{"array": …, "sampling_rate": …}` with `[samples]` or `[samples, channels]`.
         name: how errors call the clip.
-        max_seconds, max_bytes: longer clips raise a DataError, and larger ones (the file, or mono samples as float32).
     """
-    if isinstance(source, Mapping):
-        wave, source_rate = _array(source, name)
-    else:
-        name = name if isinstance(source, bytes) else f"{name} ({source})"
-        wave, source_rate = _decode(source, name, max_seconds, max_bytes)
+    name = name if isinstance(source, (bytes, Mapping)) else f"{name} ({source})"
+    wave, source_rate = _array(source, name) if isinstance(source, Mapping) else _decode(source, name)
     if wave.ndim == 2 and wave.shape[1]:
         wave = wave.mean(axis=1)
     if wave.ndim != 1 or not len(wave):
         raise DataError(f"{name}: no samples (shape {list(wave.shape)}); re-export the clip.")
     if not 1_000 <= source_rate <= 1_000_000:
         raise DataError(f"{name}: a rate of {source_rate} Hz: must be positive and sound's; correct the clip's header.")
-    if (seconds := len(wave) / source_rate) > max_seconds:
-        raise DataError(f"{name}: {seconds:.1f} s is longer than the {max_seconds:g} s allowed; cut it.")
     peak = float(np.abs(wave).max())
     if not math.isfinite(peak):
         raise DataError(f"{name}: NaN or infinite samples; re-export the clip.")
@@ -458,25 +450,24 @@ def _array(source: Mapping[str, Any], name: str) -> tuple[npt.NDArray[Any], int]
     return wave, rate
 
 
-def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple[Wave, int]:
+def _decode(source: Any, name: str) -> tuple[Wave, int]:
     """Mono samples and their rate; warns if some are missing.
 
     In blocks, with the channels averaged at once: memory is taken for what is there, never for what a header claims.
     """
-    content = source if isinstance(source, bytes) else _read(str(source), name, max_bytes)
+    content = source if isinstance(source, bytes) else _read(source, name)
     blocks, total = [np.zeros(0, np.float32)], 0
     try:  # libsndfile knows some MP3s by the ending of their file
         with soundfile.SoundFile(io.BytesIO(content) if isinstance(source, bytes) else str(source)) as file:
             rate, stated, kind = file.samplerate, file.frames, file.format
-            limit = min(max_seconds * rate, max_bytes / 4)
-            while total <= limit and len(block := file.read(2**20 // file.channels, "float32", always_2d=True)):
+            while total <= MAX_BYTES / 4 and len(block := file.read(2**20 // file.channels, "float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
                 total += len(block)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         remedy = "re-encode it (or a video's sound) as WAV, FLAC or OGG"
         raise DataError(f"{name}: can't be decoded as audio ({error}); {remedy}.") from None
-    if max_seconds * rate >= total > limit:
-        raise DataError(f"{name}: {total / rate:.0f} s decode to more than max_bytes={max_bytes}; cut the clip.")
+    if total > MAX_BYTES / 4:
+        raise DataError(f"{name}: {total / rate:.0f} s decode to more than MAX_BYTES={MAX_BYTES}; split it.")
     damage, size = "", int.from_bytes(content[4:8], "little") + 8  # of a WAV's file; streams state 2 GB or more
     if content[:4] == b"RIFF" and size < 2**31 - 2**16 and abs(size - len(content)) > 1000:
         damage = f"its header states {size} bytes, {len(content)} are there"
@@ -484,18 +475,18 @@ def _decode(source: Any, name: str, max_seconds: float, max_bytes: int) -> tuple
         damage = "its end is missing"
     elif abs(stated - total) > rate / 20:
         damage = f"its header states {stated / rate:.2f} s"
-    if damage and total <= limit:
+    if damage:
         warnings.warn(f"{name}: damaged: {damage}; {total / rate:.2f} s were read; export it again.", DataWarning, 3)
     return np.concatenate(blocks), rate
 
 
-def _read(path: str | Path, name: str, max_bytes: int = MAX_BYTES, remedy: str = "cut the clip") -> bytes:
+def _read(source: object, name: str) -> bytes:
     """The bytes of a file that is not too large."""
-    path = Path(path)
+    path = Path(str(source))
     if not path.is_file():
         raise DataError(f"{name}: no such file, or no ordinary one; correct the path.")
-    if path.stat().st_size > max_bytes:
-        raise DataError(f"{name}: {path.stat().st_size} bytes are more than max_bytes={max_bytes}; {remedy}.")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise DataError(f"{name}: {size} bytes are more than MAX_BYTES={MAX_BYTES}; split it.")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -506,9 +497,8 @@ def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
     """Band-limited resampling of `[samples]`, by a polyphase windowed sinc (Smith, "Digital Audio Resampling")."""
     if rate == new_rate:
         return wave
-    ratio = Fraction(new_rate, rate)
-    if ratio.numerator * ratio.denominator > 2**22:  # e.g. 44,101 Hz: the kernels would take gigabytes
-        ratio = ratio.limit_denominator(math.isqrt(2**22 * rate // new_rate))  # off by 0.02% at most
+    # Exact kernels of odd rates, such as 44,101 Hz, would take gigabytes: such a rate is off by 0.02% at most.
+    ratio = Fraction(new_rate, rate).limit_denominator(math.isqrt(2**22 * rate // new_rate))
     up, down = ratio.numerator, ratio.denominator
     kernels = _sinc_kernels(up, down)
     taps, length = kernels.shape[-1], math.ceil(len(wave) * new_rate / rate)

@@ -39,36 +39,36 @@ def flac_claiming(frames):
 GOOD = wav(tone(0.2, 0))
 MP4 = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"isom", 512, b"isom", b"mp42") + b"\0" * 64  # a video's first bytes
 
-# name -> (content of clip.wav, arguments of load_audio, words of the error)
+# name -> (content of clip.wav, MAX_BYTES, words of the error)
 AUDIO = {
-    "missing": (None, {}, ["q7", "clip.wav", "no such file", "correct the path"]),
-    "empty": (b"", {}, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
-    "a text file": (b"This is a text.", {}, ["q7", "clip.wav", "can't be decoded", "WAV, FLAC or OGG"]),
-    "a video": (MP4, {}, ["q7", "clip.wav", "a video's sound", "re-encode"]),
-    "corrupt": (b"RIFF" + bytes(range(256)), {}, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
-    "only a header": (GOOD[:44], {}, ["q7", "clip.wav", "no samples", "re-export"]),
-    "zero length": (wav(np.zeros(0)), {}, ["q7", "clip.wav", "no samples", "re-export"]),
-    "NaN": (wav(np.array([0.0, np.nan]), subtype="FLOAT"), {}, ["q7", "clip.wav", "NaN", "re-export"]),
-    "infinite": (wav(np.array([0.0, np.inf]), subtype="FLOAT"), {}, ["q7", "clip.wav", "infinite", "re-export"]),
-    "too long": (wav(tone(2, 0)), {"max_seconds": 1}, ["q7", "clip.wav", "longer than the 1 s", "cut it"]),
-    "too large": (GOOD, {"max_bytes": 999}, ["q7", "clip.wav", "max_bytes=999", "cut the clip"]),
+    "missing": (None, 2**30, ["q7", "clip.wav", "no such file", "correct the path"]),
+    "empty": (b"", 2**30, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
+    "a text file": (b"This is a text.", 2**30, ["q7", "clip.wav", "can't be decoded", "WAV, FLAC or OGG"]),
+    "a video": (MP4, 2**30, ["q7", "clip.wav", "a video's sound", "re-encode"]),
+    "corrupt": (b"RIFF" + bytes(range(256)), 2**30, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
+    "only a header": (GOOD[:44], 2**30, ["q7", "clip.wav", "no samples", "re-export"]),
+    "zero length": (wav(np.zeros(0)), 2**30, ["q7", "clip.wav", "no samples", "re-export"]),
+    "NaN": (wav(np.array([0.0, np.nan]), subtype="FLOAT"), 2**30, ["q7", "clip.wav", "NaN", "re-export"]),
+    "infinite": (wav(np.array([0.0, np.inf]), subtype="FLOAT"), 2**30, ["q7", "clip.wav", "infinite", "re-export"]),
+    "too large": (GOOD, 999, ["q7", "clip.wav", "MAX_BYTES=999", "split it"]),
     "decodes to too much": (
         wav(np.zeros(9 * RATE), format="FLAC"),
-        {"max_bytes": 99_999},
-        ["clip.wav", "decode to more than max_bytes=99999"],
+        99_999,
+        ["clip.wav", "9 s decode to more than MAX_BYTES=99999"],
     ),
-    "a rate of 7 Hz": (wav(np.zeros(99), rate=7), {}, ["q7", "clip.wav", "7 Hz", "correct the clip's header"]),
-    "claims 2^36 frames": (flac_claiming(2**36 - 1), {}, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
+    "a rate of 7 Hz": (wav(np.zeros(99), rate=7), 2**30, ["q7", "clip.wav", "7 Hz", "correct the clip's header"]),
+    "claims 2^36 frames": (flac_claiming(2**36 - 1), 2**30, ["q7", "clip.wav", "can't be decoded", "re-encode"]),
 }
 
 
 @pytest.mark.parametrize("case", AUDIO)
-def test_audio(case, tmp_path):
-    content, arguments, words = AUDIO[case]
+def test_audio(case, tmp_path, monkeypatch):
+    content, limit, words = AUDIO[case]
+    monkeypatch.setattr("rrs.data.MAX_BYTES", limit)
     if content is not None:
         (tmp_path / "clip.wav").write_bytes(content)
     with pytest.raises(DataError) as error:
-        load_audio(tmp_path / "clip.wav", RATE, name="q7", **arguments)
+        load_audio(tmp_path / "clip.wav", RATE, name="q7")
     assert all(word in str(error.value) for word in words), error.value
 
 
