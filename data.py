@@ -31,9 +31,7 @@ Turns: TypeAlias = tuple[tuple[str, str], ...]
 
 CONDITIONS = ("audio-text", "text-only", "audio-only", "text-content")
 """What the model is given: the spoken question with a text instruction; the question typed; the spoken question alone;
-the question typed in the paper's second form, `TEXT_CONTENT`."""
-
-TEXT_CONTENT = "The audio content is: {question}. {instruction}"
+the question typed in the paper's second form, "The audio content is: …"."""
 
 MAX_BYTES = 2**30
 """The most that a file may hold, or a clip as mono float32 (93 minutes at 48 kHz): files compress what they like."""
@@ -125,17 +123,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _marks(e: Example, **more: object) -> set[int]:
-    """64-bit hashes of an example's question (its text; without one, its clip), and of what else is given."""
-    question = " ".join(e.text.casefold().split()) if e.text else e.audio_hash
-    named = {"question": question, **more}.items()
-    digests = [hashlib.sha256(f"{what} {value}".encode()).digest() for what, value in named if value is not None]
-    return {int.from_bytes(digest[:8], "little", signed=True) for digest in digests}
-
-
 def marks(examples: Iterable[Example]) -> frozenset[int]:
-    """What `shared` knows examples by, to be kept without them: hashes of their questions, ids and twins."""
-    return frozenset(mark for e in examples for mark in _marks(e, id=e.id, twin=e.meta.get("twin")))
+    """What `shared` knows examples by, to be kept without them: 64-bit hashes of their questions, ids and twins."""
+    return frozenset(mark for e in examples for mark in _marks(e, e.id, e.meta.get("twin")))
 
 
 def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], *, twins: bool = False) -> list[str]:
@@ -144,8 +134,14 @@ def shared(ours: Sequence[Example], others: Iterable[Example] | frozenset[int], 
     `others` may be their `marks`. With `twins`, also ids of those that name one as their `twin`, or are named by one.
     """
     known = others if isinstance(others, frozenset) else marks(others)
-    linked = [{"id": e.meta.get("twin"), "twin": e.id} if twins else {} for e in ours]
-    return [e.id for e, links in zip(ours, linked, strict=True) if _marks(e, **links) & known]
+    return [e.id for e in ours if known & (_marks(e, e.meta.get("twin"), e.id) if twins else _marks(e))]
+
+
+def _marks(e: Example, id: object = None, twin: object = None) -> set[int]:
+    question = " ".join(e.text.casefold().split()) if e.text else e.audio_hash
+    named = {"question": question, "id": id, "twin": twin}.items()
+    digests = [hashlib.sha256(f"{what} {value}".encode()).digest() for what, value in named if value is not None]
+    return {int.from_bytes(digest[:8], "little", signed=True) for digest in digests}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,10 +192,10 @@ def load_examples(
     given = {what: column.strip().lower() for what, column in (columns or {}).items()}
     if unknown := sorted(given.keys() - COLUMNS.keys()):
         raise DataError(f"columns={unknown} are unknown; there are {sorted(COLUMNS)}.")
-    source = Path(source) if isinstance(source, str) else source
     name, folder = "examples", Path(audio_dir) if audio_dir else None
-    if isinstance(source, Path):
-        rows, name, folder = _read_file(source, set(given.values())), str(source), folder or source.parent
+    if isinstance(source, (str, Path)):
+        name, folder = str(source), folder or Path(source).parent
+        rows = _read_file(Path(source), set(given.values()))
     elif isinstance(source, Iterable):
         table: Any = [source] if isinstance(source, Mapping) else source
         rows = list(table.to_dict("records") if hasattr(table, "iterrows") else table)  # pandas
@@ -231,11 +227,11 @@ def load_examples(
 
 
 def _read_file(path: Path, wanted: set[str]) -> list[Any]:
-    """The clip; or the rows of JSON, JSONL, a table; or of plain text, one for each line."""
+    """The clip; or the rows of JSON, JSONL, a table; or of plain text, one for each line.
+
+    A file is a table if its first line names a column that is known or `wanted`.
+    """
     suffix = path.suffix.lower()
-    if path.is_dir():
-        clips = f'load_examples(sorted(Path("{path}").rglob("*.wav")))'
-        raise DataError(f"{path} is a folder; pass the path of a manifest in it, or its clips: {clips}.")
     if suffix in AUDIO_SUFFIXES:
         return [{"audio": path.name}]
     try:
@@ -261,7 +257,7 @@ def _read_file(path: Path, wanted: set[str]) -> list[Any]:
 
 def _read_json(path: Path, content: str) -> list[Any]:
     """The objects of a file, one after the other or in a list."""
-    decoder, rows, at = json.JSONDecoder(), list[Any](), 0
+    decoder, rows, at = json.JSONDecoder(object_pairs_hook=_object), list[Any](), 0
     while start := re.compile(r"\S").search(content, at):
         try:
             value, at = decoder.raw_decode(content, start.start())
@@ -272,6 +268,13 @@ def _read_json(path: Path, content: str) -> list[Any]:
             raise DataError(f"{said}; a file holds one object a line, or a list of them.") from None
         rows += value if isinstance(value, list) else [value]
     return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that stands twice, Python would take the last value without a word."""
+    if len(pairs) > len(out := dict(pairs)):
+        raise ValueError(f"a key stands twice in {pairs}"[:300])
+    return out
 
 
 def _read_table(path: Path, content: str, delimiter: str) -> list[Any]:
@@ -298,9 +301,6 @@ def _fields(names: set[str], given: Mapping[str, str], where: str) -> dict[str, 
     for what, known in COLUMNS.items():
         free = (column for column in known.split() if column in names - set(fields.values()))
         fields.setdefault(what, next(free, ""))
-    if not (fields["text"] or fields["audio"] or fields["messages"]):
-        words = f"text: {COLUMNS['text']}; audio: {COLUMNS['audio']}"
-        raise DataError(f"{where}, row 1: neither 'text' nor 'audio' in {sorted(names)}, nor ({words}). {COULD_BE}")
     if len(rivals := sorted(RIVALS & names)) > 1 and "text" not in given:
         raise DataError(f"{where}: {rivals} could each be the question; pass columns={{'text': {rivals[0]!r}}}.")
     return fields
@@ -337,11 +337,12 @@ def _example(
     if hasattr(audio, "get_all_samples"):  # a decoder of `datasets`
         samples = audio.get_all_samples()
         audio = {"array": samples.data.numpy().T, "sampling_rate": samples.sample_rate}
-    if isinstance(audio, Mapping) and (not audio or ("array" not in audio and audio.keys() & {"bytes", "path"})):
+    if isinstance(audio, Mapping) and audio.keys() <= {"bytes", "path"}:
         audio = audio.get("bytes") or audio.get("path") or None
     messages, text = ((), text) if chat is None else _turns(chat, text, spoken=audio is not None)
     if text is None and audio is None:
-        raise DataError(f"neither 'text' nor 'audio' in {columns}; a row needs one of them.")
+        known = f"text: {COLUMNS['text']}; audio: {COLUMNS['audio']}"
+        raise DataError(f"neither 'text' nor 'audio' in {columns}; a row needs one of them ({known}). {COULD_BE}")
     if isinstance(audio, (str, Path)):
         if name is None and Path(audio).stem == str(audio):  # neither folder nor ending: the authors' rows
             name = str(audio)
@@ -371,11 +372,11 @@ def _turns(chat: Any, text: str | None, spoken: bool) -> tuple[Turns, str | None
     """Earlier turns and the question, which is the chat's last user turn if no column holds it."""
     try:
         turns = [(ROLES[t.get("role", t.get("from"))], t.get("content", t.get("value"))) for t in chat]
-        if not all(isinstance(words, str) for _, words in turns):
-            raise TypeError
     except (AttributeError, KeyError, TypeError):
-        words = f"{{'role': {sorted(ROLES)}, 'content': 'words'}}; clips go to a column of their own"
-        raise DataError(f"'messages' must be a list of {words}.") from None
+        raise DataError(f"'messages' must be a list of {{'role': {sorted(ROLES)}, 'content': 'words'}}.") from None
+    if not all(isinstance(words, str) for _, words in turns):
+        remedy = "of a list of parts, join the texts; the question's clip goes to the row's column 'audio'"
+        raise DataError(f"each 'content' in 'messages' must be a string; {remedy}.")
     while text is None and not spoken and turns and turns[-1][0] == "assistant":  # the answer to the question
         turns.pop()
     if text is None and turns and turns[-1][0] == "user":
@@ -484,7 +485,7 @@ def _read(source: object, name: str) -> bytes:
     """The bytes of a file that is not too large."""
     path = Path(str(source))
     if not path.is_file():
-        raise DataError(f"{name}: no such file, or no ordinary one; correct the path.")
+        raise DataError(f"{name}: no such file, or no ordinary one (a folder, a pipe); correct the path.")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise DataError(f"{name}: {size} bytes are more than MAX_BYTES={MAX_BYTES}; split it.")
     try:
@@ -503,14 +504,12 @@ def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
     kernels = _sinc_kernels(up, down)
     taps, length = kernels.shape[-1], math.ceil(len(wave) * new_rate / rate)
     frames = math.ceil(length / up)  # a frame: `down` samples in, `up` samples out
-    padded = np.pad(wave, ((taps - down) // 2, max(0, frames * down - len(wave)) + taps))
-    out, size = np.empty((frames, up), np.float32), max(1, 2**22 // (taps + up))
-    for start in range(0, frames, size):  # in blocks: an hour would take gigabytes
-        stop = min(start + size, frames)
-        block = torch.from_numpy(padded[start * down : (stop - 1) * down + taps])
-        # One strided convolution per output phase: [1, 1, samples] -> [1, up, frames]
-        out[start:stop] = torch.nn.functional.conv1d(block[None, None], kernels, stride=down)[0].T.numpy()
-    return out.reshape(-1)[:length]
+    size = min(frames, max(1, 2**22 // (taps + up)))  # in blocks of so many frames: an hour would take gigabytes
+    padded = np.pad(wave, ((taps - down) // 2, max(0, frames * down - len(wave)) + size * down + taps))
+    blocks = torch.from_numpy(padded).unfold(0, (size - 1) * down + taps, size * down)
+    # One strided convolution per output phase: [1, 1, samples] -> [1, up, frames]
+    out = [torch.nn.functional.conv1d(block[None, None], kernels, stride=down)[0].T for block in blocks]
+    return torch.cat(out).flatten()[:length].numpy()
 
 
 @lru_cache(maxsize=16)
@@ -538,7 +537,7 @@ def user_turn(example: Example, condition: str, instruction: str, refusal_prompt
     The instruction goes with the audio. The refusal prompt is appended, to put the vanilla model into the refusal zone.
     """
     question = str(example.text)
-    content = TEXT_CONTENT.format(question=question.rstrip(".?! "), instruction=instruction)
+    content = f"The audio content is: {question.rstrip('.?! ')}. {instruction}"
     texts = {"audio-text": instruction, "text-only": question, "audio-only": "", "text-content": content}
     if condition not in texts:
         raise ValueError(f"Unknown condition {condition!r}; there are {CONDITIONS}.")
@@ -547,6 +546,7 @@ def user_turn(example: Example, condition: str, instruction: str, refusal_prompt
 
 # What differs between processors, as data.
 TEMPLATE_ONLY = ("VoxtralProcessor",)  # audio goes in through apply_chat_template alone, as a path or in base64
+OWN_TEMPLATE = "set processor.chat_template to its model card's, or pass build_inputs=your_function to RRS"
 TEMPLATES = {  # for processors whose checkpoints come without one
     "Phi4MultimodalProcessor": (
         "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -606,12 +606,10 @@ class Renderer:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.name, self.tokens = type(processor).__name__, control_tokens(processor)
         template: Any = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        several = isinstance(template, Mapping)
+        several = f" 'default', only {list(template)}" if isinstance(template, Mapping) else ""
         self.template = template.get("default") if several else template or TEMPLATES.get(self.name)
         if not self.template and self.name not in TEMPLATE_ONLY:
-            lacks = f"no chat template 'default', only {list(template)}" if several else "no chat template"
-            remedy = "set processor.chat_template, or pass build_inputs=your_function to RRS"
-            raise ValueError(f"{self.name} and its tokenizer have {lacks}; {remedy}.")
+            raise ValueError(f"{self.name} and its tokenizer have no chat template{several}; {OWN_TEMPLATE}.")
         audio_processor = getattr(processor, "audio_processor", None)  # Phi-4's
         self.extractor: Any = getattr(processor, "feature_extractor", None) or audio_processor
         self.rate = int(getattr(self.extractor, "sampling_rate", 0) or 0)
@@ -677,5 +675,4 @@ class Renderer:
             )  # fmt: skip
             if not (lost := [part for part in wanted if part not in prompt]):
                 return str(prompt)
-        remedy = "Set processor.chat_template to the one of its model card, or pass build_inputs=your_function to RRS"
-        raise ValueError(f"The chat template of {self.name} drops {lost}, which is not in {prompt!r}. {remedy}.")
+        raise ValueError(f"The chat template of {self.name} drops {lost}, not in {prompt!r}; {OWN_TEMPLATE}.")

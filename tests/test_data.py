@@ -70,6 +70,11 @@ def test_bom_and_crlf(tmp_path):
         ('{"id": "a", "text": "x"}\n{"id": ', ["m.jsonl, line 2", "not valid JSON"]),
         ('{"text": "x"}\n{"text": "y"\n{"text": "z"}', ["m.jsonl, line 2 to 3", "not valid JSON"]),
         ('[{"text": "x"},]', ["m.jsonl, line 1", "not valid JSON"]),
+        (
+            '{"text": "w"}\n{"text": "x", "label": "harmful", "label": "benign"}',
+            ["m.jsonl, line 2", "a key stands twice", "('label', 'harmful'), ('label', 'benign')"],
+        ),
+        ('[{"messages": [{"role": "user", "role": "system"}]}]', ["m.jsonl, line 1", "a key stands twice", "'system'"]),
         ('{"id": "a"}', ["row 1", "neither 'text' nor 'audio'"]),
         ('{"audio": {}}', ["row 1", "neither 'text' nor 'audio'"]),
         ('{"id": "a", "text": 5}', ["row 1", "'text' must be a string"]),

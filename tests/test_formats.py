@@ -222,8 +222,8 @@ def test_the_argument_decides(tmp_path):
 
 
 def test_folders(folder):
-    """What a folder's clips are called and grouped by is the caller's to say; the error names the way."""
-    with pytest.raises(DataError, match=r"is a folder; pass .*load_examples\(sorted\(Path\(.*rglob\(\"\*\.wav\"\)\)\)"):
+    """What a folder's clips are called and grouped by is the caller's to say."""
+    with pytest.raises(DataError, match=r"no ordinary one \(a folder, a pipe\); correct the path"):
         load_examples(folder)
     assert seen(load_examples(sorted(folder.rglob("*.wav")))) == [("row-1", None, None, None, "a.wav")]
     assert seen(load_examples(folder / "a.wav")) == [("row-1", None, None, None, "a.wav")]
@@ -424,7 +424,7 @@ def test_chats(folder):
         ([{"role": "tool", "content": "x"}], "must be a list of"),
         ("Hello", "must be a list of"),
         ([{"role": "user", "content": "Why?"}], "the question itself"),
-        ([{"role": "user", "content": spoken}, turns[2]], "clips go to a column of their own"),
+        ([{"role": "user", "content": spoken}, turns[2]], r"a list of parts, join the texts; .* column 'audio'"),
         ([{"role": "user", "content": "\ud800"}], "no valid Unicode"),
     ):
         with pytest.raises(DataError, match=words):
