@@ -10,8 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
@@ -554,21 +553,6 @@ TEMPLATES = {  # for processors whose checkpoints come without one
         "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
 }
-PACKAGES = {  # what processors import beyond our own requirements
-    "torchvision": "torchvision pillow", "pil library": "pillow", "torchaudio": "torchaudio",
-    "mistral": "'mistral-common[audio]'", "timm": "timm torchvision",
-}  # fmt: skip
-
-
-@contextmanager
-def needed_packages(what: str) -> Iterator[None]:
-    """Adds the exact `pip install` line to an ImportError raised inside the `with`."""
-    try:
-        yield
-    except ImportError as error:
-        packages = sorted({package for word, package in PACKAGES.items() if word in str(error).lower()})
-        hint = f"{what} needs more packages: pip install {' '.join(packages)}\n" if packages else ""
-        raise ImportError(f"{hint}{error}") from error
 
 
 def control_tokens(processor: Any) -> list[str]:
@@ -637,19 +621,18 @@ class Renderer:
         return inputs
 
     def _inputs(self, text: str | None, wave: Wave | None, turns: Turns) -> dict[str, Tensor]:
-        with needed_packages(self.name):
-            if self.name in TEMPLATE_ONLY:
-                chat = self._messages(text, wave, turns)
-                if wave is not None:
-                    soundfile.write(file := io.BytesIO(), wave, self.rate, format="WAV", subtype="FLOAT")
-                    chat[-1]["content"][0] = {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
-                inputs = self.processor.apply_chat_template([chat], **self.template_kwargs)
+        if self.name in TEMPLATE_ONLY:
+            chat = self._messages(text, wave, turns)
+            if wave is not None:
+                soundfile.write(file := io.BytesIO(), wave, self.rate, format="WAV", subtype="FLOAT")
+                chat[-1]["content"][0] = {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
+            inputs = self.processor.apply_chat_template([chat], **self.template_kwargs)
+        else:
+            prompt, options = self._prompt(text, wave, turns), {"return_tensors": "pt", "add_special_tokens": False}
+            if wave is None:
+                inputs = self.tokenizer(prompt, **options)
             else:
-                prompt, options = self._prompt(text, wave, turns), {"return_tensors": "pt", "add_special_tokens": False}
-                if wave is None:
-                    inputs = self.tokenizer(prompt, **options)
-                else:
-                    inputs = self.processor(text=[prompt], audio=[wave], sampling_rate=self.rate, **options)
+                inputs = self.processor(text=[prompt], audio=[wave], sampling_rate=self.rate, **options)
         return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
 
     def _messages(self, text: str | None, wave: Wave | None, turns: Turns) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ _belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file
 # isort: off
 from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
-    needed_packages, shared, user_turn,
+    shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
     SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, auc, by_label, generate,
@@ -1396,8 +1396,7 @@ class RRS(Runner):
             raise ValueError(f"{said}, if you trust the code in that checkpoint, pass trust_remote_code=True.")
         loader: Any = model_class or transformers.AutoModelForCausalLM
         model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, **source, **given)
-        with needed_packages(f"The processor of {name}"):
-            processor = transformers.AutoProcessor.from_pretrained(name, **source)
+        processor = transformers.AutoProcessor.from_pretrained(name, **source)
         if not given.keys() & {"device_map", "quantization_config"}:  # these have put it where it belongs
             model.to(device)
         return cls(model.eval(), processor, config, **kwargs)

@@ -177,15 +177,6 @@ def test_what_processors_keep_is_not_refused(name, monkeypatch):
     assert render.kept == 31 * RATE
 
 
-def test_missing_packages_come_with_the_line_that_installs_them():
-    from rrs.data import needed_packages
-
-    with pytest.raises(ImportError, match="pip install torchvision pillow"), needed_packages("The processor of X"):
-        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
-    with pytest.raises(ImportError, match=r"^no line"), needed_packages("The processor of X"):
-        raise ImportError("no line for this")
-
-
 def test_phi4_has_a_template_of_ours():
     class Phi4MultimodalProcessor:
         tokenizer, audio_token = byte_tokenizer(), "<|AUDIO|>"
