@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,10 +112,7 @@ def resample(audio: np.ndarray, rate: float) -> np.ndarray:
 
 def speak_espeak(text: str, voice: str, words_a_minute: int = 165, pitch: int = 50) -> tuple[np.ndarray, int]:
     command = ["espeak-ng", "-v", voice, "-s", str(words_a_minute), "-p", str(pitch), "--stdout", text]
-    try:
-        spoken = subprocess.run(command, capture_output=True, check=True).stdout
-    except FileNotFoundError as error:
-        raise SystemExit('The program "espeak-ng" is missing: apt install espeak-ng') from error
+    spoken = subprocess.run(command, capture_output=True, check=True).stdout
     return soundfile.read(io.BytesIO(spoken), dtype="float32")
 
 
@@ -241,6 +239,8 @@ def generate(
 
 def synth(args: argparse.Namespace) -> None:
     """Write the shards that are not there yet, until there are --clips."""
+    if missing := [program for program in ("espeak-ng", "flite") if not shutil.which(program)]:
+        raise SystemExit(f"Missing programs: {' '.join(missing)} (Debian: apt install {' '.join(missing)})")
     args.work.mkdir(parents=True, exist_ok=True)
     model, processor = load_demo(trained=False)
     sampled = list(tqdm(sample_texts(model, processor.tokenizer, 150), desc="sentences by the LM"))
