@@ -464,7 +464,7 @@ class AnswerCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What shows without answers: usefulness kept, representations
+# What shows without answers: usefulness kept
 
 
 @torch.no_grad()
@@ -489,42 +489,25 @@ def measure(
     report: Report, groups: Mapping[str, Sequence[Example]], conditions: Sequence[str],
     at: Callable[[str, str], AbstractContextManager[Any]], n: int, begun: Sequence[int] = (),
 ) -> None:  # fmt: skip
-    """Adds `report.usefulness` and `report.maps`, in each condition on at most n inputs of each side, spread over all.
+    """Adds `report.usefulness`, in each condition on at most n benign inputs, spread over all.
 
     Args:
         at: `(stage, condition) ->` a context manager that yields the `RRS` which answers in that state.
         begun: token ids that every answer was made to begin with.
     """
     for condition in conditions:
-        sides = [[(g, e) for g in side for e in groups[g] if e.has(condition)] for side in by_label(groups)]
-        harmful, benign = (rows[:: -(-len(rows) // n) or 1] for rows in sides)
-        asked, clusters = [*benign, *harmful], [e.cluster for _, e in benign]
-        names, panels, vanilla = [g for g, _ in asked], dict[str, dict[str, Tensor]](), None
-        for stage in report.stages if asked else ():
+        rows = [e for group in by_label(groups)[1] for e in groups[group] if e.has(condition)]
+        benign = rows[:: -(-len(rows) // n) or 1]
+        clusters, vanilla = [e.cluster for e in benign], None
+        for stage in report.stages if benign else ():
             with at(stage, condition) as who:
-                h = who.reader.represent([who.read(e, condition).extended(begun) for _, e in asked])  # [n, hidden]
+                h = who.reader.represent([who.read(e, condition).extended(begun) for e in benign])  # [n, hidden]
                 vanilla = h if vanilla is None else vanilla  # the first stage's
-                panels[stage] = {group: h[[name == group for name in names]] for group in dict.fromkeys(names)}
-                if benign:
-                    kl, same = first_token_change(who.reader, vanilla[: len(benign)], h[: len(benign)])
-                    report.usefulness.append({
-                        "condition": condition, "stage": stage, "n": len(benign),
-                        "kl": asdict(Mean.of(kl.tolist(), clusters)), "same": asdict(Rate.of(same.tolist(), clusters)),
-                    })  # fmt: skip
-        if len(panels) * len(asked) > 1:
-            report.maps[condition] = project(panels)
-
-
-def project(panels: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Coordinates `{panel: {group: [n, 2]}}` of vectors `{panel: {group: [n, hidden]}}`, one panel for each stage: two
-    principal components, the same ones for all panels; a ValueError for fewer than two vectors."""
-    parts = [x.float().cpu() for panel in panels.values() for x in panel.values()]
-    if (count := sum(map(len, parts))) < 2:
-        raise ValueError(f"A map takes two vectors or more; the panels {list(panels)} have {count}.")
-    centred = torch.cat(parts) - torch.cat(parts).mean(0)
-    axes = torch.linalg.svd(centred.double(), full_matrices=False).Vh[:2].float().T  # [hidden, 2]
-    points = iter((centred @ axes).split([len(x) for x in parts]))
-    return {panel: {group: next(points) for group in groups} for panel, groups in panels.items()}
+                kl, same = first_token_change(who.reader, vanilla, h)
+            report.usefulness.append({
+                "condition": condition, "stage": stage, "n": len(benign),
+                "kl": asdict(Mean.of(kl.tolist(), clusters)), "same": asdict(Rate.of(same.tolist(), clusters)),
+            })  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,7 +700,7 @@ class Report:
     usefulness: list[dict[str, Any]] = field(default_factory=list)
     # what `RRS.calibrate` tried: {scale, groups: {name: {value, low, high}}, chosen: bool, …}; see `Point`
     curve: list[dict[str, Any]] = field(default_factory=list)
-    maps: dict[str, Any] = field(default_factory=dict)  # {condition: project(panels)}
+    maps: dict[str, Any] = field(default_factory=dict)  # {condition: {stage: {group: [n, 2]}}}, of examples/maps.py
 
     # -- what the answers say -----------------------------------------------------------------------------------------
 

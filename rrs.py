@@ -1165,8 +1165,8 @@ class Runner:
                 if not `None`, is the `RRS` that answers. The name must say all that the stage changes outside of it.
             cache: a JSONL that keeps answers as they come. With the same file an interrupted evaluation continues where
                 it stopped, with the same result. Answers of anything else do not match and stay unused.
-            usefulness: inputs (at most, spread over all) in each condition on which to measure how much else changed
-                and to draw representations, see `Report.usefulness` and `.maps`; 0 skips both.
+            usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
+                changed, see `Report.usefulness`; 0 skips it.
             on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
         groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from maps import add_maps
 from review import write_page
 from torch import Tensor
 from torch.nn import functional as F
@@ -270,6 +271,7 @@ def compare(
     }
     report = model.evaluate(test, conditions, stages=stages, max_new_tokens=max_new_tokens, cache=out / "answers.jsonl")
     report.notes += [f"System prompt: {SYSTEM!r}", f"Chosen by dev, within {found.budget}: {' '.join(notes)}"]
+    add_maps(report, model, test, conditions, stages)
     vars(model).update({**ours, "report": report})
     model.enable()
     write_page(report, out)

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from maps import add_maps
 from review import write_page
 from train import TEST, Groups, open_model, possible, spread
 
@@ -31,7 +32,10 @@ def evaluate(model: RRS, adapter: Path, test: dict[str, list[Example]], **option
     """
     conditions = possible(chain(*test.values()))
     if (adapter / "rrs.json").is_file():  # RRS's own: it knows its settings and what it was trained on
-        return RRS.load(adapter, model.model, model.processor).evaluate(test, conditions, **options)
+        ours = RRS.load(adapter, model.model, model.processor)
+        report = ours.evaluate(test, conditions, **options)
+        add_maps(report, ours, test, conditions)
+        return report
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -52,7 +56,10 @@ def evaluate(model: RRS, adapter: Path, test: dict[str, list[Example]], **option
         yield after
 
     options["cache"] = None  # it knows answers by the weights and RRS's own adapter, not by PEFT's settings
-    return after.evaluate(test, conditions, stages={"before": before, "after": with_adapter}, **options)
+    stages = {"before": before, "after": with_adapter}
+    report = after.evaluate(test, conditions, stages=stages, **options)
+    add_maps(report, after, test, conditions, stages)
+    return report
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from demo_lalm import fast_dtype, load_demo
+from maps import add_maps
 from review import write_page
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -134,6 +135,7 @@ def main() -> None:
     half = {group: rows[::2] for group, rows in dev.items()}  # enough to choose one number by
     model.calibrate(half, ("audio-text", "text-only"), budget=BUDGET, answers=8 if args.fast else 30)
     report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=24)
+    add_maps(report, model, test, CONDITIONS, n=8)
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
     report.notes += [SMOKE] if args.fast else []

@@ -6,7 +6,7 @@
 
 The page is one file without network. It is built from the data in it by textContent alone, so that no text can be
 markup. Its button writes the verdicts that were corrected or confirmed; the second command says how often they agree
-with the judge's. `plot_representations` draws the map of representations as a figure, with matplotlib.
+with the judge's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-from torch import Tensor
 
 from rrs import Report
-from rrs.evaluate import VERDICTS, Mean, Rate, bootstrap, plain, project, read_jsonl, shown, write_files
+from rrs.evaluate import VERDICTS, Mean, Rate, bootstrap, plain, read_jsonl, shown, write_files
 from rrs.hooks import on_rank0
 
 EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linked
@@ -181,49 +180,6 @@ def relabel(report: Report, path: str | Path) -> Report:
     note = f"{report.judge} and human give the same verdict for {same} of the answers that both judged"
     notes = [*report.notes, f"{note}; Cohen's kappa {kappa}."]
     return replace(report, answers=answers, judge=f"{report.judge}, {len(given)} verdicts by a human", notes=notes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A map as a figure
-
-
-def plot_representations(
-    panels: Mapping[str, Mapping[str, Tensor]],
-    path: str | Path,
-    title: str = "",
-    *,
-    harmful: Collection[str] = ("harmful",),
-) -> None:
-    """The paper's representation map as a figure: a panel for each stage, the same axes (see `project`) for all.
-
-    Args:
-        panels: as `project` takes them.
-        path: of the figure, e.g. a PNG or PDF.
-        harmful: groups to draw in reds.
-
-    Raises:
-        ImportError: matplotlib is missing (`pip install "rrs[plot]"`).
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "rrs[plot]" (or: pip install matplotlib).') from error
-    points, colours = project(panels), dict[str, str]()
-    for group in dict.fromkeys(group for sets in points.values() for group in sets):
-        palette = ("C3", "C1", "C5") if group in harmful else ("C0", "C2", "C4", "C8", "C9")
-        before = sum((other in harmful) == (group in harmful) for other in colours)
-        colours[group] = palette[before % len(palette)]
-    figure = Figure(figsize=(3.6 * len(points) + 0.6, 4.2), layout="constrained")
-    grid = figure.subplots(1, len(points), sharex=True, sharey=True, squeeze=False)[0]
-    names = {text: shown(text).replace("$", r"\$") for text in (*colours, *points, title)}  # no formulas
-    for ax, (panel, sets) in zip(grid, points.items(), strict=True):
-        ax.set_title(names[panel])
-        for group, xy in sets.items():
-            ax.scatter(*xy.T, s=16, alpha=0.7, linewidths=0, color=colours[group])
-    handles = [grid[0].scatter([], [], color=colour) for colour in colours.values()]
-    figure.legend(handles, [names[g] for g in colours], loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(names[title])
-    figure.savefig(path, dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

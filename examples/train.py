@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from maps import add_maps
 from review import write_page
 
 from rrs import RRS, Example, Report, load_examples
@@ -223,6 +224,7 @@ def main() -> None:
     model.fit(harmful, benign, preflight=8 if args.limit else 32, **keep)
     model.calibrate(grouped(dev), possible(dev), max_new_tokens=16 if args.limit else 24)
     report = model.evaluate(test, asked, max_new_tokens=16 if args.limit else 64)
+    add_maps(report, model, test, asked)
     page = write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 

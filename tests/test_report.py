@@ -18,6 +18,7 @@ import review
 import soundfile
 import torch
 from conftest import RATE, tone
+from maps import project
 from review import agreement, headline, relabel, write_page
 
 from rrs.data import Example
@@ -30,7 +31,6 @@ from rrs.evaluate import (
     answer_and_judge,
     judge_refusals,
     markdown,
-    project,
     shown,
 )
 
