@@ -514,57 +514,70 @@ def measure(
 # Statistics
 
 
-def _clustered(values: Iterable[Any], clusters: Sequence[Any] | None) -> np.ndarray:
-    """Sum and size of each cluster, `[clusters, 2]`; without clusters, of each value."""
+Z = 1.959963984540054  # of 95% intervals
+
+
+def _clustered(values: Iterable[Any], clusters: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and size of each cluster, `[clusters]` each; without clusters, of each value."""
     array = np.asarray(list(values), float)
     clusters = range(len(array)) if clusters is None else clusters
     if len(clusters) != len(array):
         raise ValueError(f"There must be one cluster per value, got {len(clusters)} for {len(array)} values.")
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     places = np.asarray([index[cluster] for cluster in clusters], int)
-    return np.stack([np.bincount(places, array), np.bincount(places)], 1)
-
-
-def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[float]:
-    """95% interval of `statistic([draws, k]) -> [draws]` of sums over clusters, `rows` `[clusters, k]`, that are drawn
-    10,000 times (fixed seed: the same data give the same interval)."""
-    # Equal clusters are drawn together, by count: for yes/no values that is a handful of kinds, however many rows
-    kinds, counts = np.unique(rows, axis=0, return_counts=True)
-    rng = np.random.default_rng(0)
-    drawn = [rng.multinomial(len(rows), counts / len(rows), 1000) @ kinds for _ in range(10)]
-    return np.nanquantile(np.concatenate([statistic(sums) for sums in drawn]), [0.025, 0.975]).tolist()  # type: ignore
+    return np.bincount(places, array), np.bincount(places)
 
 
 @dataclass(frozen=True)
-class Rate:
-    """A share with its 95% Wilson score interval."""
+class Mean:
+    """A mean of n values, with its 95% interval; `nan` of nothing."""
 
-    k: int
-    n: int
-    value: float
-    low: float
-    high: float
+    n: int = 0
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def of(cls, values: Iterable[float], clusters: Sequence[Any] | None = None) -> Mean:
+        """By the variance of the clusters' sums, within the range of their means.
+
+        Args:
+            clusters: what each value belongs to, e.g. the question that several voices ask; these are the units.
+        """
+        sums, sizes = _clustered(values, clusters)
+        n = int(sizes.sum())
+        if not n:
+            return cls()
+        mean, own = float(sums.sum()) / n, sums / sizes
+        half = Z * math.sqrt(((sums - mean * sizes) ** 2).sum()) / n
+        return cls(n, mean, max(mean - half, float(own.min())), min(mean + half, float(own.max())))
+
+    def __str__(self) -> str:
+        known = self.value is not None and math.isfinite(self.value)  # NaN and infinity are null in a saved report
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if known else "–"
+
+
+@dataclass(frozen=True)
+class Rate(Mean):
+    """A share, k of n, with its 95% Wilson score interval."""
+
+    k: int = 0
 
     @classmethod
     def of(cls, hits: Iterable[Any], clusters: Sequence[Any] | None = None) -> Rate:
-        """The rate of true values; `nan` of nothing.
-
-        Args:
-            clusters: what each value belongs to, e.g. the question that several voices ask. The interval is then that
-                of the effective sample size `n / design effect`, at most the number of clusters: of few clusters, how
-                much they agree within says little.
-        """
-        (sums, sizes), z = _clustered([bool(hit) for hit in hits], clusters).T, 1.959963984540054
+        """The rate of true values. With clusters, the interval is that of the effective sample size `n / design
+        effect`, at most the number of clusters: of few clusters, how much they agree within says little."""
+        sums, sizes = _clustered(map(bool, hits), clusters)
         k, n, m = int(sums.sum()), int(sizes.sum()), float(len(sums))
         if not n:
-            return cls(0, 0, math.nan, math.nan, math.nan)
+            return cls()
         p = k / n
-        spread = float(((sums - p * sizes) ** 2).sum()) / n**2  # variance of the rate, clusters drawn
-        if 1 < len(sums) < n and spread > 1e-12:
-            m = min(m, p * (1 - p) / spread)
-        middle = (p + z * z / (2 * m)) / (1 + z * z / m)
-        half = z * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m)) / (1 + z * z / m)
-        return cls(k, n, p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
+        variance = float(((sums - p * sizes) ** 2).sum()) / n**2  # of the rate, clusters drawn
+        if 1 < len(sums) < n and variance > 1e-12:
+            m = min(m, p * (1 - p) / variance)
+        middle = (p + Z * Z / (2 * m)) / (1 + Z * Z / m)
+        half = Z * math.sqrt(p * (1 - p) / m + Z * Z / (4 * m * m)) / (1 + Z * Z / m)
+        return cls(n, p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), k)
 
     def __str__(self) -> str:
         return f"{self.value:.0%} ({self.k}/{self.n})" if self.n else "–"
@@ -575,29 +588,6 @@ def auc(above: Tensor, below: Tensor) -> float:
     below = below.sort().values
     less, not_more = (torch.searchsorted(below, above, right=right).double() for right in (False, True))
     return float((less + not_more).mean() / (2 * len(below)))
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean with its 95% bootstrap interval."""
-
-    n: int
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float], clusters: Sequence[Any] | None = None) -> Mean:
-        """Resampled by cluster; `nan` of nothing."""
-        rows = _clustered(values, clusters)
-        if not len(rows):
-            return cls(0, math.nan, math.nan, math.nan)
-        total, n = rows.sum(0)
-        return cls(int(n), float(total / n), *bootstrap(rows, lambda sums: sums[:, 0] / sums[:, 1]))
-
-    def __str__(self) -> str:
-        known = self.value is not None and math.isfinite(self.value)  # NaN and infinity are null in a saved report
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if known else "–"
 
 
 @dataclass(frozen=True)
@@ -637,7 +627,7 @@ class Change:
         value = new.value - old.value
         low = value - joined(new.value - new.low, old.high - old.value)
         high = value + joined(new.high - new.value, old.value - old.low)
-        net = _clustered(y.astype(int) - x, clusters)[:, 0]
+        net = _clustered(y.astype(int) - x, clusters)[0]
         up, down = int((net > 0).sum()), int((net < 0).sum())
         tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down)
         return cls(value, max(-1.0, low), min(1.0, high), min(1.0, 2 * tail), n, gained, lost)

@@ -18,7 +18,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import numpy as np
 import soundfile
 
 from rrs import Report
-from rrs.evaluate import VERDICTS, Mean, Rate, bootstrap, plain, read_jsonl, shown, write_files
+from rrs.evaluate import VERDICTS, Mean, Rate, plain, read_jsonl, shown, write_files
 from rrs.hooks import on_rank0
 
 EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linked
@@ -124,6 +124,16 @@ def page(report: Report, folder: Path) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts by hand
+
+
+def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    """95% interval of `statistic([draws, k]) -> [draws]` of sums over clusters, `rows` `[clusters, k]`, that are drawn
+    10,000 times (fixed seed: the same data give the same interval)."""
+    # Equal clusters are drawn together, by count: for yes/no values that is a handful of kinds, however many rows
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    rng = np.random.default_rng(0)
+    drawn = [rng.multinomial(len(rows), counts / len(rows), 1000) @ kinds for _ in range(10)]
+    return np.nanquantile(np.concatenate([statistic(sums) for sums in drawn]), [0.025, 0.975]).tolist()  # type: ignore
 
 
 def agreement(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Any] | None = None) -> tuple[Rate, Mean]:

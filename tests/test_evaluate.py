@@ -190,13 +190,15 @@ def test_changes_are_clustered():
     assert (change.low, change.high, change.p) == pytest.approx((alone.low, alone.high, alone.p), abs=0.02)
 
 
-def test_bootstrap_by_counts_is_the_bootstrap():
+def test_the_interval_of_a_mean_is_about_a_bootstraps():
     values = [0.0, 0.0, 0.0, 1.0, 1.0, -1.0, 0.0, 1.0] * 8
     rng = np.random.default_rng(1)
     draws = sorted(rng.choice(values, (20_000, len(values))).mean(1))
     mean = Mean.of(values)
     assert (mean.low, mean.high) == pytest.approx((draws[500], draws[-501]), abs=0.02)
-    assert mean == Mean.of(values)
+    voices = Mean.of([v for v in values for _ in range(3)], [i for i in range(len(values)) for _ in range(3)])
+    assert (voices.n, voices.low, voices.high) == (3 * mean.n, pytest.approx(mean.low), pytest.approx(mean.high))
+    assert Mean.of([0.0, 0.0, 0.3]).low == 0  # no Kullback-Leibler divergence is negative
     assert math.isnan(Mean.of([]).value)
 
 
