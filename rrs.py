@@ -60,7 +60,7 @@ from .data import (
 )  # fmt: skip
 from .evaluate import (
     SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, auc, by_label, generate,
-    generate_ids, judge_refusals, markdown, measure, write_files,
+    generate_ids, judge_refusals, markdown, measure, plain, write_files,
 )  # fmt: skip
 from .hooks import (
     ANOTHER_LORA, Location, LoRA, Prompt, Reader, UnfitPrompt, all_reduce_sum, attached, best_device, best_dtype,
@@ -1813,7 +1813,8 @@ class RRS(Runner):
             lora.scale = point.scale * present
             with self._running():
                 report = answer_and_judge(some, conditions, ["now"], answer, judge or judge_refusals)
-            point.answers = {g: report.rate_of(g) for g in some} | {"degenerate": report.degenerate()}
+            point.answers = {g: report.rate(g) for g in some}
+            point.answers["degenerate"] = report.rate(verdicts=("degenerate",))
             return report
 
         # no other thread sees the scales that are tried
@@ -1904,7 +1905,7 @@ class RRS(Runner):
         canary, logits = self._canary(lora)
         record = {**self.record, "canary": canary, "history": self.history, "template_kwargs": self.template_kwargs}
         if self.report is not None:
-            record["evaluation"] = self.report.to_dict()["table"]
+            record["evaluation"] = plain(self.report.rows())
 
         def adapter(prefix: str) -> dict[str, bytes]:
             named = {PEFT + prefix + name.removeprefix(PEFT): t for name, t in lora.tensors().items()}

@@ -222,8 +222,8 @@ def measure(model: RRS, test: Groups, out: Path, max_new_tokens: int) -> dict[st
     report = model.evaluate(test, conditions, cache=cache, max_new_tokens=max_new_tokens)
     kl = [u["kl"]["value"] for u in report.usefulness if u["stage"] == "after"]
     return {
-        "refused": {group: [report.rate_of(group, stage).value for stage in report.stages] for group in test},
-        "degenerate": [report.degenerate(stage).value for stage in report.stages],
+        "refused": {group: [report.rate(group, stage=stage).value for stage in report.stages] for group in test},
+        "degenerate": [report.rate(stage=stage, verdicts=("degenerate",)).value for stage in report.stages],
         "kl": sum(kl) / len(kl),
         "n": {group: Rate.of(a.group == group for a in report.answers).k // 2 for group in test},
     }

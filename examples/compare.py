@@ -188,7 +188,9 @@ def best_alpha(
     stages |= {f"α = {a:g}": partial(steered, model, vectors, a) for a in alphas}
     report = model.evaluate(dev, conditions, stages=stages, max_new_tokens=24, usefulness=0)
     rates = {
-        s: {**{g: report.rate_of(g, s).value for g in dev}, "degenerate": report.degenerate(s).value} for s in stages
+        s: {g: report.rate(g, stage=s).value for g in dev}
+        | {"degenerate": report.rate(stage=s, verdicts=("degenerate",)).value}
+        for s in stages
     }
     harmful = sorted(report.harmful)
     return max(alphas, key=lambda a: score(rates["vanilla"], rates[f"α = {a:g}"], budget, harmful))

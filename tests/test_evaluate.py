@@ -134,7 +134,7 @@ def test_groups_are_harmful_by_label_and_not_by_name():
         groups, ["text-only"], ["before"], lambda *_: ["I'm sorry."] * 2, lambda *_: ["partial"] * 2
     )
     assert report.harmful == {"questions"}
-    assert (report.rate_of("questions").k, report.rate_of("harmful-looking").k) == (0, 1)
+    assert (report.rate("questions").k, report.rate("harmful-looking").k) == (0, 1)
     assert [row["harmful"] for row in report.rows()] == [True, False]
     for examples in ([Example("a", "A?")], [*groups["questions"], *groups["harmful-looking"]]):
         with pytest.raises(ValueError, match="'mixed' must all be labelled harmful, or all benign; found: "):

@@ -219,8 +219,8 @@ def test_opens_with_no_and_answers_in_a_file(tmp_path):
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = Report.from_jsonl(tmp_path / "answers.jsonl", judge=extend.opens_with_no)
     assert [a.verdict for a in report.answers] == ["refusal", "compliance"] * 2
-    assert [report.rate_of(group).value for group in ("harmful", "benign")] == [0.5, 0.5]
-    assert report.rejudge(lambda p, r: ["partial"] * len(r)).rate_of("benign").value == 1
+    assert [report.rate(group).value for group in ("harmful", "benign")] == [0.5, 0.5]
+    assert report.rejudge(lambda p, r: ["partial"] * len(r)).rate("benign").value == 1
     with pytest.raises(ValueError, match="REFUSAL"):
         report.rejudge(lambda p, r: ["REFUSAL"] * len(r))
 
@@ -264,7 +264,7 @@ def test_own_generate_report():
         return "I'm sorry, I can't help with that." if text.startswith("harmful") else "It is a lake in the north."
 
     report = extend.own_generate_report(generate, {"harmful": HARMFUL, "benign": BENIGN}, SPOKEN)
-    assert (report.rate_of("harmful").value, report.rate_of("benign").value) == (1.0, 0.0)
+    assert (report.rate("harmful").value, report.rate("benign").value) == (1.0, 0.0)
 
 
 def test_all_of_it_runs(monkeypatch, capsys):

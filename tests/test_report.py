@@ -99,7 +99,7 @@ def test_a_terminal_gets_columns_without_markup():
 
 def test_unfinished_thoughts_are_neither_and_are_told():
     report = make(judge=lambda _p, r: ["incomplete"] * len(r))
-    assert report.rate_of("harmful").k == report.rate_of("everyday").k == report.degenerate().k == 0
+    assert report.rate("harmful").k == report.rate("everyday").k == report.rate(verdicts=("degenerate",)).k == 0
     assert "14 answers end within their reasoning; raise max_new_tokens." not in str(make())
     assert f"{len(report.answers)} answers end within their reasoning" in str(report)
 
@@ -260,7 +260,7 @@ def test_answers_of_others(tmp_path):
     assert theirs.stages == ["model before!", "model after!"]
     assert theirs.change("harmful", "text-only", stage="model after!") == report.change("harmful", "text-only")
     few = [{k: row[k] for k in ("question", "response", "label")} for row in rows[-6:]]
-    assert Report.from_jsonl(write_rows(tmp_path / "b.jsonl", few)).rate_of("harmful").n == 4
+    assert Report.from_jsonl(write_rows(tmp_path / "b.jsonl", few)).rate("harmful").n == 4
     told = [{**row, "verdict": "partial"} for row in few]
     assert {a.verdict for a in Report.from_jsonl(write_rows(tmp_path / "c.jsonl", told)).answers} == {"partial"}
     both = Report.from_jsonl(tmp_path / "c.jsonl", judge=words)
