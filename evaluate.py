@@ -320,15 +320,6 @@ def read_jsonl(path: str | Path, needs: Sequence[str]) -> list[tuple[int, dict[s
 # Answers
 
 
-def generate(
-    reader: Reader, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int,
-    progress: Callable[[int], object] = lambda _: None, *, cache: AnswerCache | None = None, state: str = "",
-) -> list[str]:  # fmt: skip
-    """Greedy answers as `answer_text`, in the prompts' order; the rest as in `generate_ids`."""
-    said = generate_ids(reader, tokenizer, prompts, max_new_tokens, progress, cache=cache, state=state)
-    return [answer_text(tokenizer, said[i]) for i in range(len(prompts))]
-
-
 _MARK = re.compile(
     r"</?(?:seed:)?think(?:ing)?>|\[/?THINK\]|<\|(?:begin|end)_of_thought\|>|<\|?channel\|?>|<\|message\|>"
 )
@@ -365,11 +356,10 @@ def _prompt_key(how: str, prompt: Prompt) -> str:
         given |= prompt.inputs()
     digest = hashlib.sha256(how.encode())
     for name, value in sorted(given.items()):
-        digest.update(f"{name} {getattr(value, 'dtype', '')} {list(getattr(value, 'shape', []))} ".encode())
         if isinstance(value, Tensor):
-            digest.update(value.detach().cpu()[..., None].view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
+            digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            value = value.detach().cpu()[..., None].view(torch.uint8).numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else f"{name} {value!r} ".encode())
     return digest.hexdigest()[:32]
 
 
@@ -377,8 +367,8 @@ def _prompt_key(how: str, prompt: Prompt) -> str:
 def generate_ids(
     reader: Reader, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int,
     progress: Callable[[int], object] = lambda _: None, *, cache: AnswerCache | None = None, state: str = "",
-) -> dict[int, list[int]]:  # fmt: skip
-    """Token ids of greedy answers, by the prompts' index, with the end token if there is one. Ranks share the batches.
+) -> list[list[int]]:  # fmt: skip
+    """Token ids of greedy answers, in the prompts' order, with the end token if there is one. Ranks share the batches.
 
     Args:
         progress: called with the number of prompts that were answered.
@@ -414,7 +404,7 @@ def generate_ids(
         if cache:
             cache.add({keys[i]: ids for i, ids in new.items()})
         progress(len(new))
-    return answers
+    return [answers[i] for i in range(len(prompts))]
 
 
 class AnswerCache:
@@ -426,41 +416,42 @@ class AnswerCache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.torn = False  # does the file end in the middle of a line?
-        self.known: dict[str, Any] = on_rank0(self._read)
+        self.known: dict[str, list[int]] = on_rank0(self._read)
 
     @staticmethod
-    def _row(key: str, ids: Any) -> dict[str, Any]:
-        return {"key": key, "ids": ids, "check": hashlib.sha256(json.dumps([key, ids]).encode()).hexdigest()[:16]}
+    def _line(answer: str) -> str:
+        """The answer with its checksum behind it."""
+        return f'{answer}, "check": "{hashlib.sha256(answer.encode()).hexdigest()[:16]}"}}\n'
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, list[int]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.path.read_bytes() if self.path.exists() else b""
-        known, bad, head = dict[str, Any](), list[str](), b'{"key": "'
-        for number, line in enumerate(data.splitlines(), 1):
-            try:
+        text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        known, bad, head = dict[str, list[int]](), list[str](), '{"key": "'
+        for number, line in enumerate(text.split("\n"), 1):
+            if f"{line}\n" == self._line(line.rpartition(", ")[0]):
                 row = json.loads(line)
-                if row != self._row(row["key"], row["ids"]):
-                    raise ValueError("damaged")
                 known[row["key"]] = row["ids"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+            elif line:
                 bad.append(str(number))
-        if bad and not known and not head.startswith(data[: len(head)]):
+        if bad and not known and not head.startswith(text[: len(head)]):
             raise ValueError(f"{self.path}, line {bad[0]}: not a line of an answer cache; choose another file.")
         if bad:
             lines = ", ".join(bad[:8]) + " …" * (len(bad) > 8)
             warnings.warn(f"{self.path}: damaged, and answered again: line {lines}.", stacklevel=4)
-        self.torn = bool(data) and not data.endswith(b"\n")
+        if text and not text.endswith("\n"):  # the power went
+            self._append("\n")
         return known
 
-    def add(self, answers: Mapping[str, Any]) -> None:
+    def _append(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def add(self, answers: Mapping[str, list[int]]) -> None:
         """Appends answers by key."""
         self.known |= answers
         if rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                lines = [json.dumps(self._row(*pair)) + "\n" for pair in answers.items()]
-                file.write("\n" * self.torn + "".join(lines))
-            self.torn = False
+            rows = (json.dumps({"key": key, "ids": ids})[:-1] for key, ids in answers.items())
+            self._append("".join(map(self._line, rows)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ from .data import (
     shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, auc, by_label, generate,
+    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label,
     generate_ids, judge_refusals, markdown, measure, plain, write_files,
 )  # fmt: skip
 from .hooks import (
@@ -1243,7 +1243,8 @@ class Runner:
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
         # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
         with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
-            return generate(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
+            said = generate_ids(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
+        return [answer_text(self.tokenizer, ids) for ids in said]
 
     # -- the head -----------------------------------------------------------------------------------------------------
 

@@ -124,11 +124,11 @@ def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusin
         prompts = [model.read(e, condition, refusal_prompt=refusing) for e in examples]
         said = generate_ids(model.reader, model.tokenizer, prompts, limit)
     if refusing:
-        texts = [answer_text(model.tokenizer, said[i]) for i in range(len(examples))]
+        texts = [answer_text(model.tokenizer, ids) for ids in said]
         verdicts = judge_refusals([e.text or "" for e in examples], texts)
         fixed = [*model.token_ids(REFUSAL), model.tokenizer.eos_token_id][:limit]
-        said = {i: said[i] if v == "refusal" else fixed for i, v in enumerate(verdicts)}
-    return [TrainItem(e, condition, torch.tensor(said[i])) for i, e in enumerate(examples) if said[i]]
+        said = [ids if v == "refusal" else fixed for ids, v in zip(said, verdicts, strict=True)]
+    return [TrainItem(e, condition, torch.tensor(ids)) for e, ids in zip(examples, said, strict=True) if ids]
 
 
 def negative_log_likelihood(reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem]) -> Tensor:

@@ -693,9 +693,8 @@ def refusing(monkeypatch):
 
     def ids(reader, tokenizer, prompts, n, *_args, **_kwargs):
         said = answer(reader, tokenizer, prompts)
-        return {k: tokenizer(x, add_special_tokens=False)["input_ids"][:n] for k, x in enumerate(said)}
+        return [tokenizer(x, add_special_tokens=False)["input_ids"][:n] for x in said]
 
-    monkeypatch.setattr(rrs, "generate", lambda *args, **_: answer(*args[:3]))
     monkeypatch.setattr(rrs, "generate_ids", ids)
     verdict = {"I": "refusal", "N": "refusal", "S": "compliance", "W": "compliance"}
     monkeypatch.setattr(rrs, "judge_refusals", lambda _questions, said: [verdict[x[0]] for x in said])
