@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import CONDITIONS, Example
+from .data import CONDITIONS, Example, _read_file, _some
 from .hooks import Prompt, Reader, all_gather, on_rank0, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,31 +289,24 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
     return [*scratch]
 
 
-def read_jsonl(path: str | Path, needs: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Rows of a JSONL of answers with their line numbers; blank lines are left out.
+def read_answers(path: str | Path, needs: Sequence[str], take: Callable[[dict[str, Any]], object]) -> None:
+    """Calls `take` with each row of a file of answers.
 
     Raises:
-        ValueError: lines that are no JSON object or lack one of `needs` (the first eight are named), or a verdict that
-            is none.
+        ValueError: rows that lack one of `needs`, have a verdict that is none, or that `take` refuses by a ValueError.
     """
-    rows, bad = list[tuple[int, dict[str, Any]]](), list[str]()
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    rows, bad = _read_file(Path(path), set()), list[str]()
+    for i, row in enumerate(rows, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            bad.append(f"line {number} is no JSON ({error})")
-            continue
-        if lacking := [repr(name) for name in needs if not isinstance(row, dict) or row.get(name) is None]:
-            bad.append(f"line {number} lacks {', '.join(lacking)}")
-        elif row.get("verdict") not in (None, *VERDICTS):
-            bad.append(f"line {number}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}")
-        rows.append((number, row))
+            if lacking := [repr(name) for name in needs if not isinstance(row, dict) or row.get(name) is None]:
+                raise ValueError(f"lacks {', '.join(lacking)}")
+            if row.get("verdict") not in (None, *VERDICTS):
+                raise ValueError(f"verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}")
+            take(row)
+        except ValueError as error:
+            bad.append(f"row {i}: {error}")
     if bad or not rows:
-        found = "; ".join([*bad[:8], *[f"and {len(bad) - 8} more"] * (len(bad) > 8)]) or "no rows"
-        raise ValueError(f"{path}: {found}. Each line is a JSON object with {', '.join(map(repr, needs))}.")
-    return rows
+        raise ValueError(f"{path}: {_some(bad) or 'no rows'}. Each row needs {', '.join(map(repr, needs))}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -797,10 +790,7 @@ class Report:
 
     def rejudge(self, judge: Judge) -> Report:
         """The same answers, judged by another judge."""
-        said = judge([a.question or "" for a in self.answers], [a.response for a in self.answers])
-        verdicts = check_verdicts(judge, said, len(self.answers))
-        answers = [replace(a, verdict=str(v), rule=v.rule) for a, v in zip(self.answers, verdicts, strict=True)]
-        return replace(self, answers=answers, judge=name_of(judge))
+        return replace(self, answers=_judged(self.answers, judge), judge=name_of(judge))
 
     @classmethod
     def from_jsonl(cls, path: str | Path, judge: Judge | None = None) -> Report:
@@ -814,27 +804,28 @@ class Report:
             judge: default `judge_refusals`, or the rows' own `verdict` where all have one.
 
         Raises:
-            ValueError: lines that lack something or say the same twice. They are named.
+            ValueError: rows that lack something or say the same twice. They are named.
         """
-        path, answers, seen, labels = Path(path), list[Answer](), dict[tuple[str, ...], int](), dict[str, str]()
-        for number, row in read_jsonl(path, ("question", "response", "label")):
+        path, answers, labels = Path(path), dict[tuple[str, ...], Answer](), dict[str, str]()
+
+        def take(row: dict[str, Any]) -> None:
             question, label, clip = str(row["question"]), row["label"], row.get("audio")
-            names = {"group": label, "condition": "answers", "stage": "answers", "id": question, "cluster": question}
+            defaults = {"group": label, "condition": "answers", "stage": "answers", "id": question, "cluster": question}
+            texts = {name: str(row.get(name) or d) for name, d in {**defaults, "verdict": "", "rule": ""}.items()}
             answer = Answer(
-                **{name: str(row.get(name) or default) for name, default in names.items()},
-                question=question, response=str(row["response"]), verdict=row.get("verdict") or "", label=label,
-                category=row.get("category"), rule=str(row.get("rule") or ""),
+                **texts, question=question, response=str(row["response"]), label=label, category=row.get("category"),
                 audio=path.parent / str(clip) if clip else None,
             )  # fmt: skip
             if label not in ("harmful", "benign") or labels.setdefault(answer.group, label) != label:
-                needs = f"label {label!r} must be 'harmful' or 'benign', one for all of the group {answer.group!r}"
-                raise ValueError(f"{path}, line {number}: {needs}.")
-            if (twin := seen.setdefault(answer.key, number)) != number:
-                raise ValueError(f"{path}, lines {twin} and {number} are both {answer.key}; give each an 'id'.")
-            answers.append(answer)
+                needs = f"must be 'harmful' or 'benign', one for all of the group {answer.group!r}"
+                raise ValueError(f"label {label!r} {needs}")
+            if answers.setdefault(answer.key, answer) is not answer:
+                raise ValueError(f"{answer.key} stands there twice; give each an 'id'")
+
+        read_answers(path, ("question", "response", "label"), take)
         source = {"file": path.name, "n": len(answers), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        report = cls(answers, [], "the file's verdicts", {"answers": source})
-        judged = judge is None and all(a.verdict for a in answers)
+        report = cls([*answers.values()], [], "the file's verdicts", {"answers": source})
+        judged = judge is None and all(a.verdict for a in report.answers)
         return report if judged else report.rejudge(judge or judge_refusals)
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -861,6 +852,12 @@ class Report:
         values = plain({**vars(self), "table": self.rows(), "answers": answers})
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         return on_rank0(lambda: write_files(folder, {"report.json": text, "report.md": self.to_markdown()}))
+
+
+def _judged(answers: Sequence[Answer], judge: Judge) -> list[Answer]:
+    said = judge([a.question or "" for a in answers], [a.response for a in answers])
+    verdicts = check_verdicts(judge, said, len(answers))
+    return [replace(a, verdict=str(v), rule=v.rule) for a, v in zip(answers, verdicts, strict=True)]
 
 
 def _percent(rate: Rate) -> str:
@@ -903,11 +900,10 @@ def answer_and_judge(
                 report.skipped.append({"group": group, "condition": condition, "ids": lacking})
         for stage in stages:
             responses = answer(stage, condition, [e for _, e in rows])
-            verdicts = check_verdicts(judge, judge([e.text or "" for _, e in rows], responses), len(rows))
-            for (group, e), response, verdict in zip(rows, responses, verdicts, strict=True):
-                clip = None if condition.startswith("text") else e.audio
-                report.answers.append(Answer(
-                    group, condition, stage, e.id, e.text, response, str(verdict), e.category, e.cluster, e.label,
-                    verdict.rule, clip,
-                ))  # fmt: skip
+            answers = [
+                Answer(group, condition, stage, e.id, e.text, response, "", e.category, e.cluster, e.label,
+                       audio=None if condition.startswith("text") else e.audio)
+                for (group, e), response in zip(rows, responses, strict=True)
+            ]  # fmt: skip
+            report.answers += _judged(answers, judge)
     return report

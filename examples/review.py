@@ -27,7 +27,7 @@ import numpy as np
 import soundfile
 
 from rrs import Report
-from rrs.evaluate import VERDICTS, Mean, Rate, plain, read_jsonl, shown, write_files
+from rrs.evaluate import VERDICTS, Mean, Rate, plain, read_answers, shown, write_files
 from rrs.hooks import on_rank0
 
 EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linked
@@ -170,19 +170,22 @@ def relabel(report: Report, path: str | Path) -> Report:
             "Download" writes it; confirmed verdicts belong in it, too, since agreement is that on its answers.
 
     Raises:
-        ValueError: a line names no answer of this report, or one with another response; or see `read_jsonl`.
+        ValueError: a row names no answer of this report, or one with another response; or see `read_answers`.
     """
     names = ("group", "condition", "stage", "id", "verdict")
     places, given = {tuple(map(shown, a.key)): i for i, a in enumerate(report.answers)}, dict[int, str]()
-    for number, row in read_jsonl(path, names):
+
+    def take(row: dict[str, Any]) -> None:
         key = [row[name] for name in names[:4]]
         place = places.get(tuple(map(shown, key)))
         if place is None:
-            raise ValueError(f"{path}, line {number}: no answer of this report has {key}.")
+            raise ValueError(f"no answer of this report has {key}")
         response = shown(report.answers[place].response)
         if row.get("response", response) != response:
-            raise ValueError(f"{path}, line {number}: its response is not that of this report; use its own.")
+            raise ValueError("its response is not that of this report; use its own")
         given[place] = row["verdict"]
+
+    read_answers(path, names, take)
     old, answers = [report.answers[i] for i in given], list(report.answers)
     for place, verdict in given.items():
         answers[place] = replace(answers[place], verdict=verdict, rule="human")

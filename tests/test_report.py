@@ -189,13 +189,11 @@ def test_relabelled_by_hand(tmp_path):
     assert "words and human give the same verdict for 83% (5/6)" in str(mine)
     assert "by a human" in mine.judge
     for bad, message in [
-        (line(typed[0], "refused"), "line 1: verdict 'refused' is none of refusal, partial"),
-        (line(replace(typed[0], id="h9"), "refusal"), "line 1: no answer of this report has .*'h9'"),
-        (line(typed[0], "refusal", response="Other."), "line 1: its response is not that of this report"),
-        (
-            '\n{"group": "harmful"}\nnonsense\n',
-            r"line 2 lacks 'condition', 'stage', 'id', 'verdict'; line 3 is no JSON",
-        ),
+        (line(typed[0], "refused"), "row 1: verdict 'refused' is none of refusal, partial"),
+        (line(replace(typed[0], id="h9"), "refusal"), "row 1: no answer of this report has .*'h9'"),
+        (line(typed[0], "refusal", response="Other."), "row 1: its response is not that of this report"),
+        ('\n{"group": "harmful"}\n[]\n{}', r"row 1: lacks 'condition', 'stage', 'id', 'verdict', row 2: lacks 'group'"),
+        ('\n{"group": "harmful"}\nnonsense\n', "line 3: not valid JSON"),
         ("", "no rows"),
     ]:
         path.write_text(bad)
@@ -266,11 +264,11 @@ def test_answers_of_others(tmp_path):
     both = Report.from_jsonl(tmp_path / "c.jsonl", judge=words)
     assert "partial" not in {a.verdict for a in both.answers}
     for i, change, message in [
-        (1, {"label": None, "response": None}, "line 2 lacks 'response', 'label'"),
-        (2, {"label": "bad"}, "line 3: label 'bad' must be 'harmful' or 'benign'"),
+        (1, {"label": None, "response": None}, "row 2: lacks 'response', 'label'"),
+        (2, {"label": "bad"}, "row 3: label 'bad' must be 'harmful' or 'benign'"),
         (3, {"group": "everyday"}, "one for all of the group 'everyday'"),
-        (0, {"verdict": "refused"}, "line 1: verdict 'refused' is none of"),
-        (1, {"id": "h0"}, r"lines 1 and 2 are both \('harmful', "),
+        (0, {"verdict": "refused"}, "row 1: verdict 'refused' is none of"),
+        (1, {"id": "h0"}, r"row 2: \('harmful', .* stands there twice"),
     ]:
         wrong = [{**row, **(change if k == i else {})} for k, row in enumerate(rows[-6:])]
         with pytest.raises(ValueError, match=message):
