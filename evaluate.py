@@ -312,7 +312,6 @@ def read_answers(path: str | Path, needs: Sequence[str], take: Callable[[dict[st
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
-
 _MARK = re.compile(
     r"</?(?:seed:)?think(?:ing)?>|\[/?THINK\]|<\|(?:begin|end)_of_thought\|>|<\|?channel\|?>|<\|message\|>"
 )
@@ -482,23 +481,19 @@ def measure(
     for condition in conditions:
         rows = [e for group in by_label(groups)[1] for e in groups[group] if e.has(condition)]
         benign = rows[:: -(-len(rows) // n) or 1]
-        clusters, vanilla = [e.cluster for e in benign], None
+        vanilla = None
         for stage in report.stages if benign else ():
             with at(stage, condition) as who:
                 h = who.reader.represent([who.read(e, condition).extended(begun) for e in benign])  # [n, hidden]
                 vanilla = h if vanilla is None else vanilla  # the first stage's
                 kl, same = first_token_change(who.reader, vanilla, h)
-            report.usefulness.append({
-                "condition": condition, "stage": stage, "n": len(benign),
-                "kl": asdict(Mean.of(kl.tolist(), clusters)), "same": asdict(Rate.of(same.tolist(), clusters)),
-            })  # fmt: skip
+            rate = asdict(Rate.of(same.tolist(), [e.cluster for e in benign]))
+            found = {"condition": condition, "stage": stage, "n": len(benign), "kl": float(kl.mean()), "same": rate}
+            report.usefulness.append(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
-
-
-Z = 1.959963984540054  # of 95% intervals
 
 
 def _clustered(values: Iterable[Any], clusters: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -513,55 +508,35 @@ def _clustered(values: Iterable[Any], clusters: Sequence[Any] | None) -> tuple[n
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean of n values, with its 95% interval; `nan` of nothing."""
+class Rate:
+    """A share, k of n, with its 95% Wilson score interval; `nan` of nothing."""
 
+    k: int = 0
     n: int = 0
     value: float = math.nan
     low: float = math.nan
     high: float = math.nan
 
     @classmethod
-    def of(cls, values: Iterable[float], clusters: Sequence[Any] | None = None) -> Mean:
-        """By the variance of the clusters' sums, within the range of their means.
+    def of(cls, hits: Iterable[Any], clusters: Sequence[Any] | None = None) -> Rate:
+        """The rate of true values.
 
         Args:
-            clusters: what each value belongs to, e.g. the question that several voices ask; these are the units.
+            clusters: what each value belongs to, e.g. the question that several voices ask. The interval is then that
+                of the effective sample size `n / design effect`, at most the number of clusters: of few clusters, how
+                much they agree within says little.
         """
-        sums, sizes = _clustered(values, clusters)
-        n = int(sizes.sum())
-        if not n:
-            return cls()
-        mean, own = float(sums.sum()) / n, sums / sizes
-        half = Z * math.sqrt(((sums - mean * sizes) ** 2).sum()) / n
-        return cls(n, mean, max(mean - half, float(own.min())), min(mean + half, float(own.max())))
-
-    def __str__(self) -> str:
-        known = self.value is not None and math.isfinite(self.value)  # NaN and infinity are null in a saved report
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if known else "–"
-
-
-@dataclass(frozen=True)
-class Rate(Mean):
-    """A share, k of n, with its 95% Wilson score interval."""
-
-    k: int = 0
-
-    @classmethod
-    def of(cls, hits: Iterable[Any], clusters: Sequence[Any] | None = None) -> Rate:
-        """The rate of true values. With clusters, the interval is that of the effective sample size `n / design
-        effect`, at most the number of clusters: of few clusters, how much they agree within says little."""
-        sums, sizes = _clustered(map(bool, hits), clusters)
+        (sums, sizes), z = _clustered(map(bool, hits), clusters), 1.959963984540054
         k, n, m = int(sums.sum()), int(sizes.sum()), float(len(sums))
         if not n:
             return cls()
         p = k / n
-        variance = float(((sums - p * sizes) ** 2).sum()) / n**2  # of the rate, clusters drawn
-        if 1 < len(sums) < n and variance > 1e-12:
-            m = min(m, p * (1 - p) / variance)
-        middle = (p + Z * Z / (2 * m)) / (1 + Z * Z / m)
-        half = Z * math.sqrt(p * (1 - p) / m + Z * Z / (4 * m * m)) / (1 + Z * Z / m)
-        return cls(n, p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), k)
+        spread = float(((sums - p * sizes) ** 2).sum()) / n**2  # variance of the rate, clusters drawn
+        if 1 < len(sums) < n and spread > 1e-12:
+            m = min(m, p * (1 - p) / spread)
+        middle = (p + z * z / (2 * m)) / (1 + z * z / m)
+        half = z * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m)) / (1 + z * z / m)
+        return cls(k, n, p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
     def __str__(self) -> str:
         return f"{self.value:.0%} ({self.k}/{self.n})" if self.n else "–"
@@ -619,11 +594,6 @@ class Change:
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
-    @property
-    def flips(self) -> str:
-        """How many went each way: "+12 −3"."""
-        return f"+{self.gained} −{self.lost}"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
@@ -670,7 +640,7 @@ class Report:
     judge: str  # its name, with its version
     settings: dict[str, Any] = field(default_factory=dict)  # whatever a reader needs to repeat it
     notes: list[str] = field(default_factory=list)  # sentences that belong under the table
-    # {condition, stage, n, kl, same} on benign inputs: the first token against the first stage's
+    # {condition, stage, n, kl (mean, nats), same} on benign inputs: the first token against the first stage's
     usefulness: list[dict[str, Any]] = field(default_factory=list)
     # what `RRS.calibrate` tried: {scale, groups: {name: {value, low, high}}, chosen: bool, …}; see `Point`
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -759,7 +729,8 @@ class Report:
                 cells = [text(row["condition"]), text(row["group"]), str(max(old.n, new.n)), _percent(old)]
                 if others:
                     change = Change(**row["refused_change"][stage])
-                    cells += [*[text(stage) for _ in named], _percent(new), str(change), change.flips]
+                    flips = f"+{change.gained} −{change.lost}"
+                    cells += [*[text(stage) for _ in named], _percent(new), str(change), flips]
                 rates = [row["degenerate"][s] for s in dict.fromkeys([first, stage])]
                 table.append([*cells, " → ".join(f"{r['value']:.1%}" if r["n"] else "–" for r in rates)])
         return table
@@ -782,7 +753,8 @@ class Report:
             said.append(f"{unfinished} answers end within their reasoning; raise max_new_tokens.")
         for u in self.usefulness:
             if u["stage"] != self.stages[0]:
-                kept = f"{_percent(Rate(**u['same']))} of {u['n']} benign inputs; KL {Mean(**u['kl'])}"
+                kl = math.nan if u["kl"] is None else u["kl"]  # so in a saved report
+                kept = f"{_percent(Rate(**u['same']))} of {u['n']} benign inputs; KL {kl:.3f}"
                 said.append(f"Usefulness kept, {u['condition']}, {u['stage']}: same first token at {kept}.")
         return said + self.notes
 

@@ -220,7 +220,7 @@ def measure(model: RRS, test: Groups, out: Path, max_new_tokens: int) -> dict[st
     """Rates of each group before and after, conditions together, and the KL."""
     cache, conditions = out / "answers.jsonl", model.config.conditions
     report = model.evaluate(test, conditions, cache=cache, max_new_tokens=max_new_tokens)
-    kl = [u["kl"]["value"] for u in report.usefulness if u["stage"] == "after"]
+    kl = [u["kl"] for u in report.usefulness if u["stage"] == "after"]
     return {
         "refused": {group: [report.rate(group, stage=stage).value for stage in report.stages] for group in test},
         "degenerate": [report.rate(stage=stage, verdicts=("degenerate",)).value for stage in report.stages],

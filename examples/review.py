@@ -21,13 +21,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
 
 from rrs import Report
-from rrs.evaluate import VERDICTS, Mean, Rate, plain, read_answers, shown, write_files
+from rrs.evaluate import VERDICTS, Rate, plain, read_answers, shown, write_files
 from rrs.hooks import on_rank0
 
 EMBEDDED = 20 * 2**20  # bytes of clips that a page holds itself; more are linked
@@ -136,14 +136,22 @@ def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -
     return np.nanquantile(np.concatenate([statistic(sums) for sums in drawn]), [0.025, 0.975]).tolist()  # type: ignore
 
 
-def agreement(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Any] | None = None) -> tuple[Rate, Mean]:
+class Kappa(NamedTuple):
+    """Cohen's kappa with its 95% interval; `nan` where both judges say one and the same word throughout."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return "–" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def agreement(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Any] | None = None) -> tuple[Rate, Kappa]:
     """How far two judges of the same answers agree: the share of equal verdicts, and Cohen's kappa.
 
     Args:
         clusters: what each answer belongs to, as in `Rate.of`; kappa's interval is bootstrapped by them.
-
-    Returns:
-        Kappa is `nan` where both judges say one and the same word throughout.
     """
     words = sorted({*ours, *theirs})
     places = np.unique(range(len(ours)) if clusters is None else clusters, return_inverse=True)[1]
@@ -156,9 +164,9 @@ def agreement(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Any
         observed, chance = np.trace(shares, axis1=-2, axis2=-1), (shares.sum(-1) * shares.sum(-2)).sum(-1)
         return np.where(chance < 1, (observed - chance) / np.maximum(1 - chance, 1e-12), np.nan)
 
-    found = Mean(len(ours), math.nan, math.nan, math.nan)
+    found = Kappa(math.nan, math.nan, math.nan)
     if len(words) > 1:
-        found = Mean(len(ours), float(kappa(pairs.sum(0))[0]), *bootstrap(pairs.reshape(len(pairs), -1), kappa))
+        found = Kappa(float(kappa(pairs.sum(0))[0]), *bootstrap(pairs.reshape(len(pairs), -1), kappa))
     return Rate.of([a == b for a, b in zip(ours, theirs, strict=True)], clusters), found
 
 

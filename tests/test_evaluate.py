@@ -18,7 +18,6 @@ from rrs.evaluate import (
     Answer,
     AnswerCache,
     Change,
-    Mean,
     Rate,
     Report,
     answer_and_judge,
@@ -52,7 +51,7 @@ def test_change_is_paired():
     assert 0.2 < change.low < 0.35
     assert 0.65 < change.high < 0.75
     assert change.p == pytest.approx(2 * 0.5**10)
-    assert (change.n, change.gained, change.lost, change.flips) == (20, 10, 0, "+10 −0")
+    assert (change.n, change.gained, change.lost) == (20, 10, 0)
     published = Change.of([True] * 48 + [False] * 2, [True] * 36 + [False] * 12 + [True] * 2)  # in Newcombe's table II
     assert (-published.high, -published.low) == pytest.approx((0.0569, 0.3404), abs=1e-4)
     assert (published.n, published.gained, published.lost) == (50, 2, 12)
@@ -188,18 +187,6 @@ def test_changes_are_clustered():
     assert naive.p == pytest.approx(2 * 0.5**15)
     alone = Change.of(before[::3], after[::3])
     assert (change.low, change.high, change.p) == pytest.approx((alone.low, alone.high, alone.p), abs=0.02)
-
-
-def test_the_interval_of_a_mean_is_about_a_bootstraps():
-    values = [0.0, 0.0, 0.0, 1.0, 1.0, -1.0, 0.0, 1.0] * 8
-    rng = np.random.default_rng(1)
-    draws = sorted(rng.choice(values, (20_000, len(values))).mean(1))
-    mean = Mean.of(values)
-    assert (mean.low, mean.high) == pytest.approx((draws[500], draws[-501]), abs=0.02)
-    voices = Mean.of([v for v in values for _ in range(3)], [i for i in range(len(values)) for _ in range(3)])
-    assert (voices.n, voices.low, voices.high) == (3 * mean.n, pytest.approx(mean.low), pytest.approx(mean.high))
-    assert Mean.of([0.0, 0.0, 0.3]).low == 0  # no Kullback-Leibler divergence is negative
-    assert math.isnan(Mean.of([]).value)
 
 
 def test_the_report_clusters_and_says_so():
@@ -351,7 +338,7 @@ def test_usefulness_of_an_adapter(model, harmful, benign):
     report = model.evaluate([*harmful, *benign], ["text-only"], max_new_tokens=4)
     before, after = report.usefulness
     assert (before["stage"], before["n"], before["same"]["value"]) == ("before", 5, 1)
-    assert before["kl"]["value"] < 1e-6 < after["kl"]["value"]
+    assert before["kl"] < 1e-6 < after["kl"]
     assert "Usefulness kept, text-only, after: same first token at" in str(report)
     assert report.settings["data"]["benign"]["n"] == 5
     add_maps(report, model, {"harmful": load_examples(harmful), "benign": load_examples(benign)}, ["text-only"])
@@ -375,7 +362,7 @@ def test_steering_as_a_stage(model, harmful, benign):
     assert {a.response for a in report.answers if a.stage == "vanilla"} == set(
         model.generate([*harmful, *benign], "text-only", max_new_tokens=4)
     )
-    assert report.usefulness[1]["kl"]["value"] > 1
+    assert report.usefulness[1]["kl"] > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def test_an_adapter_that_peft_wrote(tmp_path):
         for condition in CONDITIONS:
             said = [a.response for a in report.answers if (a.stage, a.condition) == (stage, condition)]
             assert said == model.generate([e for g in test.values() for e in g], condition, max_new_tokens=5)
-    assert all(u["kl"]["value"] > 1e-3 for u in report.usefulness if u["stage"] == "after")
+    assert all(u["kl"] > 1e-3 for u in report.usefulness if u["stage"] == "after")
 
 
 # -- compare.py
@@ -260,7 +260,7 @@ def test_all_methods_in_one_table(tmp_path):
         "vanilla", "system prompt", "SARSteer", "SARSteer", "SFT basic", "SFT mirror", "SFT parallel", "RRS", "RRS"
     ]  # fmt: skip
     assert len(report.answers) == 9 * 3 * 4
-    kl = {(u["condition"], u["stage"]): u["kl"]["value"] for u in report.usefulness}
+    kl = {(u["condition"], u["stage"]): u["kl"] for u in report.usefulness}
     assert {c for c, _ in kl} == {*CONDITIONS}
     trained = {stage for stage in report.stages if stage.startswith(("SFT", "RRS", "system"))}
     assert all(kl[c, s] > 1e-6 for c in CONDITIONS for s in trained)

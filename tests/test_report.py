@@ -24,7 +24,6 @@ from review import agreement, headline, relabel, write_page
 from rrs.data import Example
 from rrs.evaluate import (
     Answer,
-    Mean,
     Rate,
     Report,
     Verdict,
@@ -115,7 +114,7 @@ def test_an_answer_knows_rule_label_and_clip():
 def test_a_saved_report_is_loaded_as_it_was(tmp_path):
     report = make()
     report.maps["audio-text"] = project({"before": {"harmful": torch.randn(5, 4)}})
-    nothing = {"kl": asdict(Mean.of([])), "same": asdict(Rate.of([]))}
+    nothing = {"kl": math.nan, "same": asdict(Rate.of([]))}
     report.usefulness = [{"condition": "c", "stage": stage, "n": 0, **nothing} for stage in report.stages]
     files = report.save(tmp_path / "r")
     assert [f.name for f in files] == ["report.json", "report.md"]
