@@ -381,17 +381,15 @@ def generate_ids(
     todo = [batch for batch in reader.batches(prompts, settings) if not all(i in answers for i in batch)]
     progress(len(prompts) - sum(map(len, todo)))
 
-    def answer(batch: Sequence[int]) -> dict[int, list[int]]:
-        inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
-        start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        new = model.generate(**inputs, generation_config=settings)[:, start:].tolist()
-        # what stands behind an end token only fills up the batch
-        lengths = [next((k for k, t in enumerate(ids, 1) if t in ends), len(ids)) for ids in new]
-        return {i: ids[:length] for i, ids, length in zip(batch, new, lengths, strict=True)}
-
-    for start in range(0, len(todo), world()):  # rounds of one batch for each rank; the last may have fewer
-        own = todo[start + rank() :][:1]
-        new = all_gather(answer(own[0]) if own else {})
+    for first in range(0, len(todo), world()):  # rounds of one batch for each rank; the last may have fewer
+        new: dict[int, list[int]] = {}
+        for batch in todo[first + rank() :][:1]:
+            inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
+            start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+            rows = model.generate(**inputs, generation_config=settings)[:, start:].tolist()
+            for i, ids in zip(batch, rows, strict=True):  # what stands behind an end token only fills up the batch
+                new[i] = ids[: next((k for k, t in enumerate(ids, 1) if t in ends), len(ids))]
+        new = all_gather(new)
         answers |= new
         if cache:
             cache.add({keys[i]: ids for i, ids in new.items()})
@@ -498,12 +496,11 @@ def measure(
 
 def _clustered(values: Iterable[Any], clusters: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
     """Sum and size of each cluster, `[clusters]` each; without clusters, of each value."""
-    array = np.asarray(list(values), float)
+    array, index = np.asarray(list(values), float), dict[Any, int]()
     clusters = range(len(array)) if clusters is None else clusters
     if len(clusters) != len(array):
         raise ValueError(f"There must be one cluster per value, got {len(clusters)} for {len(array)} values.")
-    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    places = np.asarray([index[cluster] for cluster in clusters], int)
+    places = np.asarray([index.setdefault(cluster, len(index)) for cluster in clusters], int)
     return np.bincount(places, array), np.bincount(places)
 
 
@@ -573,9 +570,9 @@ class Change:
         old, new = Rate.of(before, clusters), Rate.of(after, clusters)
         if not (n := old.n):
             return cls(math.nan, math.nan, math.nan, math.nan)
-        x, y = np.asarray(before, bool), np.asarray(after, bool)
-        both, gained, lost = (int(each.sum()) for each in (x & y, y & ~x, x & ~y))
-        more = float(both * (n - both - gained - lost) - lost * gained)  # how the two go together, φ
+        pairs = Counter((bool(a), bool(b)) for a, b in zip(before, after, strict=True))
+        gained, lost = pairs[False, True], pairs[True, False]
+        more = float(pairs[True, True] * pairs[False, False] - lost * gained)  # how the two go together, φ
         more = max(more - n / 2, 0.0) if more > 0 else more  # with continuity correction
         margins = math.prod((old.k, n - old.k, new.k, n - new.k))
         phi = more / math.sqrt(margins) if margins else 0.0
@@ -586,7 +583,7 @@ class Change:
         value = new.value - old.value
         low = value - joined(new.value - new.low, old.high - old.value)
         high = value + joined(new.high - new.value, old.value - old.low)
-        net = _clustered(y.astype(int) - x, clusters)[0]
+        net, _ = _clustered((bool(b) - bool(a) for a, b in zip(before, after, strict=True)), clusters)
         up, down = int((net > 0).sum()), int((net < 0).sum())
         tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down)
         return cls(value, max(-1.0, low), min(1.0, high), min(1.0, 2 * tail), n, gained, lost)
