@@ -63,10 +63,8 @@ def check_verdicts(judge: Any, verdicts: Iterable[Any], n: int) -> list[Verdict]
         raise ValueError(f"The judge {name_of(judge)} gave {len(checked)} verdicts for {n} answers; give one for each.")
     for i, verdict in enumerate(checked):
         if not isinstance(verdict, str) or verdict not in VERDICTS:
-            raise ValueError(
-                f"The judge {name_of(judge)} gave {verdict!r} for answer {i}; a verdict is True (refused), False, or "
-                f"one of {', '.join(VERDICTS)}."
-            )
+            known = f"a verdict is True (refused), False, or one of {', '.join(VERDICTS)}"
+            raise ValueError(f"The judge {name_of(judge)} gave {verdict!r} for answer {i}; {known}.")
     return [v if isinstance(v, Verdict) else Verdict(v) for v in checked]
 
 
@@ -324,23 +322,6 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(tokenizer.decode(list(run), skip_special_tokens=not mark) for mark, run in runs).strip()
 
 
-def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> tuple[Any, list[int]]:
-    """The model's own generation settings, but greedy, and its end tokens.
-
-    Some LALMs sample by default, which would make a before/after comparison a matter of luck.
-    """
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(
-        do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None,
-        max_new_tokens=max_new_tokens, return_dict_in_generate=False,
-    )  # fmt: skip
-    eos = settings.eos_token_id
-    ends = [eos] if isinstance(eos, int) else list(eos or [])
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id or next(iter(ends), None)
-    return settings, ends
-
-
 def _prompt_key(how: str, prompt: Prompt) -> str:
     """A hash of all that the model is given: token ids, audio rows (or its own inputs), and `how` it answers."""
     given: dict[str, Any] = {"ids": prompt.ids, "rows": prompt.rows, "start": prompt.start}
@@ -371,7 +352,16 @@ def generate_ids(
     """
     reader.check_length(prompts, max_new_tokens)
     model: Any = reader.model
-    settings, ends = _settings(model, tokenizer, max_new_tokens)
+    # The model's own settings, but greedy: by sampling, as some LALMs do, before and after would be a matter of luck.
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(
+        do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None,
+        max_new_tokens=max_new_tokens, return_dict_in_generate=False,
+    )  # fmt: skip
+    eos = settings.eos_token_id
+    ends = [eos] if isinstance(eos, int) else list(eos or [])
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id or next(iter(ends), None)
     keys, times, how = list[str](), Counter[str](), f"{state} {settings.to_json_string()}"
     for prompt in prompts if cache else ():
         key = _prompt_key(how, prompt)

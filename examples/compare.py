@@ -273,7 +273,7 @@ def compare(
     }
     report = model.evaluate(test, conditions, stages=stages, max_new_tokens=max_new_tokens, cache=out / "answers.jsonl")
     report.notes += [f"System prompt: {SYSTEM!r}", f"Chosen by dev, within {found.budget}: {' '.join(notes)}"]
-    add_maps(report, model, test, conditions, stages)
+    add_maps(report, model, test, conditions, stages, n=16)
     vars(model).update({**ours, "report": report})
     model.enable()
     write_page(report, out)
