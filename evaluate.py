@@ -405,7 +405,7 @@ class AnswerCache:
 
     def _read(self) -> dict[str, list[int]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         known, bad, head = dict[str, list[int]](), list[str](), '{"key": "'
         for number, line in enumerate(text.split("\n"), 1):
             if f"{line}\n" == self._line(line.rpartition(", ")[0]):
@@ -416,8 +416,7 @@ class AnswerCache:
         if bad and not known and not head.startswith(text[: len(head)]):
             raise ValueError(f"{self.path}, line {bad[0]}: not a line of an answer cache; choose another file.")
         if bad:
-            lines = ", ".join(bad[:8]) + " …" * (len(bad) > 8)
-            warnings.warn(f"{self.path}: damaged, and answered again: line {lines}.", stacklevel=4)
+            warnings.warn(f"{self.path}: damaged, and answered again: line {_some(bad)}.", stacklevel=4)
         if text and not text.endswith("\n"):  # the power went
             self._append("\n")
         return known
