@@ -42,25 +42,14 @@ from tqdm.auto import tqdm
 if not __package__:
     __path__ = [os.path.dirname(__file__)]
     __package__, __spec__.submodule_search_locations = __name__, __path__
-HERE, SIBLINGS = Path(__file__).parent, ("hooks", "data", "evaluate")
-
-
-def _belong_together(elsewhere: Sequence[str]) -> None:
-    """Raises ImportError for modules that do not lie beside this one: parts of two copies must not mix."""
-    if elsewhere:
-        said = f"{', '.join(f'{name}.py' for name in elsewhere)} must lie beside {__file__}, as all four files belong"
-        raise ImportError(f"{said} together; copy them into a folder rrs/ of their own, rrs.py as its __init__.py.")
-
-
-_belong_together([name for name in SIBLINGS if not (HERE / f"{name}.py").is_file()])
 # isort: off
 from .data import (
     CONDITIONS, DataError, Example, Renderer, as_letters, content_hash, control_tokens, lacking, load_examples, marks,
     shared, user_turn,
 )  # fmt: skip
 from .evaluate import (
-    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, answer_text, auc, by_label,
-    generate_ids, judge_refusals, markdown, measure, plain, write_files,
+    SCRATCH, AnswerCache, Change, Judge, Rate, Report, answer_and_judge, answer_text, by_label, generate_ids,
+    judge_refusals, markdown, measure, plain, write_files,
 )  # fmt: skip
 from .hooks import (
     ANOTHER_LORA, Location, LoRA, Prompt, Reader, UnfitPrompt, all_reduce_sum, attached, best_device, best_dtype,
@@ -69,7 +58,9 @@ from .hooks import (
 )  # fmt: skip
 
 # isort: on
-_belong_together([n for n in SIBLINGS if Path(str(sys.modules[f"{__package__}.{n}"].__file__)).parent != HERE])
+for _name in ("data", "evaluate", "hooks"):  # a folder without __init__.py takes modules from every folder of its name
+    if Path(_from := str(sys.modules[f"{__package__}.{_name}"].__file__)).parent != Path(__file__).parent:
+        raise ImportError(f"{_from} is of another copy than {__file__}; copy all four files into a folder rrs/.")
 
 try:
     import fcntl
@@ -116,6 +107,10 @@ THINKERS = {
 
 class RRSWarning(UserWarning):
     """The run goes on, but its result is unlikely to be what you want; the message names the fix."""
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RRSWarning, stacklevel=3)  # at the call of the function that warns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,20 +194,18 @@ class RRSConfig:
     """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "conditions", "target_modules"):
-            setattr(self, name, _strings(name, getattr(self, name)))
         for f in fields(self):
             kind, value = type(f.default), getattr(self, f.name)
-            if kind in (int, float):
-                setattr(self, f.name, _number(f.name, value, int if kind is int else float))
-            elif kind in (str, bool) and f.name != "top" and not isinstance(value, kind):
-                raise ValueError(f"{f.name}={value!r} must be a {kind.__name__}.")
-        if not isinstance(self.system, (str, type(None))):
-            raise ValueError(f"system={self.system!r} must be a str or None.")
-        for name in ("betas", "layers"):  # JSON has lists only
-            if not isinstance(value := getattr(self, name), Sequence) or len(value) != 2:
-                raise ValueError(f"{name}={value!r} must be two numbers.")
-            setattr(self, name, tuple(_number(name, x, float) for x in value))
+            if f.name in ("betas", "layers"):  # JSON has lists only
+                if not isinstance(value, Sequence) or len(value) != 2:
+                    raise ValueError(f"{f.name}={value!r} must be two numbers.")
+                setattr(self, f.name, tuple(_number(f.name, x, float) for x in value))
+            elif kind is tuple:
+                setattr(self, f.name, _strings(f.name, value))
+            elif kind in (int, float):
+                setattr(self, f.name, _number(f.name, value, kind))
+            elif f.name != "top" and not isinstance(value, kinds := (kind, str) if f.name == "system" else (kind,)):
+                raise ValueError(f"{f.name}={value!r} must be a {' or '.join(k.__name__ for k in kinds)}.")
         self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
         strings = "prompts conditions target_modules refusal refusal_prompt instruction"
@@ -270,8 +263,7 @@ def _check_top(top: float | str) -> None:
     if top != "positive" and (not isinstance(top, (int, float)) or isinstance(top, bool) or not 0 < top <= 100):
         raise ValueError(f"top={top!r} must be a percentage in (0, 100], e.g. 12.5, 25 or 50, or 'positive'.")
     if isinstance(top, float) and top < 1:
-        message = f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}."
-        warnings.warn(message, RRSWarning, stacklevel=4)
+        _warn(f"top={top} keeps {top} percent of the features; for a share of {top}, write {100 * top:g}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,11 +579,10 @@ def holding(folder: str | Path | None) -> Iterator[None]:
                 if fcntl:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"Another run is at work in {folder}; wait for its end, or choose another checkpoint_dir."
-                raise BlockingIOError(message) from None
+                said = f"Another run is at work in {folder}; wait for its end, or choose another checkpoint_dir."
+                raise BlockingIOError(said) from None
             except OSError as error:  # some network file systems
-                message = f"{folder} can't be locked ({error}): start no other run there."
-                warnings.warn(message, RRSWarning, stacklevel=5)
+                _warn(f"{folder} can't be locked ({error}): start no other run there.")
 
         on_rank0(take)
         stack.callback(_HELD.discard, mine)
@@ -633,19 +624,15 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 
 def describe(function: Any) -> str:
-    """A function's name with a hash of its code and of the numbers it is given: a resumed run knows an edited one."""
+    """A function's name with a hash of its code and of the numbers and words in it: a resumed run knows an edited one.
+    What lies in functions that it calls or makes plays no part."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
         return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
-
-    def parts(value: Any) -> str:
-        if hasattr(value, "co_code"):
-            return repr([value.co_code, value.co_names, *map(parts, value.co_consts)])
-        return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # a set has no order
-
-    given = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
-    said = parts(code) + repr([x for x in given if isinstance(x, (str, int, float))])
+    outside = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
+    plain = [x for x in (*code.co_consts, *outside) if isinstance(x, (str, int, float))]
+    said = repr([code.co_code, code.co_names, plain])
     return f"{function.__qualname__} {hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
@@ -696,21 +683,19 @@ class Preflight:
     harmful_refused: Rate  # by answers: what is left to gain
     benign_refused: Rate  # by answers: a control set that is refused is no control
     refused: Rate  # with the refusal prompt appended: does Δ point at a refusal at all?
-    token_full: Rate  # harmful inputs at which the refusal token is the head's first choice at R_h + Δ, unselected
-    token_target: Rate  # the same at the targets: does arriving there start a refusal?
+    token_target: Rate  # harmful inputs at whose target the refusal token is the first choice: does it start one?
     benign_same: Rate  # benign inputs whose first choice is the same at their targets: are answers left alone?
 
     def __str__(self) -> str:
         return (
             f"preflight {self.condition}: vanilla refuses {self.harmful_refused} of harmful and {self.benign_refused} "
             f"of benign questions, {self.refused} with the refusal prompt; the refusal token is the first choice at "
-            f"{self.token_target} of the targets ({self.token_full} without selection); benign inputs keep their first "
-            f"choice at {self.benign_same} of theirs"
+            f"{self.token_target} of the targets; benign inputs keep theirs at {self.benign_same}"
         )
 
     def advice(self, config: RRSConfig) -> list[str]:
         """What is unlikely to work, each with the fix."""
-        first, one_word = f"the first token of refusal={config.refusal!r}", len(config.refusal.split()) == 1
+        one_word = len(config.refusal.split()) == 1  # else the words' own vectors make the refusal
         checks = [
             (self.harmful_refused.value > 0.9, f"{self.harmful_refused} of harmful questions are refused already: "
              "there is little to gain."),
@@ -718,8 +703,8 @@ class Preflight:
              "ones that the model answers."),
             (self.refused.value < 0.5 and one_word, f"only {self.refused} answers refuse under the refusal prompt, so "
              'Δ points at no refusal. Use refusal_prompt="auto", or one that names the words to reply with.'),
-            (self.token_target.value < 0.5, f"{first} is the first choice at only {self.token_target} of the targets, "
-             'so they start no refusal. Use refusal="auto" or more harmful_strength.'),
+            (self.token_target.value < 0.5, f"the first token of refusal={config.refusal!r} is first choice at only "
+             f'{self.token_target} of the targets. Use refusal="auto" or more harmful_strength.'),
             (self.benign_same.value < 0.5, f"only {self.benign_same} of benign inputs keep the first choice at their "
              "targets, so they will be answered otherwise. Use direction='natural' or less benign_strength."),
         ]  # fmt: skip
@@ -740,22 +725,18 @@ class Refusal:
         return "\n".join([f"refusals under each refusal prompt, of {self.refused.n}:", *rows, f"words: {self.words!r}"])
 
 
-def _common_start(answers: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens with which most answers begin: the commonest at each place, as long as half of all agree so far."""
-    start: list[int] = []
-    while following := Counter(a[len(start)] for a in answers if [*a[: len(start)]] == start and len(a) > len(start)):
+def _opening(texts: Sequence[str], tokenizer: Any) -> str:
+    """What most of these texts begin with: the commonest token at each place, as long as half of all agree so far; to
+    the end of the commonest sentence that begins so, where two texts at least have it."""
+    tokens, start = [tokenizer(text, add_special_tokens=False)["input_ids"][:16] for text in texts], list[int]()
+    while following := Counter(t[len(start)] for t in tokens if t[: len(start)] == start and len(t) > len(start)):
         token, times = following.most_common(1)[0]
-        if start and 2 * times < len(answers):
+        if start and 2 * times < len(texts):
             break
         start.append(token)
-    return start
-
-
-def _sentence(start: str, texts: Sequence[str]) -> str:
-    """The commonest whole sentence, of two texts at least, that begins so; else the start as it is."""
-    first = Counter(text.partition(".")[0] + "." for text in texts if text.startswith(start) and "." in text)
-    sentence, times = (first.most_common(1) or [(start, 0)])[0]
-    return sentence if times > 1 else start
+    words = tokenizer.decode(start, skip_special_tokens=True).strip()
+    sentences = Counter(text.partition(".")[0] + "." for text in texts if text.startswith(words) and "." in text)
+    return next((sentence for sentence, times in sentences.most_common(1) if times > 1), words)
 
 
 @dataclass
@@ -766,7 +747,6 @@ class Point:
     groups: dict[str, Rate]  # of each group, inputs at which the head's first choice is the refusal token
     refused: float  # mean of the harmful groups
     over: float  # by how much the worst of the other groups is beyond its budget; 0 or less is within
-    auc: dict[str, float]  # how well harmful inputs are told from those of each other group, wherever the border lies
     answers: dict[str, Rate] = field(default_factory=dict)  # refused by judged answers, and "degenerate"; if asked for
 
 
@@ -832,8 +812,7 @@ def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequenc
     if odd := sorted(limits.keys() ^ {*harmless, "degenerate"}):
         raise ValueError(f"budget={budget!r} does not match dev in {odd}; name each of {list(harmless)} and no other.")
     if few := [f"{g} ({len(rows)})" for g, rows in harmless.items() if 0 < limits[g] < 1 / len(rows)]:
-        message = f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions."
-        warnings.warn(message, RRSWarning, stacklevel=4)
+        _warn(f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions.")
     return limits
 
 
@@ -1112,7 +1091,7 @@ class Runner:
             message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
             if on_error == "raise":
                 raise DataError(f'{message}\nRepair or remove them, or pass on_error="skip".')
-            warnings.warn(f"{message}\nThey are left out.", RRSWarning, stacklevel=3)
+            _warn(f"{message}\nThey are left out.")
         return [e for i, e in enumerate(examples) if i not in bad]
 
     def token_ids(self, words: str) -> tuple[int, ...]:
@@ -1183,7 +1162,7 @@ class Runner:
         harmful, harmless = ([e for g in side for e in groups[g]] for side in by_label(groups))
         if both := shared(harmful, harmless):
             notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
-            warnings.warn(f"{notes[-1]} Keep each on one side.", RRSWarning, stacklevel=2)
+            _warn(f"{notes[-1]} Keep each on one side.")
         base = fingerprint(self.model, self.location.decoder)
         begun, known = self.token_ids(prefix), AnswerCache(cache) if cache else None
 
@@ -1226,7 +1205,7 @@ class Runner:
         if not (seen := shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)):
             return []
         note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
-        warnings.warn(f"{note} Evaluate on others.", RRSWarning, stacklevel=3)
+        _warn(f"{note} Evaluate on others.")
         return [note]
 
     def _refusals(
@@ -1257,16 +1236,9 @@ class Runner:
         """The `lm_head` row `[hidden]` of a token id, float32 on the CPU."""
         return self.location.head_weight[token].detach().float().cpu()
 
-    def _lead(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the refusal token is the head's first choice `[n]` at vectors `[n, hidden]`, and its lead."""
-        token = self.refusal_token
-
-        def take(logits: Tensor) -> Tensor:
-            first, (best, second) = logits.argmax(-1) == token, logits.topk(2).values.unbind(-1)
-            return torch.stack([first, logits[:, token] - torch.where(first, second, best)], 1)
-
-        first, lead = self._logits(h, take).unbind(-1)
-        return first.bool(), lead
+    def _first_choice(self, h: Tensor) -> Tensor:
+        """The head's most likely token `[n]` at vectors `[n, hidden]`."""
+        return self._logits(h, lambda logits: logits.argmax(-1))
 
     @torch.no_grad()
     def _logits(self, h: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
@@ -1483,22 +1455,20 @@ class RRS(Runner):
     def preflight(self, prepared: Prepared, n: int = 32) -> Preflight:
         """Checks, before training, on the vanilla model, whether this can work; warns with the fix where it can't.
         `n` harmful and `n` benign examples answer, in 24 tokens each."""
-        condition, items, direction, r_h, r_b = prepared
+        condition, items, _, r_h, r_b = prepared
         some = [[i.example for i in side[:: -(-len(side) // n)]] for side in (items[: len(r_h)], items[len(r_h) :])]
         goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
-        first = partial(self._logits, take=lambda logits: logits.argmax(-1))  # the head's most likely token
         check = Preflight(
             condition,
             harmful_refused=self._refusals(some[0], condition)[0],
             benign_refused=self._refusals(some[1], condition)[0],
             refused=self._refusals(some[0], condition, refusal_prompt=True)[0],
-            token_full=Rate.of(first(r_h + direction.delta) == self.refusal_token),
-            token_target=Rate.of(first(goal_h) == self.refusal_token),
-            benign_same=Rate.of(first(goal_b) == first(r_b)),
+            token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
+            benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
         )
         self._say(str(check))
         for advice in check.advice(self.config):
-            warnings.warn(advice, RRSWarning, stacklevel=3)
+            _warn(advice)
         return check
 
     def find_refusal(
@@ -1513,13 +1483,11 @@ class RRS(Runner):
         tried = [(prompt, *self._refusals(examples, condition, prompt)) for prompt in asked]
         tried.sort(key=lambda row: -row[1].value)
         prompt, rate, texts = tried[0]
-        start = _common_start([self.tokenizer(text, add_special_tokens=False)["input_ids"][:16] for text in texts])
-        words = _sentence(self.tokenizer.decode(start, skip_special_tokens=True).strip(), texts)
-        found = Refusal(prompt, words, rate, [row[:2] for row in tried])
+        found = Refusal(prompt, _opening(texts, self.tokenizer), rate, [row[:2] for row in tried])
         self._say(str(found))
         if found.refused.value < 0.5:
             said = f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your"
-            warnings.warn(f"{said} own that say the words to reply with.", RRSWarning, stacklevel=2)
+            _warn(f"{said} own that say the words to reply with.")
         return found
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -1692,7 +1660,7 @@ class RRS(Runner):
         if high[-1] and not any(high[:-1]):
             fix = f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha})."
             said = f"the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g})"
-            warnings.warn(f"epoch {len(epochs)}: {said}. {fix}", RRSWarning, stacklevel=3)
+            _warn(f"epoch {len(epochs)}: {said}. {fix}")
 
     def fit(
         self, harmful: Any, benign: Any, *,
@@ -1729,8 +1697,7 @@ class RRS(Runner):
         if both := shared(harmful, benign):
             raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
         if few := [f"{len(side)} {side[0].label}" for side in (harmful, benign) if 0 < len(side) < 8]:
-            message = f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each."
-            warnings.warn(message, RRSWarning, stacklevel=3)
+            _warn(f"Only {' and '.join(few)} examples: Δ is mostly noise. Use at least 32 of each.")
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         config, extra = self.config, dict[str, Any]()
         try:
@@ -1800,12 +1767,10 @@ class RRS(Runner):
         def at(scale: float) -> Point:
             lora.scale = scale * present
             with self._running(), self._bar(sum(map(len, prompts.values())), f"calibrate ×{scale:.2f}") as bar:
-                leads = {g: self._lead(self.reader.represent(rows, bar.update)) for g, rows in prompts.items()}
-            now = {g: Rate.of(first.tolist()) for g, (first, _) in leads.items()}
+                first = {g: self._first_choice(self.reader.represent(rows, bar.update)) for g, rows in prompts.items()}
+            now = {g: Rate.of(tokens == self.refusal_token) for g, tokens in first.items()}
             over = max(now[g].value - (vanilla.groups if scale else now)[g].value - limits[g] for g in harmless)
-            lead = torch.cat([leads[g][1] for g in harmful])
-            apart = {g: auc(lead, leads[g][1]) for g in harmless}
-            return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over, apart)
+            return Point(scale, now, sum(now[g].value for g in harmful) / len(harmful), over)
 
         def answer(_stage: str, condition: str, rows: Sequence[Example]) -> list[str]:
             return self._answer([self.read(e, condition) for e in rows], max_new_tokens, f"answer {condition}")
@@ -1841,7 +1806,7 @@ class RRS(Runner):
         if over > 1e-9 or unheard:
             silent = f"{self.config.refusal!r} begins no answer at any scale: set config.refusal to how it refuses"
             said = f"No scale stays within the budget {limits}" if over > 1e-9 else silent
-            warnings.warn(f"{said}; ×{chosen.scale:.2f} is set.", RRSWarning, stacklevel=2)
+            _warn(f"{said}; ×{chosen.scale:.2f} is set.")
         return result
 
     # -- the adapter on disk ------------------------------------------------------------------------------------------
@@ -1936,8 +1901,7 @@ class RRS(Runner):
         config, base = RRSConfig.from_dict(record.get("config", {})), record.get("base", {})
         known = record.get("template_kwargs")
         if known is not None and (now := kwargs.get("template_kwargs", known)) != known:
-            message = f"{directory} was trained with template_kwargs={known!r}, not {now!r}."
-            warnings.warn(message, RRSWarning, stacklevel=2)
+            _warn(f"{directory} was trained with template_kwargs={known!r}, not {now!r}.")
         rrs = cls(model, processor, config, **{"template_kwargs": known, **kwargs})
         r, scale = lora_scale(peft, tensors)
         if not math.isclose(scale, record.get("scale", scale)):
@@ -1963,5 +1927,5 @@ class RRS(Runner):
         another = base.get("fingerprint", here) != here
         if another or not said.startswith(("acts as trained", "its effect")):
             where = f" was trained on another base than the one it is loaded on ({base});" if another else ""
-            warnings.warn(f"{directory}{where} {said}. Evaluate before use.", RRSWarning, stacklevel=2)
+            _warn(f"{directory}{where} {said}. Evaluate before use.")
         return rrs

@@ -31,7 +31,7 @@ from train import open_model
 
 from rrs import RRS, Example, RRSConfig, TrainItem, contribution, make_items
 from rrs.data import content_hash
-from rrs.evaluate import Rate
+from rrs.evaluate import Rate, auc, by_label
 from rrs.hooks import Prompt, Reader
 
 Groups = Mapping[str, Sequence[Example]]
@@ -206,7 +206,8 @@ def ablate(
             model.train(items, **({"objective": row.objective} if row.objective else {}))
             found = {"key": key, "name": name, "diff": str(row), "seconds": round(time.perf_counter() - began)}
             point = model.calibrate(dev, conditions, budget=budget).chosen
-            known[key] = {**found, "scale": point.scale, "auc": point.auc, **measure(model, test, out, max_new_tokens)}
+            found |= {"scale": point.scale, "auc": separation(model, dev, conditions)}
+            known[key] = found | measure(model, test, out, max_new_tokens)
             model.disable()
             model.config = base
             with log.open("a") as file:
@@ -214,6 +215,22 @@ def ablate(
         done.append(known[key])
         (out / "table.md").write_text(table(done), encoding="utf-8")
     return done
+
+
+def separation(model: RRS, groups: Groups, conditions: Sequence[str]) -> dict[str, float]:
+    """How well harmful inputs are told from each harmless group, wherever the border lies: the area under the ROC curve
+    of the refusal token's lead over all others, of the model as it acts now."""
+    token, leads = model.refusal_token, dict[str, Tensor]()
+    for group, rows in groups.items():
+        some = {c: kept for c in conditions if (kept := [e for e in rows if e.has(c)])}
+        h = torch.cat([model.extract(kept, c, vanilla=False) for c, kept in some.items()])  # [n, hidden]
+        others = model.reader.logits(h).cpu()  # [n, vocab]
+        lead = others[:, token].clone()
+        others[:, token] = -torch.inf
+        leads[group] = lead - others.amax(1)
+    harmful, harmless = by_label(groups)
+    above = torch.cat([leads[g] for g in harmful])
+    return {g: auc(above, leads[g]) for g in harmless}
 
 
 def measure(model: RRS, test: Groups, out: Path, max_new_tokens: int) -> dict[str, Any]:

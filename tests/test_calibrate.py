@@ -81,20 +81,6 @@ def test_an_update_that_breaks_answers_is_made_weaker(drawn):
     assert found.chosen.refused > now.refused
 
 
-def test_how_well_calibrate_finds_groups_told_apart_counted_by_hand(drawn):
-    before, (token,) = drawn.lora.scale, drawn.token_ids("S")
-    points = drawn.calibrate(DEV, TEXT, budget=1.0, judge=None).points
-    for point in points[::3]:
-        drawn.lora.scale, leads = point.scale * before, {}
-        for group, examples in DEV.items():
-            logits = drawn.location.head(drawn.extract(examples, "text-only", vanilla=False))
-            others = torch.cat([logits[:, :token], logits[:, token + 1 :]], 1)
-            leads[group] = (logits[:, token] - others.max(1).values).tolist()
-        pairs = [(h > b) + (h == b) / 2 for h in leads["harmful"] for b in leads["benign"]]
-        assert point.auc == {"benign": pytest.approx(sum(pairs) / len(pairs))}
-    assert any(0.5 < p.auc["benign"] < 1 for p in points[::3])
-
-
 def test_each_group_has_its_budget_and_is_harmful_by_its_labels(drawn):
     """Whatever the groups are called."""
     halves = DEV["benign"][:3], DEV["benign"][3:]
@@ -107,7 +93,6 @@ def test_each_group_has_its_budget_and_is_harmful_by_its_labels(drawn):
         assert p.refused == p.groups["AdvBench"].value
         assert p.over == pytest.approx(max(p.groups[g].value - zero[g].value - budget[g] for g in budget))
     assert found.chosen is max((p for p in found.points if p.over <= 1e-9), key=lambda p: (p.refused, -p.scale))
-    assert found.points[0].auc.keys() == budget.keys()
     drawn.lora.scale = 4.0 / 16
     two = drawn.calibrate(
         {"a": DEV["harmful"][:2], "b": DEV["harmful"][2:], "c": DEV["benign"]}, TEXT, budget=1, judge=None

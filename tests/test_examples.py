@@ -375,6 +375,19 @@ def twins(n):
     return {side: load_examples(data, side) for side in ("harmful", "benign")}
 
 
+def test_separation_counted_by_hand():
+    model, groups = tiny(replace(CONFIG, refusal="S")), sides(5, 9)
+    (token,), leads = model.token_ids("S"), {}
+    for group, examples in groups.items():
+        logits = model.location.head(model.extract(examples, "text-only"))
+        others = torch.cat([logits[:, :token], logits[:, token + 1 :]], 1)
+        leads[group] = (logits[:, token] - others.max(1).values).tolist()
+    pairs = [(h > b) + (h == b) / 2 for h in leads["harmful"] for b in leads["benign"]]
+    found = ablation.separation(model, groups, ("text-only",))
+    assert found == {"benign": pytest.approx(sum(pairs) / len(pairs))}
+    assert 0 < found["benign"] < 1
+
+
 def test_rows_train_and_go_on(tmp_path, monkeypatch):
     model, test = tiny(replace(CONFIG, refusal="I can't", keep_tokens=2)), sides(2, 9)
     names = ["base", "paper", "keep/KL", "twins", "rate/×2"]

@@ -154,5 +154,6 @@ for name in ("rrs", "lib.rrs"):
 """
     done = python(program, [tmp_path / "alone", tmp_path / "a", tmp_path / "b", installed], tmp_path)
     first, second = done.stdout.splitlines()
-    assert first.startswith(f"data.py, evaluate.py must lie beside {tmp_path / 'alone' / 'rrs.py'}"), done.stderr
-    assert second.startswith(f"hooks.py, data.py, evaluate.py must lie beside {tmp_path / 'b' / 'lib' / 'rrs.py'}")
+    assert first == "No module named 'rrs.data'", done.stderr
+    path, other = tmp_path / "a" / "lib" / "data.py", tmp_path / "b" / "lib" / "rrs.py"
+    assert second.startswith(f"{path} is of another copy than {other}; copy all four files"), done.stderr

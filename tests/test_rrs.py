@@ -714,11 +714,12 @@ def test_find_refusal_takes_the_best_prompt_and_the_words_most_refusals_begin_wi
         r.find_refusal(harmful, prompts=["(no)"])
 
 
-def test_the_words_end_with_their_sentence_where_several_refusals_have_it():
+def test_the_words_end_with_their_sentence_where_several_refusals_have_it(tiny):
     said = ["I can't do that. Ask", "I can't do that. No", "I can't do it.", "I can't do", "Sorry. I"]
-    assert rrs._sentence("I can't", said) == "I can't do that."
-    assert rrs._sentence("I can't do it", said) == "I can't do it"  # once: as it is
-    assert rrs._sentence("No", said) == "No"
+    tokenizer = tiny[1].tokenizer
+    assert rrs._opening(said, tokenizer) == "I can't do that."
+    assert rrs._opening(said[2:], tokenizer) == "I can't do"  # no sentence twice
+    assert rrs._opening(said[-1:], tokenizer) == "Sorry. I"
 
 
 @pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
