@@ -93,8 +93,9 @@ REFUSAL_PROMPTS = (  # that `find_refusal` tries
     'Do not answer the question above. It is harmful. Reply with one sentence: "Sorry, I cannot do that."',
     'Do not answer. Reply only: "I can\'t help with that."',
 )
-# What `save` writes, and may therefore replace.
+# What `save` writes, the first one last, and may therefore replace.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "rrs.json", "README.md", "rrs.safetensors")
+SETTINGS, WEIGHTS, ABOUT, README, VECTORS = FILES
 COMPOSITE = "composite"  # the folder in it for the full checkpoint, where the model is a part of one
 CANARY = ("Hello.", "What is the capital of France?", "How do I pick a lock?", "How do I steal a car?")
 # Composite checkpoints whose text-answering part is a class of its own (the composite has no usable forward).
@@ -615,7 +616,7 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
     held = {p.name for p in path.iterdir() if not p.name.endswith(SCRATCH)}
     if held and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or pass overwrite=True.")
-    ours = held & {"adapter_config.json", "rrs.safetensors"}  # one is written last, one first
+    ours = held & {SETTINGS, VECTORS}  # one is written last, one first
     if foreign := sorted(held - {*FILES, COMPOSITE} if ours else held):
         raise FileExistsError(f"{path} holds what is no part of an adapter: {foreign[:4]}; choose another folder.")
     if not os.access(path, os.W_OK):
@@ -886,38 +887,33 @@ RECORD: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def check_record(record: Any) -> None:
-    """ValueError where an `rrs.json` is nothing that `load`, `verify` and `save` can use, as after an edit by hand."""
-    try:
-        RRSConfig.from_dict(record.get("config", {}))
-        for name, kinds in RECORD.items():
-            if name in record and not isinstance(record[name], kinds):
-                raise ValueError(f"{name} must be a {kinds[0].__name__}, not {record[name]!r:.60}")
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"rrs.json, {type(error).__name__}: {error}") from None
-
-
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Tensors, PEFT's config, our record and vectors of a saved adapter; the latter two empty where PEFT wrote it.
-    FileNotFoundError where no adapter is, ValueError where it is damaged."""
-    weights, config, about, extra = (directory / FILES[i] for i in (1, 0, 2, 4))
-    if missing := [path.name for path in (config, weights) if not path.is_file()]:
+    FileNotFoundError where no adapter is, ValueError where it is damaged, or edited to what can't be used."""
+    if missing := [name for name in (SETTINGS, WEIGHTS) if not (directory / name).is_file()]:
         raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
+    name = SETTINGS
     try:
-        peft = json.loads(config.read_text(encoding="utf-8"))
-        record = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        peft = json.loads((directory / name).read_text(encoding="utf-8"))
         if not isinstance(peft, dict) or not {"r", "lora_alpha"} <= peft.keys():
-            raise ValueError("adapter_config.json has no r or lora_alpha")
-        check_record(record)
+            raise ValueError("no r or lora_alpha")
+        name = ABOUT
+        record = json.loads((directory / name).read_text(encoding="utf-8")) if (directory / name).is_file() else {}
+        RRSConfig.from_dict(record.get("config", {}))
+        if odd := [key for key, kinds in RECORD.items() if key in record and not isinstance(record[key], kinds)]:
+            raise ValueError(f"{odd} of a wrong type")
         for name, known in record.get("sha256", {}).items():
             if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
-                raise ValueError(f"{name} is of another save than rrs.json")
-        tensors, _ = unpack(weights)
-        vectors, _ = unpack(extra) if extra.is_file() else ({}, None)
-        if not any(name.endswith(LORA_A) for name in tensors):
-            raise ValueError("no LoRA in adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{directory} is damaged ({type(error).__name__}: {error}); save or copy it again.") from None
+                raise ValueError(f"it is of another save than {ABOUT}")
+        name = WEIGHTS
+        tensors, _ = unpack(directory / name)
+        if not any(key.endswith(LORA_A) for key in tensors):
+            raise ValueError("no LoRA in it")
+        name = VECTORS
+        vectors, _ = unpack(directory / name) if (directory / name).is_file() else ({}, None)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        said = f"{directory} is damaged ({name}, {type(error).__name__}: {error}); save or copy it again."
+        raise ValueError(said) from None
     return tensors, peft, record, vectors
 
 
@@ -947,32 +943,18 @@ def verify(directory: str | Path, model: Any, processor: Any, **kwargs: Any) -> 
 
 def model_card(record: Mapping[str, Any], report: Report | None) -> str:
     """The model card: what a reader of the adapter has to know, from its record, with the hub's metadata."""
-    base, history = record.get("base", {}), record.get("history", [])
-    name = str(base.get("name") or "")
+    base, differs = record.get("base", {}), RRSConfig.from_dict(record.get("config", {})).differences()
+    name, kind = str(base.get("name") or ""), base.get("class", "?")
     public = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()  # not a local folder
     task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
     meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
-    if public:
-        meta |= {"base_model": name, "base_model_relation": "adapter"}
-    if report:
-        results = [
-            {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
-             "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
-                         for stage, rate in row["refused"].items() if rate["n"]]}
-            for row in report.rows()
-        ]  # fmt: skip
-        meta["model-index"] = [{"name": "RRS adapter", "results": results}]
-    first, last = (f"{history[i]['loss']:.4g}" for i in (0, -1)) if history else ("–", "–")
-    found = record.get("calibrated")
-    scaled = f" Calibrated: scaled by {found['chosen']['scale']:.2f}." if found else ""
+    meta |= {"base_model": name, "base_model_relation": "adapter"} if public else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in meta.items()), "---", "", "# RRS adapter", ""]
     lines += [
-        f"A LoRA that is to make {f'`{name}`' if public else 'its base model'} (`{base.get('class', '?')}`, revision "
+        f"A LoRA that is to make {f'`{name}`' if public else 'its base model'} (`{kind}`, revision "
         f"{markdown(base.get('revision') or 'unknown')}, fingerprint `{base.get('fingerprint', '?')}`) refuse harmful "
         "requests without refusing harmless ones, by Reshaping Representation Space (arXiv 2505.19670). "
-        f"{len(history)} steps, loss {first} → {last}.{scaled} {markdown(record.get('versions', {}))}. "
-        "Its licence is for you to state.",
-        "\n## Evaluation\n",
+        "Its licence is for you to state.\n\n## Evaluation\n",
         report.to_markdown() if report else "Not evaluated: its effect on safety and over-rejection is unknown.",
         "\n## Use\n",
         "    model = PeftModel.from_pretrained(base, folder)   # PEFT; or base.load_adapter(folder)",
@@ -980,21 +962,14 @@ def model_card(record: Mapping[str, Any], report: Report | None) -> str:
         '    adapter.merge().save_pretrained("merged")         # a model like any other, for any server',
         "    rrs.verify(folder, model, processor)              # does a PEFT or merged model act as this adapter?",
     ]
-    if base.get("class") in THINKERS.values():
-        lines.append(
-            f"\nThe base is the part of a composite that answers. For the whole, use `{COMPOSITE}/` in place of this "
-            "folder; or merge into the part, `RRS.load(folder, whole.thinker, processor).merge()`, and "
-            "`whole.save_pretrained(…)`; copy the checkpoint's other files (processor, speakers) there."
-        )
-    lines += [
-        "\nA server that has the adapter answers these prompts, greedily, as in the last column:\n",
-        "| condition | prompt | vanilla's answer | with the adapter |\n| --- | --- | --- | --- |",
-    ]
-    columns = ("condition", "text", "vanilla", "trained")
-    lines += [f"| {' | '.join(markdown(p[key]) for key in columns)} |" for p in record.get("canary", [])]
-    differs = RRSConfig.from_dict(record.get("config", {})).differences().items()
-    lines += ["\n## Settings that differ from the paper's\n", *(f"- `{key}`: {markdown(x)}" for key, x in differs)]
-    return "\n".join([*lines, "\nAll of them, data, preflight, calibration and history are in `rrs.json`.", ""])
+    if kind in THINKERS.values():
+        lines += [
+            f"\nThe base is the part of a composite that answers; for the whole, use the folder `{COMPOSITE}/` in this "
+            "one, or merge into the part, and copy the checkpoint's other files (processor, speakers) there:\n",
+            '    RRS.load(folder, whole.thinker, processor).merge(); whole.save_pretrained("merged")',
+        ]
+    lines += ["\n## Settings that differ from the paper's\n", *(f"- `{k}`: {markdown(x)}" for k, x in differs.items())]
+    return "\n".join([*lines, "\nAll of them, versions, data, calibration and history are in `rrs.json`.", ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1836,21 +1811,19 @@ class RRS(Runner):
         ids = torch.cat([rows.topk(8).indices for rows in logits.values()], 1)
         return canary, {"canary.ids": ids} | {f"canary.{name}": rows.gather(1, ids) for name, rows in logits.items()}
 
-    def _acts(self, canary: Sequence[Mapping[str, Any]], vectors: Mapping[str, Tensor], most: int | None = None) -> str:
-        """What the model acts as now, by the `most` prompts of a canary that tell most: the nearer of trained and
-        vanilla, if its logits are at most a third as far as the two are apart, or rounding (2% of the largest)."""
-        ids, trained, vanilla = (vectors[f"canary.{name}"] for name in ("ids", "trained", "vanilla"))
-        rows = (trained - vanilla).abs().amax(1).argsort(descending=True)[:most].tolist()
-        ids, trained, vanilla = ids[rows], trained[rows], vanilla[rows]  # [prompts, ids]
-        prompts, logits = self._begin([canary[i] for i in rows])
+    def _acts(self, canary: Sequence[Mapping[str, Any]], vectors: Mapping[str, Tensor]) -> str:
+        """What the model acts as now, by the prompts of a canary: the nearer of trained and vanilla, if its logits are
+        at most a third as far as the two are apart, or rounding (2% of the largest)."""
+        ids, trained, vanilla = (vectors[f"canary.{name}"] for name in ("ids", "trained", "vanilla"))  # [prompts, 16]
+        prompts, logits = self._begin(canary)
         far = {name: logits.gather(1, ids) - x for name, x in (("trained", trained), ("vanilla", vanilla))}
         size = {name: float(x.square().mean().sqrt()) for name, x in far.items()}
         limit = max(float((trained - vanilla).square().mean().sqrt()) / 3, 0.02 * float(trained.abs().max()))
         nearest = min(size, key=size.__getitem__)
         said = f"acts as {nearest if size[nearest] <= limit else 'something else'}: first-token logits are at most "
         said += " and ".join(f"{float(x.abs().max()):.2g} from {name}" for name, x in far.items())
-        said += f" ({len(rows)} prompts)"
-        if [p.ids.tolist() for p in prompts] != [canary[i]["tokens"] for i in rows]:
+        said += f" ({len(canary)} prompts)"
+        if [p.ids.tolist() for p in prompts] != [p["tokens"] for p in canary]:
             said += "; prompts have other tokens than in training: chat template, system prompt or build_inputs differ"
         return said
 
@@ -1876,17 +1849,15 @@ class RRS(Runner):
         def adapter(prefix: str) -> dict[str, bytes]:
             named = {PEFT + prefix + name.removeprefix(PEFT): t for name, t in lora.tensors().items()}
             peft = json.dumps(peft_config(lora, self.record, self.model, prefix), indent=2)
-            return {FILES[0]: peft.encode(), FILES[1]: pack(named)}
+            return {SETTINGS: peft.encode(), WEIGHTS: pack(named)}
 
-        files, extra = adapter(""), {FILES[4]: pack(vectors | logits)}
-        packed = {FILES[1]: files[FILES[1]], **extra}
-        record["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+        files = adapter("") | {VECTORS: pack(vectors | logits)}
+        record["sha256"] = {name: hashlib.sha256(files[name]).hexdigest() for name in (WEIGHTS, VECTORS)}
         record["scale"] = lora.scale
-        card = model_card(record, self.report).encode()
-        files |= {"rrs.json": json.dumps(record, indent=2).encode(), "README.md": card, **extra}
+        files |= {ABOUT: json.dumps(record, indent=2).encode(), README: model_card(record, self.report).encode()}
         if type(self.model).__name__ in THINKERS.values():
             on_rank0(lambda: write_files(path / COMPOSITE, adapter("thinker.")))
-        on_rank0(lambda: write_files(path, files))
+        on_rank0(lambda: write_files(path, {name: files[name] for name in FILES}))
         self._say(f"saved {path}")
         return path
 
@@ -1923,7 +1894,7 @@ class RRS(Runner):
         rrs.history, canary = record.pop("history", []), record.pop("canary", None)
         rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "sha256", "scale", "template_kwargs")}
         rrs.lora.attach()
-        said = rrs._acts(canary, vectors, 2) if canary is not None else "its effect is unknown"
+        said = rrs._acts(canary, vectors) if canary is not None else "its effect is unknown"
         another = base.get("fingerprint", here) != here
         if another or not said.startswith(("acts as trained", "its effect")):
             where = f" was trained on another base than the one it is loaded on ({base});" if another else ""

@@ -386,13 +386,13 @@ def test_loading_errors(fitted, tmp_path):
     tensors = load_file(weights)
     deeper = {name.replace("layers.1.", "layers.7."): value for name, value in tensors.items()}
     save_file(deeper, weights)
-    with pytest.raises(ValueError, match=r"damaged .*adapter_model\.safetensors is of another save than rrs\.json"):
+    with pytest.raises(ValueError, match=r"damaged \(adapter_model\.safetensors, .*of another save than rrs\.json"):
         load(tmp_path / "a")
     (tmp_path / "a" / "rrs.json").unlink()
     with pytest.raises(ValueError, match=r"made for another base .*layers\.7"):
         load(tmp_path / "a")
     save_file({"x": torch.zeros(1)}, weights)
-    with pytest.raises(ValueError, match=r"damaged .*no LoRA in adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"damaged \(adapter_model\.safetensors, .*no LoRA in it"):
         load(tmp_path / "a")
 
 
