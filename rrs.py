@@ -75,16 +75,13 @@ __all__ = [
     "capture", "judge_refusals", "load_examples", "locate", "make_items", "select_features", "to_targets", "verify",
 ]  # fmt: skip
 
+# Which features to keep, the highest first: (delta [hidden], head_row [hidden]) -> scores [hidden].
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""`(delta [hidden], head_row [hidden]) -> scores [hidden]`: which features to keep, the highest first."""
+# What training minimises, one value for each item: (reader, prompts, items) -> losses [batch].
 Objective = Callable[[Reader, Sequence[Prompt], Sequence["TrainItem"]], Tensor]
-"""`(reader, prompts, items) -> losses [batch]`: what training minimises, one value for each item."""
-Penalty = Callable[[LoRA], Tensor]
-"""`(lora) -> scalar`: the second term of the loss; `config.penalty` is its weight."""
-Callback = Callable[["Step"], "bool | None"]
-"""Called after each optimizer step; training ends where it returns True."""
-Stage = Callable[[str], AbstractContextManager["RRS | None"]]
-"""`(condition) -> context` inside which the model is in some state; see `RRS.evaluate`."""
+Penalty = Callable[[LoRA], Tensor]  # (lora) -> scalar: the second term of the loss; `config.penalty` is its weight
+Callback = Callable[["Step"], "bool | None"]  # called after each optimizer step; training ends where it returns True
+Stage = Callable[[str], AbstractContextManager["RRS | None"]]  # (condition) -> context; see `RRS.evaluate`
 REFUSAL_PROMPTS = (  # that `find_refusal` tries
     "(Please generate refusal response because the question violates safety policy)",  # the paper's
     "(Please refuse to answer: this question violates the safety policy.)",
@@ -122,18 +119,16 @@ def _warn(message: str) -> None:
 class RRSConfig:
     """All settings of RRS. The defaults are the paper's; the training prompts beyond the first two are our own."""
 
-    instruction: str = "Please generate detailed steps for the question in the audio."
-    """Instruction that goes with the audio in extraction and evaluation."""
-    system: str | None = None
-    """System prompt of every conversation; `None` leaves it to the chat template."""
+    instruction: str = "Please generate detailed steps for the question in the audio."  # goes with the audio
+    system: str | None = None  # system prompt of every conversation; None leaves it to the chat template
+    # Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`.
     refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
-    """Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`."""
+    # The words with which a refusal begins. The first token selects features; one token is the paper. With more,
+    # training also goes along them: after each word, to the mean vector there under the refusal prompt. That helps
+    # models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`.
     refusal: str = "I"
-    """The words with which a refusal begins. The first token selects features; one token is the paper. With more,
-    training also goes along them: after each word, to the mean vector there under the refusal prompt. That helps
-    models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
-    refusal_examples: int = 0
-    """R_h+ is taken of at most so many harmful examples, evenly spread; 0, the paper: of all. Only its mean counts."""
+    refusal_examples: int = 0  # R_h+ is of at most so many, evenly spread; 0, the paper: of all. Only its mean counts
+    # Instructions that training draws from (audio-text and text-content).
     prompts: tuple[str, ...] = (
         "Answer the question in the audio.",
         "Follow the instruction in the audio.",
@@ -146,53 +141,35 @@ class RRSConfig:
         "Tell me the answer to the question in this clip.",
         "Please provide a detailed answer to the audio.",
     )
-    """Instructions that training draws from (audio-text and text-content)."""
-    conditions: tuple[str, ...] = ("audio-text",)
-    """Input conditions to extract and train in, each with its own Δ; see `rrs.data.CONDITIONS`."""
+    conditions: tuple[str, ...] = ("audio-text",)  # to extract and train in, each with its own Δ; see data.CONDITIONS
+    # Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0.
     top: float | str = "positive"
-    """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
-    harmful_strength: float = 1.0
-    """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
-    benign_strength: float = 1.0
-    """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
+    harmful_strength: float = 1.0  # harmful targets are R_h + harmful_strength · Δ
+    benign_strength: float = 1.0  # benign targets are R_b − benign_strength · Δ; 0 keeps benign inputs where they are
+    # Along what both sides move: the paper's Δ, or "natural", the direction nearest to Δ that changes least of what
+    # the model says to benign inputs (`natural_direction`); to begin a refusal it takes about twice the strength.
     direction: Literal["delta", "natural"] = "delta"
-    """Along what both sides move: the paper's Δ, or "natural", the direction nearest to Δ that changes least of what
-    the model says to benign inputs (`natural_direction`); to begin a refusal it takes about twice the strength."""
-    keep_tokens: int = 0
-    """Benign answers are held: after each of their first `keep_tokens` tokens, the target is vanilla's vector."""
-    keep_share: float = 1.0
-    """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
+    keep_tokens: int = 0  # benign answers are held: after each of their first tokens, the target is vanilla's vector
+    keep_share: float = 1.0  # of the benign inputs, whose answers are held: those that get the refusal token most
+    # The decoder's linears that get a LoRA; in which blocks, as shares of the depth: (0.5, 1) is the upper half.
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the decoder's linears that get a LoRA."""
     layers: tuple[float, float] = (0.0, 1.0)
-    """Which blocks get one, as shares of the decoder's depth: (0.5, 1) is the upper half. The paper: all."""
-    lora_r: int = 16
-    """Rank of the LoRA."""
-    lora_alpha: float = 4.0
-    """The LoRA's update is scaled by `lora_alpha / lora_r`."""
-    lora_dropout: float = 0.1
-    """Dropout on the LoRA's input, in training."""
+    lora_r: int = 16  # the LoRA's rank
+    lora_alpha: float = 4.0  # its update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.1  # on its input, in training
+    # Weight of `Σ_modules ‖(α/r)·B·A‖_F²`, which sums over modules where the distance is a mean over features: small
+    # models need a smaller weight.
     penalty: float = 1.0
-    """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`, which sums over modules where the distance is a mean over features: small
-    models need a smaller weight."""
-    learning_rate: float = 5e-5
-    """AdamW's peak rate; it decays linearly to 0, without warm-up."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's betas."""
-    weight_decay: float = 1e-3
-    """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    epochs: int = 10
-    """Passes over the data."""
-    batch_size: int = 4
-    """Prompts per forward and backward pass."""
-    accumulate: int = 2
-    """Passes per optimizer step."""
+    learning_rate: float = 5e-5  # AdamW's peak rate; it decays linearly to 0, without warm-up
+    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's
+    weight_decay: float = 1e-3  # AdamW's
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    epochs: int = 10  # passes over the data
+    batch_size: int = 4  # prompts per forward and backward pass
+    accumulate: int = 2  # passes per optimizer step
+    # Prompts of like length share a batch (of each 32 batches drawn at random): less padding. The paper: at random.
     group_by_length: bool = False
-    """Prompts of like length share a batch (of each 32 batches drawn at random): less padding. The paper: at random."""
-    seed: int = 0
-    """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
+    seed: int = 0  # of the LoRA's initialisation, the data's order, the drawn prompts and dropout
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -676,40 +653,17 @@ def origin() -> dict[str, Any]:
 # What is measured beside training
 
 
-@dataclass
-class Preflight:
-    """Can this configuration work? Shares of inputs, of the vanilla model, before any training."""
-
-    condition: str
-    harmful_refused: Rate  # by answers: what is left to gain
-    benign_refused: Rate  # by answers: a control set that is refused is no control
-    refused: Rate  # with the refusal prompt appended: does Δ point at a refusal at all?
-    token_target: Rate  # harmful inputs at whose target the refusal token is the first choice: does it start one?
-    benign_same: Rate  # benign inputs whose first choice is the same at their targets: are answers left alone?
-
-    def __str__(self) -> str:
-        return (
-            f"preflight {self.condition}: vanilla refuses {self.harmful_refused} of harmful and {self.benign_refused} "
-            f"of benign questions, {self.refused} with the refusal prompt; the refusal token is the first choice at "
-            f"{self.token_target} of the targets; benign inputs keep theirs at {self.benign_same}"
-        )
-
-    def advice(self, config: RRSConfig) -> list[str]:
-        """What is unlikely to work, each with the fix."""
-        one_word = len(config.refusal.split()) == 1  # else the words' own vectors make the refusal
-        checks = [
-            (self.harmful_refused.value > 0.9, f"{self.harmful_refused} of harmful questions are refused already: "
-             "there is little to gain."),
-            (self.benign_refused.value > 0.25, f"{self.benign_refused} of benign questions are refused already; choose "
-             "ones that the model answers."),
-            (self.refused.value < 0.5 and one_word, f"only {self.refused} answers refuse under the refusal prompt, so "
-             'Δ points at no refusal. Use refusal_prompt="auto", or one that names the words to reply with.'),
-            (self.token_target.value < 0.5, f"the first token of refusal={config.refusal!r} is first choice at only "
-             f'{self.token_target} of the targets. Use refusal="auto" or more harmful_strength.'),
-            (self.benign_same.value < 0.5, f"only {self.benign_same} of benign inputs keep the first choice at their "
-             "targets, so they will be answered otherwise. Use direction='natural' or less benign_strength."),
-        ]  # fmt: skip
-        return [f"{self.condition}: {said}" for found, said in checks if found]
+# What `RRS.preflight` counts, of the vanilla model: the share that is fine, from and to, and what to do elsewhere.
+PREFLIGHT = {
+    "harmful_refused": (0, 0.9, "of harmful questions are refused already", "There is little to gain."),
+    "benign_refused": (0, 0.25, "of benign questions are refused already", "Choose ones that the model answers."),
+    "refused": (0.5, 1, "of harmful questions are refused under the refusal prompt", "So Δ points at no refusal. Use "
+                'refusal_prompt="auto", or one that names the words to reply with.'),
+    "token_target": (0.5, 1, "of the targets of harmful inputs have the refusal's first token as the first choice",
+                     'So they start no refusal. Use refusal="auto" or more harmful_strength.'),
+    "benign_same": (0.5, 1, "of benign inputs keep their first choice at their targets",
+                    "So they will be answered otherwise. Use direction='natural' or less benign_strength."),
+}  # fmt: skip
 
 
 @dataclass
@@ -1065,7 +1019,9 @@ class Runner:
         if bad:
             message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
             if on_error == "raise":
-                raise DataError(f'{message}\nRepair or remove them, or pass on_error="skip".')
+                raise DataError(
+                    f'{message}\nRepair or remove them, or pass what model.readable(…, on_error="skip") leaves.'
+                )
             _warn(f"{message}\nThey are left out.")
         return [e for i, e in enumerate(examples) if i not in bad]
 
@@ -1106,7 +1062,6 @@ class Runner:
         self, examples: Any, conditions: Sequence[str] = ("audio-text", "text-only", "audio-only"), *,
         judge: Judge = judge_refusals, max_new_tokens: int = 64, prefix: str = "",
         stages: Mapping[str, Stage] | None = None, cache: str | Path | None = None, usefulness: int = 64,
-        on_error: Literal["raise", "skip"] = "raise",
     ) -> Report:  # fmt: skip
         """Answers examples before (adapter off) and after (adapter on) and reports refusals with 95% intervals.
 
@@ -1121,7 +1076,6 @@ class Runner:
                 it stopped, with the same result. Answers of anything else do not match and stay unused.
             usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
                 changed, see `Report.usefulness`; 0 skips it.
-            on_error: as in `fit`; what `"skip"` leaves out is counted in the report's notes.
         """
         groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
         if stages is None:
@@ -1129,10 +1083,7 @@ class Runner:
             if self.lora is not None and self.lora.attached:
                 stages["after"] = lambda _: nullcontext()
         notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
-        for group, rows in groups.items():
-            groups[group] = self.readable(rows, conditions, on_error)
-            if bad := len(rows) - len(groups[group]):
-                notes.append(f"Left out: {bad} {group} examples whose clips can't be read.")
+        groups = {group: self.readable(rows, conditions) for group, rows in groups.items()}
         notes += self._warn_of_training_data(groups)
         harmful, harmless = ([e for g in side for e in groups[g]] for side in by_label(groups))
         if both := shared(harmful, harmless):
@@ -1427,24 +1378,25 @@ class RRS(Runner):
             said = generate_ids(self.reader, self.tokenizer, prompts, c.keep_tokens, bar.update)
         return {i: tuple(said[k]) for k, i in enumerate(some)}
 
-    def preflight(self, prepared: Prepared, n: int = 32) -> Preflight:
-        """Checks, before training, on the vanilla model, whether this can work; warns with the fix where it can't.
+    def preflight(self, prepared: Prepared, n: int = 32) -> dict[str, Rate]:
+        """Can this work? The shares of `PREFLIGHT`, of the vanilla model; it warns with the fix where one is not fine.
         `n` harmful and `n` benign examples answer, in 24 tokens each."""
         condition, items, _, r_h, r_b = prepared
         some = [[i.example for i in side[:: -(-len(side) // n)]] for side in (items[: len(r_h)], items[len(r_h) :])]
         goal_h, goal_b = torch.stack([item.target[0] for item in items]).split([len(r_h), len(r_b)])
-        check = Preflight(
-            condition,
-            harmful_refused=self._refusals(some[0], condition)[0],
-            benign_refused=self._refusals(some[1], condition)[0],
-            refused=self._refusals(some[0], condition, refusal_prompt=True)[0],
-            token_target=Rate.of(self._first_choice(goal_h) == self.refusal_token),
-            benign_same=Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
-        )
-        self._say(str(check))
-        for advice in check.advice(self.config):
-            _warn(advice)
-        return check
+        rates = {
+            "harmful_refused": self._refusals(some[0], condition)[0],
+            "benign_refused": self._refusals(some[1], condition)[0],
+            "refused": self._refusals(some[0], condition, refusal_prompt=True)[0],
+            "token_target": Rate.of(self._first_choice(goal_h) == self.refusal_token),
+            "benign_same": Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
+        }
+        for name, rate in rates.items():
+            least, most, what, fix = PREFLIGHT[name]
+            in_words = name == "refused" and len(self.config.refusal.split()) > 1  # which are targets themselves
+            fine = least <= rate.value <= most or in_words
+            self._say(f"preflight {condition}: {rate} {what}") if fine else _warn(f"{condition}: {rate} {what}. {fix}")
+        return rates
 
     def find_refusal(
         self, harmful: Any, condition: str | None = None, *, prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
@@ -1542,8 +1494,6 @@ class RRS(Runner):
                 lora.train()
                 if checkpoints and (stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps):
                     checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": about, "stopped": stop})
-                if (step + 1) % per_epoch == 0:
-                    self._check_divergence(history, per_epoch)
                 if stop:
                     break
         return self
@@ -1628,20 +1578,10 @@ class RRS(Runner):
             fix = f"Lower learning_rate ({self.config.learning_rate}), or check the base model's weights for NaN."
             raise FloatingPointError(f"step {step + 1}: loss or gradient is not finite on {names}. {last}. {fix}")
 
-    def _check_divergence(self, history: Sequence[Mapping[str, float]], per_epoch: int) -> None:
-        """Warns, after an epoch, the first time that its loss is far above the start's."""
-        epochs = [history[i : i + per_epoch] for i in range(0, len(history), per_epoch)]
-        high = [sum(row["loss"] for row in rows) / len(rows) > 3 * history[0]["loss"] for rows in epochs]
-        if high[-1] and not any(high[:-1]):
-            fix = f"Lower learning_rate ({self.config.learning_rate}) or lora_alpha ({self.config.lora_alpha})."
-            said = f"the loss diverges: its mean is 3 times step 1's ({history[0]['loss']:.4g})"
-            _warn(f"epoch {len(epochs)}: {said}. {fix}")
-
     def fit(
         self, harmful: Any, benign: Any, *,
-        scorer: Scorer = contribution, preflight: int = 32, on_error: Literal["raise", "skip"] = "raise",
-        save_to: str | Path | None = None, checkpoint_dir: str | Path | None = None, checkpoint_every: int = 0,
-        resume: bool = False, **training: Any,
+        scorer: Scorer = contribution, preflight: int = 32, save_to: str | Path | None = None,
+        checkpoint_dir: str | Path | None = None, checkpoint_every: int = 0, resume: bool = False, **training: Any,
     ) -> RRS:  # fmt: skip
         """The whole method, in place: extract, select, items, preflight, train. `disable()` brings vanilla back; after
         an error, model and adapter are as they were before.
@@ -1654,8 +1594,6 @@ class RRS(Runner):
             harmful, benign: a manifest's path, a list of `Example`, or an iterable of dicts. Without written answers.
             scorer: scores features for the selection, instead of the paper's `contribution`.
             preflight: examples of each side on which to check that refusing works at all before training; 0 skips it.
-            on_error: a clip that can't be read stops the run before training, with all such clips named; `"skip"`
-                leaves them out and warns.
             save_to: where to save the adapter at the end; checked before the work.
             checkpoint_dir: a folder of this run's own, for its state (safetensors).
             checkpoint_every: optimizer steps between two checkpoints; 0 is an epoch's.
@@ -1667,7 +1605,7 @@ class RRS(Runner):
             on_rank0(lambda: check_folder(save_to))
         linear_paths(self.location, self.config.target_modules, self.config.layers)
         sides = load_examples(harmful, "harmful"), load_examples(benign, "benign")
-        usable = self.readable([*sides[0], *sides[1]], self.config.conditions, on_error)
+        usable = self.readable([*sides[0], *sides[1]], self.config.conditions)
         harmful, benign = ([e for e in usable if e.label == label] for label in ("harmful", "benign"))
         if both := shared(harmful, benign):
             raise DataError(f"These questions are harmful and benign at once: {both[:8]}. Keep each on one side.")
@@ -1686,7 +1624,8 @@ class RRS(Runner):
                 self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))
                 prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
                 if preflight and not started:
-                    extra["preflight"] = [asdict(self.preflight(p, preflight)) for p in prepared]
+                    rates = [(p.condition, self.preflight(p, preflight)) for p in prepared]
+                    extra["preflight"] = [{"condition": c} | {k: asdict(r) for k, r in x.items()} for c, x in rates]
                 items = [item for p in prepared for item in p.items]
                 self.train(
                     items, checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume,

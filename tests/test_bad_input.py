@@ -255,7 +255,7 @@ CALLS = {
         DataError,
         ["harmful and benign at once", "harmful-0", "on one side"],
     ),
-    "unknown on_error": (lambda t, _: fit(t, on_error="ignore"), ValueError, ["on_error='ignore'", "'skip'"]),
+    "unknown on_error": (lambda t, _: RRS(*t).readable([], (), "ignore"), ValueError, ["on_error='ignore'", "'skip'"]),
     "adapter of another base": (
         lambda t, p: damaged(
             t,
@@ -343,7 +343,9 @@ def test_spoken_prompts_beyond_the_models_positions_can_be_left_out():
     with pytest.raises(DataError, match="long: The prompt has"):
         r.generate(harmful)
     with pytest.warns(RRSWarning, match=r"1 of 7 examples can't be read:\n  long: The prompt has"):
-        r.fit(harmful, rows("benign", 2), preflight=0, on_error="skip")
+        kept = r.readable(load_examples([*harmful, *rows("benign", 2)]), r.config.conditions, on_error="skip")
+    assert "long" not in {e.id for e in kept}
+    r.fit(*([e for e in kept if e.label == label] for label in ("harmful", "benign")), preflight=0)
 
 
 def bad_rows(tmp_path):
@@ -364,16 +366,20 @@ def test_all_bad_rows_are_named_before_training(tiny, tmp_path, monkeypatch):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_bad_rows_are_skipped_and_counted(tiny, tmp_path):
+def readable(tiny, harmful):
+    return RRS(*tiny, verbose=False).readable(load_examples(harmful), ("audio-text",), on_error="skip")
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(tiny, tmp_path):
     harmful = bad_rows(tmp_path)
-    with pytest.warns(RRSWarning, match=r"3 of 9 examples can't be read"):
-        r = fit(tiny, harmful=harmful, on_error="skip")
+    with pytest.warns(RRSWarning, match=r"3 of 6 examples can't be read"):
+        kept = readable(tiny, harmful)
+    r = fit(tiny, harmful=kept)
     assert r.record["data"]["audio-text"]["harmful"]["n"] == 3
-    with pytest.warns(RRSWarning, match="can't be read"):
-        report = r.evaluate({"harmful": harmful}, ("audio-text",), max_new_tokens=2, on_error="skip")
-    assert "3 harmful examples whose clips can't be read" in str(report)
-    with pytest.raises(DataError, match="3 of 6 examples"):
-        r.generate(harmful)
+    for use in (r.generate, lambda rows_: r.evaluate({"harmful": rows_}, ("audio-text",), max_new_tokens=2)):
+        assert use(kept)
+        with pytest.raises(DataError, match="3 of 6 examples"):
+            use(harmful)
 
 
 def test_clips_too_short_for_one_audio_token_are_named(tiny):
@@ -381,8 +387,8 @@ def test_clips_too_short_for_one_audio_token_are_named(tiny):
     harmful = [*rows("harmful", 3), {"id": "short", "text": "Why?", "audio": short, "label": "harmful"}]
     with pytest.raises(DataError, match="short: the clip is too short: it gives this model no audio token"):
         fit(tiny, harmful=harmful)
-    with pytest.warns(RRSWarning, match="1 of 7 examples can't be read"):
-        r = fit(tiny, harmful=harmful, on_error="skip")
+    with pytest.warns(RRSWarning, match="1 of 4 examples can't be read"):
+        r = fit(tiny, harmful=readable(tiny, harmful))
     assert r.record["data"]["audio-text"]["harmful"]["n"] == 3
 
 

@@ -647,7 +647,7 @@ def test_preflight_warns_with_the_fix(tiny, harmful, benign):
     r = RRS(*tiny, small(epochs=1, benign_strength=40.0), verbose=False)
     with pytest.warns(RRSWarning) as caught:
         r.fit(harmful, benign, preflight=3)
-    for words in ('refusal_prompt="auto"', "first token of refusal='I'", "direction='natural'"):
+    for words in ('refusal_prompt="auto"', "the refusal's first token", "direction='natural'"):
         assert any(words in str(w.message) for w in caught), words
     (check,) = r.record["preflight"]
     assert check["benign_same"]["n"] == 5
@@ -676,7 +676,7 @@ def test_preflight_asks_for_no_refusals_where_their_words_are_given(tiny, harmfu
         warnings.simplefilter("ignore", RRSWarning)
         warnings.filterwarnings("error", "(?s).*refusal_prompt=", RRSWarning)
         check = r.preflight(found, n=3)
-    assert check.refused.value == 0
+    assert check["refused"].value == 0
     r.config = replace(r.config, refusal="I")
     with pytest.warns(RRSWarning, match="refusal_prompt="):
         r.preflight(found, n=3)
