@@ -26,7 +26,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -271,11 +270,10 @@ def select_features(
         raise ValueError(f"The scorer gave {list(score.shape)}, not one score for each of {len(delta)} features.")
     if not torch.isfinite(score).all():
         raise ValueError("The features' scores hold NaN or infinity; check the vectors, the scorer and the weights.")
-    if isinstance(top, str):
-        mask = score > 0
-    else:
-        mask = torch.zeros_like(score, dtype=torch.bool)
-        mask[score.topk(max(1, round(len(score) * top / 100))).indices] = True
+    mask = score > 0
+    if not isinstance(top, str):
+        best = score.topk(max(1, round(len(score) * top / 100))).indices
+        mask = torch.zeros_like(mask).index_fill(0, best, True)
     if not mask.any():
         raise ValueError("No feature of Δ raises the refusal token; the refusal prompt does not lead to refusals.")
     return mask
@@ -353,11 +351,9 @@ def squared(h: Tensor, target: Tensor) -> Tensor:
 
 
 def to_targets(
-    reader: Reader,
-    prompts: Sequence[Prompt],
-    items: Sequence[TrainItem],
+    reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem],
     distance: Callable[[Tensor, Tensor], Tensor] = squared,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The default objective `[batch]`: how far the vectors at the prompts' last positions are from their targets.
 
     The position at the prompt's end counts as much as all positions of the answer together. Another distance
@@ -486,15 +482,16 @@ class Checkpoints:
     """The states of one training run on disk: `step-N.safetensors` with weights, AdamW's moments and a record.
 
     Whatever else training needs is a function of seed and step, so that resuming is exact. The last two are kept. The
-    folder is one run's only; `run` is what makes it what it is: a checkpoint of another one is refused.
+    folder is one run's only; `run` is what makes it what it is: a checkpoint of another one is refused. Without a
+    folder, nothing is kept.
     """
 
-    def __init__(self, folder: str | Path, run: Mapping[str, Any]) -> None:
-        self.folder, self.run = Path(folder), json.loads(json.dumps(run))
+    def __init__(self, folder: str | Path | None, run: Mapping[str, Any]) -> None:
+        self.folder, self.run = None if folder is None else Path(folder), json.loads(json.dumps(run))
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        return on_rank0(lambda: sorted(self.folder.glob("step-*.safetensors")))
+        return on_rank0(lambda: sorted(self.folder.glob("step-*.safetensors")) if self.folder else [])
 
     @property
     def last(self) -> str:
@@ -503,12 +500,14 @@ class Checkpoints:
 
     def save(self, step: int, lora: LoRA, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
         """Writes the state after `step`; the ones before stay as they are until it is on disk."""
+        if self.folder is None:
+            return
         tensors = lora.tensors()
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value.cpu().contiguous() for name, value in moments.items()}
         content = {f"step-{step:08}.safetensors": pack(tensors, {"run": self.run, **record})}
         try:
-            on_rank0(lambda: write_files(self.folder, content))
+            on_rank0(partial(write_files, self.folder, content))
         except OSError as error:
             message = f"step {step}: {error.strerror}. {self.last}; then fit(…, resume=True) goes on"
             raise OSError(error.errno, message) from error
@@ -537,20 +536,15 @@ class Checkpoints:
         return dict(record)
 
 
-_HELD: set[tuple[Path, int]] = set()  # folders of this process's runs, each with its thread
-
-
 @contextmanager
 def holding(folder: str | Path | None) -> Iterator[None]:
     """A folder of checkpoints, made if need be, for one run alone; BlockingIOError where another one holds it. The lock
     is the kernel's, on an open file: it ends with its process, so that what a killed run left blocks nothing."""
-    mine = Path(folder or "").resolve(), get_ident()
-    if folder is None or mine in _HELD:  # `fit` holds it for `train`
-        yield
-        return
     with ExitStack() as stack:
 
         def take() -> None:
+            if folder is None:
+                return
             Path(folder).mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((Path(folder) / ".lock").open("a"))
             try:
@@ -563,8 +557,6 @@ def holding(folder: str | Path | None) -> Iterator[None]:
                 _warn(f"{folder} can't be locked ({error}): start no other run there.")
 
         on_rank0(take)
-        stack.callback(_HELD.discard, mine)
-        _HELD.add(mine)
         yield
 
 
@@ -572,10 +564,8 @@ def check_run(folder: str | Path | None, resume: bool, every: int = 0) -> bool:
     """Whether a run has begun in a folder of checkpoints; an error for what would stop training, before any work."""
     if not torch.is_grad_enabled():
         raise ValueError("Training needs gradients; call it outside torch.no_grad() and torch.inference_mode().")
-    if folder is None:
-        if every or resume:
-            raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
-        return False
+    if folder is None and (every or resume):
+        raise ValueError("checkpoint_every and resume need checkpoint_dir=…, the folder of the run's checkpoints.")
     with holding(folder):
         files = Checkpoints(folder, {}).files()
     if files and not resume:
@@ -732,13 +722,11 @@ STEP = 2 ** (1 / 3)  # between two scales of the curve
 def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
     """Points of the curve, by scale: from 1 down until one is within the budget, and from 1 up while it pays."""
     points = [measure(min(1.0, most))]
-
-    def weaker_pays() -> bool:  # also where 1 is so strong that answers break
-        more = points[0].refused >= points[1].refused if len(points) > 1 else points[0].refused < 0.5
-        return points[0].scale > 0.1 and (points[0].over > 0 or more)
-
-    while weaker_pays():
-        points.insert(0, measure(points[0].scale / STEP))
+    # Down, also where 1 is so strong that answers break, while more are refused there.
+    while (low := points[0]).scale > 0.1 and (
+        low.over > 0 or (low.refused >= points[1].refused if len(points) > 1 else low.refused < 0.5)
+    ):
+        points.insert(0, measure(low.scale / STEP))
     # Up until harmless inputs are refused in numbers, or answers break.
     while (top := points[-1]).over <= 0.1 and top.refused >= max(p.refused for p in points) - 0.1:
         if (scale := top.scale * STEP) > most * 1.001:
@@ -766,8 +754,6 @@ def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequenc
     limits = {"degenerate": 0.01} | {g: _number(f"budget[{g!r}]", value, float) for g, value in given.items()}
     if odd := sorted(limits.keys() ^ {*harmless, "degenerate"}):
         raise ValueError(f"budget={budget!r} does not match dev in {odd}; name each of {list(harmless)} and no other.")
-    if few := [f"{g} ({len(rows)})" for g, rows in harmless.items() if 0 < limits[g] < 1 / len(rows)]:
-        _warn(f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions.")
     return limits
 
 
@@ -1077,18 +1063,12 @@ class Runner:
             usefulness: benign inputs (at most, spread over all) in each condition on which to measure how much else
                 changed, see `Report.usefulness`; 0 skips it.
         """
-        groups, conditions, given = grouped(examples), _strings("conditions", conditions), stages
+        conditions, given = _strings("conditions", conditions), stages
+        groups, notes = self._asked(examples, conditions)
         if stages is None:
             stages = {"before": lambda _: self.disabled()}
             if self.lora is not None and self.lora.attached:
                 stages["after"] = lambda _: nullcontext()
-        notes = [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
-        groups = {group: self.readable(rows, conditions) for group, rows in groups.items()}
-        notes += self._warn_of_training_data(groups)
-        harmful, harmless = ([e for g in side for e in groups[g]] for side in by_label(groups))
-        if both := shared(harmful, harmless):
-            notes.append(f"{len(both)} questions are in a harmful and in a harmless group: {', '.join(both[:8])} …")
-            _warn(f"{notes[-1]} Keep each on one side.")
         base = fingerprint(self.model, self.location.decoder)
         begun, known = self.token_ids(prefix), AnswerCache(cache) if cache else None
 
@@ -1106,6 +1086,7 @@ class Runner:
         report = answer_and_judge(groups, conditions, list(stages), answer, judge)
         if usefulness:
             measure(report, groups, conditions, at, usefulness, begun)
+        report.notes += [f"Every answer was made to begin with {prefix!r}; judged is what follows."] if prefix else []
         report.notes += notes
         if found := self.record.get("calibrated"):
             points = (found["vanilla"], *found["points"])
@@ -1126,13 +1107,20 @@ class Runner:
         how = json.dumps([asdict(self.config), versions(), str(self.reader.dtype), lora and lora.scale])
         return _digest({**(lora.tensors() if lora else {}), **moves}, how)
 
-    def _warn_of_training_data(self, groups: Mapping[str, Sequence[Example]]) -> list[str]:
-        """Warns of examples that were trained on, or whose twins were; what it said."""
-        if not (seen := shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)):
-            return []
-        note = f"{len(seen)} examples, or their twins, are in the training set: {', '.join(seen[:8])} …"
-        _warn(f"{note} Evaluate on others.")
-        return [note]
+    def _asked(self, examples: Any, conditions: Sequence[str]) -> tuple[dict[str, list[Example]], list[str]]:
+        """Groups of examples to measure on, and notes on what should not be among them, of which it also warns."""
+        groups = {group: self.readable(rows, conditions) for group, rows in grouped(examples).items()}
+        harmful, harmless = ([e for g in side for e in groups[g]] for side in by_label(groups))
+        seen = shared([e for rows in groups.values() for e in rows], self._trained_on, twins=True)
+        notes = []
+        for found, what, fix in (
+            (seen, "examples, or their twins, are in the training set", "Evaluate on others."),
+            (shared(harmful, harmless), "questions are in a harmful and in a harmless group", "Keep each on one side."),
+        ):
+            if found:
+                notes.append(f"{len(found)} {what}: {', '.join(found[:8])} …")
+                _warn(f"{notes[-1]} {fix}")
+        return groups, notes
 
     def _refusals(
         self, examples: Sequence[Example], condition: str, refusal_prompt: bool | str = False
@@ -1326,15 +1314,11 @@ class RRS(Runner):
     ) -> list[Tensor]:  # fmt: skip
         """Vanilla's `h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each
         example; `suffixes` are the answers' token ids."""
-        out = [torch.empty(0)] * len(examples)
+        asked = zip(examples, suffixes, strict=True)
         with self._running(vanilla=True), self._bar(len(examples), f"extract {condition}") as bar:
-            for n in sorted({len(s) for s in suffixes}):
-                alike = [i for i, suffix in enumerate(suffixes) if len(suffix) == n]
-                asked = [self.read(examples[i], condition, refusal_prompt=refusal_prompt) for i in alike]
-                longer = [prompt.extended(suffixes[i]) for i, prompt in zip(alike, asked, strict=True)]
-                for i, rows in zip(alike, self.reader.represent(longer, bar.update, last=n + 1), strict=True):
-                    out[i] = self._finite(rows, condition)
-        return out
+            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt).extended(s) for e, s in asked]
+            rows = self.reader.represent(prompts, bar.update, last=1 + max(map(len, suffixes), default=0))
+        return [self._finite(h[-1 - len(s) :], condition) for h, s in zip(rows, suffixes, strict=True)]
 
     def select(self, benign: Tensor, refused: Tensor, scorer: Scorer = contribution) -> Direction:
         """Steps 2 and 3, of R_b and R_h+ `[n, hidden]`: `Δ = mean(R_h+) − mean(R_b)`, its safety features, and what
@@ -1448,13 +1432,11 @@ class RRS(Runner):
         optimizer = torch.optim.AdamW(
             lora.parameters(), c.learning_rate, c.betas, weight_decay=c.weight_decay, fused=fused
         )
-        per_epoch, run, checkpoints = steps_per_epoch(items, c), self._run_record(items), None
-        steps, about = c.epochs * per_epoch, {**run, **(record or {})}
-        if checkpoint_dir is not None:
-            checkpoints = Checkpoints(checkpoint_dir, {**run, **self._how(items, objective, penalty)})
-            saved = checkpoints.load(lora, optimizer)
-            history, about = saved.get("history", history), saved.get("record", about)
-            steps = len(history) if saved.get("stopped") else steps
+        per_epoch, run = steps_per_epoch(items, c), self._run_record(items, objective, penalty)
+        checkpoints = Checkpoints(checkpoint_dir, run)
+        saved = checkpoints.load(lora, optimizer)
+        history, about = saved.get("history", history), saved.get("record", {**run, **(record or {})})
+        steps = len(history) if saved.get("stopped") else c.epochs * per_epoch
         lengths = None
         if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
             with self._running(vanilla=True):
@@ -1492,7 +1474,7 @@ class RRS(Runner):
                 lora.eval()  # callbacks see the model without dropout
                 stop = any([callback(state) is True for callback in callbacks])
                 lora.train()
-                if checkpoints and (stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps):
+                if stop or (step + 1) % (checkpoint_every or per_epoch) == 0 or step + 1 == steps:
                     checkpoints.save(step + 1, lora, optimizer, {"history": history, "record": about, "stopped": stop})
                 if stop:
                     break
@@ -1514,8 +1496,8 @@ class RRS(Runner):
             if item.target.is_floating_point() and not torch.isfinite(item.target).all():
                 raise ValueError(f"{where}: the target holds NaN or infinity.")
 
-    def _run_record(self, items: Sequence[TrainItem]) -> dict[str, Any]:
-        """What makes an adapter what it is, as JSON takes it."""
+    def _run_record(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
+        """What makes an adapter what it is, and a resumed run shares, as JSON takes it."""
         data: dict[str, Any] = {}
         for condition, label in dict.fromkeys((i.condition, i.example.label) for i in items):
             side = [i.example for i in items if (i.condition, i.example.label) == (condition, label)]
@@ -1526,24 +1508,22 @@ class RRS(Runner):
             "fingerprint": fingerprint(self.model, self.location.decoder),
             "revision": getattr(made, "_commit_hash", None),
         }  # fmt: skip
-        return {"config": asdict(self.config), "data": data, "base": base, "versions": versions()}
-
-    def _how(self, items: Sequence[TrainItem], objective: Objective, penalty: Penalty) -> dict[str, Any]:
-        """What else a resumed run shares: dtype, functions, and the targets' norm, which another processor changes."""
-        total = 0.0
-        for i, item in enumerate(items, 1):  # negated, permuted or weighted ones differ, too
+        total = 0.0  # of the targets, which another processor changes; negated, permuted or weighted ones differ, too
+        for i, item in enumerate(items, 1):
             flat = item.target.float().flatten()
             total += i * item.weight * float((flat + torch.linspace(1, 2, len(flat))).norm())
-        how = [describe(objective), describe(penalty)]
-        return {"dtype": str(self.reader.dtype), "how": how, "targets": f"{total:.4g}"}
+        how = {"dtype": str(self.reader.dtype), "how": [describe(objective), describe(penalty)]}
+        return {
+            "config": asdict(self.config), "data": data, "base": base, "versions": versions(), **how,
+            "targets": f"{total:.4g}",
+        }  # fmt: skip
 
     def _say_plan(self, items: Sequence[TrainItem], steps: int, lora: LoRA) -> None:
         found = Counter(path.rpartition(".")[2] for path in lora.paths)
-        experts = len(expert_parameters(self.location))
+        none_on = f"; none on {len(x)} matrices of experts (3-D)" if (x := expert_parameters(self.location)) else ""
         self._say(
             f"train: {len(items)} items, {steps} steps of {self.config.batch_size} × {self.config.accumulate}; LoRA on "
-            f"{', '.join(f'{name} ×{n}' for name, n in found.items())}, {sum(map(Tensor.numel, lora.parameters())):,} "
-            "parameters" + (f"; none on {experts} matrices of experts, which are 3-D parameters" if experts else "")
+            f"{dict(found)}, {sum(map(Tensor.numel, lora.parameters())):,} parameters{none_on}"
         )
 
     @contextmanager
@@ -1571,12 +1551,13 @@ class RRS(Runner):
             with undoing(self.model, undo):
                 raise
 
-    def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints | None) -> None:
+    def _check_finite(self, step: int, loss: float, batches: Any, checkpoints: Checkpoints) -> None:
         if not math.isfinite(loss):
             names = [f"{item.condition} {item.example.id}" for batch in batches for item, _ in batch]
-            last = checkpoints.last if checkpoints else "There is no checkpoint"
             fix = f"Lower learning_rate ({self.config.learning_rate}), or check the base model's weights for NaN."
-            raise FloatingPointError(f"step {step + 1}: loss or gradient is not finite on {names}. {last}. {fix}")
+            raise FloatingPointError(
+                f"step {step + 1}: loss or gradient is not finite on {names}. {checkpoints.last}. {fix}"
+            )
 
     def fit(
         self, harmful: Any, benign: Any, *,
@@ -1614,23 +1595,22 @@ class RRS(Runner):
         self._say(f"RRS on {type(self.model).__name__}: {len(harmful)} harmful and {len(benign)} benign examples")
         config, extra = self.config, dict[str, Any]()
         try:
-            with holding(checkpoint_dir):
-                if "auto" in (config.refusal_prompt, config.refusal):
-                    found = self.find_refusal(harmful)
-                    own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
-                    self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
-                    extra["refusal"] = asdict(found)
-                differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
-                self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))
-                prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
-                if preflight and not started:
-                    rates = [(p.condition, self.preflight(p, preflight)) for p in prepared]
-                    extra["preflight"] = [{"condition": c} | {k: asdict(r) for k, r in x.items()} for c, x in rates]
-                items = [item for p in prepared for item in p.items]
-                self.train(
-                    items, checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume,
-                    record=extra, **training,
-                )  # fmt: skip
+            if "auto" in (config.refusal_prompt, config.refusal):
+                found = self.find_refusal(harmful)
+                own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
+                self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
+                extra["refusal"] = asdict(found)
+            differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
+            self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))
+            prepared = [self.prepare(harmful, benign, condition, scorer) for condition in self.config.conditions]
+            if preflight and not started:
+                rates = [(p.condition, self.preflight(p, preflight)) for p in prepared]
+                extra["preflight"] = [{"condition": c} | {k: asdict(r) for k, r in x.items()} for c, x in rates]
+            items = [item for p in prepared for item in p.items]
+            self.train(
+                items, checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every, resume=resume,
+                record=extra, **training,
+            )  # fmt: skip
         except BaseException:
             self.config = config
             raise
@@ -1666,13 +1646,11 @@ class RRS(Runner):
         if (lora := self.lora) is None or not lora.attached:
             raise ValueError("There is no adapter to calibrate; call fit() or load() first, or enable().")
         conditions, present = _strings("conditions", conditions), lora.scale
-        groups = {g: self.readable(rows, conditions) for g, rows in grouped(dev).items()}
+        groups, _ = self._asked(dev, conditions)
         groups = {g: kept for g, rows in groups.items() if (kept := [e for e in rows if any(map(e.has, conditions))])}
         harmful, harmless = by_label(groups)
         if not harmful or not harmless:
             raise ValueError(f"dev has {list(groups)} for {conditions}; it needs harmful and benign examples.")
-        groups = {g: groups[g] for g in (*harmful, *harmless)}
-        self._warn_of_training_data(groups)
         limits = _budgets(budget, {g: groups[g] for g in harmless})
         with self._running():
             prompts = {g: [self.read(e, c) for c in conditions for e in rows if e.has(c)] for g, rows in groups.items()}

@@ -211,25 +211,6 @@ def test_a_second_run_in_the_folder_of_another_thread_is_told(tmp_path, referenc
         assert_identical(pool.submit(fit, tmp_path / "b", resume=True).result(), reference)
 
 
-def test_a_second_run_is_told_while_the_first_still_extracts(tmp_path, reference, monkeypatch):
-    said, prepare = [], RRS.prepare
-
-    def second():
-        with pytest.raises(BlockingIOError, match="Another run is at work"):
-            fit(tmp_path)
-        said.append(True)
-
-    def prepare_meanwhile(*args, **kwargs):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(60)
-        return prepare(*args, **kwargs)
-
-    monkeypatch.setattr(RRS, "prepare", prepare_meanwhile)
-    assert_identical(fit(tmp_path), reference)
-    assert said == [True]
-
-
 def test_a_file_system_without_locks_is_said(tmp_path, reference, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOLCK, "No locks available"), 1))
     with pytest.warns(RRSWarning, match=r"can't be locked \(.*No locks available\): start no other run there"):
