@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import sys
 import time
@@ -627,18 +626,6 @@ def versions() -> dict[str, str]:
     return {"rrs": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def origin() -> dict[str, Any]:
-    """What it takes to run this process again: command, folder, files that it names; and facts of the machine."""
-    names = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
-    files = [n for n in names if os.path.isfile(n) and os.access(n, os.R_OK) and os.path.getsize(n) < 2**30]
-    machine = {
-        "python": platform.python_version(), "system": platform.system(), "threads": torch.get_num_threads(),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "device": best_device().type,
-    }  # fmt: skip
-    hashes = {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in files}
-    return {"command": sys.argv, "folder": os.getcwd(), "files": hashes, "machine": machine}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured beside training
 
@@ -664,10 +651,6 @@ class Refusal:
     words: str  # what most of these refusals begin with, to the end of the sentence where several have the same
     refused: Rate  # refusals under this prompt
     tried: list[tuple[str, Rate]]  # all prompts, best first
-
-    def __str__(self) -> str:
-        rows = [f"  {rate.value:4.0%}  {prompt}" for prompt, rate in self.tried]
-        return "\n".join([f"refusals under each refusal prompt, of {self.refused.n}:", *rows, f"words: {self.words!r}"])
 
 
 def _opening(texts: Sequence[str], tokenizer: Any) -> str:
@@ -985,13 +968,9 @@ class Runner:
         except UnfitPrompt as error:
             raise DataError(f"{example.id}: {error}.") from None
 
-    def readable(
-        self, examples: Sequence[Example], conditions: Sequence[str], on_error: Literal["raise", "skip"] = "raise"
-    ) -> list[Example]:
-        """The examples, if their clips can be read; else a DataError names all that can't, or with `on_error="skip"` a
-        warning, and they are left out."""
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
+    def readable(self, examples: Sequence[Example], conditions: Sequence[str], skip: bool = False) -> list[Example]:
+        """The examples, if their clips can be read; else a DataError names all that can't, or with `skip` a warning, and
+        they are left out."""
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         if not (heard := [i for i, e in enumerate(examples) if spoken and e.has(spoken)]):
             return [*examples]
@@ -1004,10 +983,8 @@ class Runner:
                 bar.update()
         if bad:
             message = f"{len(bad)} of {len(examples)} examples can't be read:\n  " + "\n  ".join(bad.values())
-            if on_error == "raise":
-                raise DataError(
-                    f'{message}\nRepair or remove them, or pass what model.readable(…, on_error="skip") leaves.'
-                )
+            if not skip:
+                raise DataError(f"{message}\nRepair or remove them, or pass what model.readable(…, skip=True) leaves.")
             _warn(f"{message}\nThey are left out.")
         return [e for i, e in enumerate(examples) if i not in bad]
 
@@ -1025,13 +1002,14 @@ class Runner:
 
     def generate(
         self, examples: Any, condition: str | None = None, *,
-        max_new_tokens: int = 128, refusal_prompt: bool = False, prefix: str = "",
+        max_new_tokens: int = 128, refusal_prompt: bool | str = False, prefix: str = "",
     ) -> list[str]:  # fmt: skip
         """Greedy answers to examples in one condition, in their order; with the adapter, if it is enabled.
 
         Args:
             examples: whatever `load_examples` takes; or a question, a list of questions, a dict, or a clip's path.
             condition: default audio-text, or text-only where the first has no audio.
+            refusal_prompt: appends the config's (`True`), or the one given.
             prefix: how every answer is made to begin, e.g. "Sure, here is"; what the model adds to it is returned.
         """
         if isinstance(examples, str) and not (os.path.exists(examples) or Path(examples).suffix[1:].isalpha()):
@@ -1093,8 +1071,8 @@ class Runner:
             report.curve = [{**point, "chosen": point["scale"] == found["chosen"]["scale"]} for point in points]
         data = {group: {"n": len(rows), "sha256": content_hash(rows, self.render)} for group, rows in groups.items()}
         report.settings = {  # whatever it takes to run again
-            "max_new_tokens": max_new_tokens, "prefix": prefix, **origin(), "config": asdict(self.config),
-            "versions": versions(), "model": {"class": type(self.model).__name__, "fingerprint": base}, "data": data,
+            "max_new_tokens": max_new_tokens, "prefix": prefix, "config": asdict(self.config), "versions": versions(),
+            "model": {"class": type(self.model).__name__, "fingerprint": base}, "data": data,
         }  # fmt: skip
         if given is None and "after" in stages:
             self.report = report
@@ -1126,9 +1104,8 @@ class Runner:
         self, examples: Sequence[Example], condition: str, refusal_prompt: bool | str = False
     ) -> tuple[Rate, list[str]]:
         """How many examples the vanilla model refuses, by answers of 24 tokens; and the refusals, or all if none is."""
-        with self._running(vanilla=True):
-            prompts = [self.read(e, condition, refusal_prompt=refusal_prompt) for e in examples]
-            answers = self._answer(prompts, 24, "how it refuses" if refusal_prompt else "what it refuses")
+        with self.disabled():
+            answers = self.generate(examples, condition, max_new_tokens=24, refusal_prompt=refusal_prompt)
         verdicts = judge_refusals([e.text or "" for e in examples], answers)
         refusals = [answer for answer, v in zip(answers, verdicts, strict=True) if v == "refusal"]
         return Rate.of([v in ("refusal", "partial") for v in verdicts]), refusals or answers
@@ -1395,10 +1372,12 @@ class RRS(Runner):
         tried.sort(key=lambda row: -row[1].value)
         prompt, rate, texts = tried[0]
         found = Refusal(prompt, _opening(texts, self.tokenizer), rate, [row[:2] for row in tried])
-        self._say(str(found))
-        if found.refused.value < 0.5:
-            said = f"Even the best refusal prompt makes this model refuse only {found.refused}. Pass prompts= of your"
-            _warn(f"{said} own that say the words to reply with.")
+        self._say(
+            "\n".join([f"refused: {share}  {prompt}" for prompt, share in found.tried] + [f"words: {found.words!r}"])
+        )
+        if rate.value < 0.5:
+            best = f"Even the best refusal prompt makes this model refuse only {rate}"
+            _warn(f"{best}. Pass prompts= of your own that say the words to reply with.")
         return found
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -1441,7 +1420,8 @@ class RRS(Runner):
         if c.group_by_length:  # of the prompts alone: what is added to them goes by label, and batches should not
             with self._running(vanilla=True):
                 lengths = [len(self.read(i.example, i.condition)) for i in items]
-        self._say_plan(items, steps, lora)
+        experts = f"; none on {n} matrices of experts (3-D)" if (n := len(expert_parameters(self.location))) else ""
+        self._say(f"train: {len(items)} items, {steps} steps; a LoRA on {len(paths)} linears{experts}")
         with self._training(lora, about, history, checkpoint_dir), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
                 # -------------------------------------------------------------------------- a single training step
@@ -1517,14 +1497,6 @@ class RRS(Runner):
             "config": asdict(self.config), "data": data, "base": base, "versions": versions(), **how,
             "targets": f"{total:.4g}",
         }  # fmt: skip
-
-    def _say_plan(self, items: Sequence[TrainItem], steps: int, lora: LoRA) -> None:
-        found = Counter(path.rpartition(".")[2] for path in lora.paths)
-        none_on = f"; none on {len(x)} matrices of experts (3-D)" if (x := expert_parameters(self.location)) else ""
-        self._say(
-            f"train: {len(items)} items, {steps} steps of {self.config.batch_size} × {self.config.accumulate}; LoRA on "
-            f"{dict(found)}, {sum(map(Tensor.numel, lora.parameters())):,} parameters{none_on}"
-        )
 
     @contextmanager
     def _training(

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from maps import add_maps
+from reproduce import origin
 from review import write_page
 from torch import Tensor
 from torch.nn import functional as F
@@ -276,6 +277,7 @@ def compare(
     add_maps(report, model, test, conditions, stages, n=16)
     vars(model).update({**ours, "report": report})
     model.enable()
+    report.settings |= origin()
     write_page(report, out)
     return report
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maps import add_maps
+from reproduce import origin
 from review import write_page
 from train import TEST, Groups, open_model, possible, spread
 
@@ -76,6 +77,7 @@ def main() -> None:
     report = evaluate(open_model(args.model), args.adapter, test, max_new_tokens=args.max_new_tokens, cache=cache)
     print(report)
     if args.out:
+        report.settings |= origin()
         print(f"Read every answer: {write_page(report, args.out)}")
 
 

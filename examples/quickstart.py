@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from demo_lalm import fast_dtype, load_demo
 from maps import add_maps
+from reproduce import origin
 from review import write_page
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -139,6 +140,7 @@ def main() -> None:
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
     report.notes.append(what_it_hears(model, clips[:: 1 if args.fast else 7]))
     report.notes += [SMOKE] if args.fast else []
+    report.settings |= origin()
     write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 

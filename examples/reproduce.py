@@ -3,9 +3,10 @@
     python examples/reproduce.py out                 # a folder of quickstart.py, train.py or evaluate.py
     python examples/reproduce.py out --again again   # where the second run goes; default: out-again
 
-It works for any script with `--out FOLDER` that saves there what `RRS.evaluate` gave, `report.save(FOLDER)`, and, if it
-trains, `model.save(FOLDER / "adapter")`: the report's settings hold the command (`sys.argv`), its working directory,
-hashes of the files among its arguments and of all questions, versions, and what of the machine matters.
+It works for any script with `--out FOLDER` that adds `origin()` to the settings of what `RRS.evaluate` gave and saves
+it there, `report.save(FOLDER)`, and, if it trains, `model.save(FOLDER / "adapter")`. The settings hold versions, and
+hashes of model and questions; by `origin` also the command (`sys.argv`), its working directory, hashes of the files
+among its arguments, and what of the machine matters.
 
 Exit status: 0 for the same, 1 for different, 2 if it can't be run again.
 """
@@ -15,16 +16,32 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
-from rrs import Report, origin, versions
+from rrs import Report, versions
 from rrs.evaluate import shown
+from rrs.hooks import best_device
+
+
+def origin() -> dict[str, Any]:
+    """What it takes to run this process again: command, folder, files that it names; and facts of the machine."""
+    names = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
+    files = [n for n in names if os.path.isfile(n) and os.access(n, os.R_OK) and os.path.getsize(n) < 2**30]
+    machine = {
+        "python": platform.python_version(), "system": platform.system(), "threads": torch.get_num_threads(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "device": best_device().type,
+    }  # fmt: skip
+    hashes = {n: hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in files}
+    return {"command": sys.argv, "folder": os.getcwd(), "files": hashes, "machine": machine}
+
 
 NEEDS = ("command", "folder", "files", "versions", "machine", "data", "model")
 

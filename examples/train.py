@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from maps import add_maps
+from reproduce import origin
 from review import write_page
 
 from rrs import RRS, Example, Report, load_examples
@@ -225,6 +226,7 @@ def main() -> None:
     model.calibrate(grouped(dev), possible(dev), max_new_tokens=16 if args.limit else 24)
     report = model.evaluate(test, asked, max_new_tokens=16 if args.limit else 64)
     add_maps(report, model, test, asked)
+    report.settings |= origin()
     page = write_page(report, args.out)
     model.save(args.out / "adapter", overwrite=True)
 

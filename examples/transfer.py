@@ -147,7 +147,7 @@ def transfer(
     """
     conditions, answers = possible(e for examples in test.values() for e in examples), []
     # Changes decode clips. What can't be is left out everywhere, so that all rows are of the same questions.
-    test = {group: model.readable(examples, conditions, "skip") for group, examples in test.items()}
+    test = {group: model.readable(examples, conditions, skip=True) for group, examples in test.items()}
     for name in names:
         # A change of clips is none where only the words are given, and the other way round.
         where = [c for c in conditions if name not in (CLIPS if c.startswith("text") else FRAMES)]

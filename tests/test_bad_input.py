@@ -255,7 +255,6 @@ CALLS = {
         DataError,
         ["harmful and benign at once", "harmful-0", "on one side"],
     ),
-    "unknown on_error": (lambda t, _: RRS(*t).readable([], (), "ignore"), ValueError, ["on_error='ignore'", "'skip'"]),
     "adapter of another base": (
         lambda t, p: damaged(
             t,
@@ -343,7 +342,7 @@ def test_spoken_prompts_beyond_the_models_positions_can_be_left_out():
     with pytest.raises(DataError, match="long: The prompt has"):
         r.generate(harmful)
     with pytest.warns(RRSWarning, match=r"1 of 7 examples can't be read:\n  long: The prompt has"):
-        kept = r.readable(load_examples([*harmful, *rows("benign", 2)]), r.config.conditions, on_error="skip")
+        kept = r.readable(load_examples([*harmful, *rows("benign", 2)]), r.config.conditions, skip=True)
     assert "long" not in {e.id for e in kept}
     r.fit(*([e for e in kept if e.label == label] for label in ("harmful", "benign")), preflight=0)
 
@@ -362,12 +361,12 @@ def test_all_bad_rows_are_named_before_training(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(RRS, "train", lambda *_, **__: pytest.fail("training has begun"))
     with pytest.raises(DataError) as error:
         fit(tiny, harmful=bad_rows(tmp_path))
-    words = ["3 of 9 examples", "harmful-1", "text.wav", "harmful-3", "NaN", "harmful-4", "9.00 s", 'on_error="skip"']
+    words = ["3 of 9 examples", "harmful-1", "text.wav", "harmful-3", "NaN", "harmful-4", "9.00 s", "skip=True"]
     assert all(word in str(error.value) for word in words), error.value
 
 
 def readable(tiny, harmful):
-    return RRS(*tiny, verbose=False).readable(load_examples(harmful), ("audio-text",), on_error="skip")
+    return RRS(*tiny, verbose=False).readable(load_examples(harmful), ("audio-text",), skip=True)
 
 
 def test_bad_rows_are_left_out_where_that_is_asked_for(tiny, tmp_path):
