@@ -969,8 +969,8 @@ class Runner:
             raise DataError(f"{example.id}: {error}.") from None
 
     def readable(self, examples: Sequence[Example], conditions: Sequence[str], skip: bool = False) -> list[Example]:
-        """The examples, if their clips can be read; else a DataError names all that can't, or with `skip` a warning, and
-        they are left out."""
+        """The examples, if their clips can be read; else a DataError names all that can't, or, with `skip`, a warning
+        does, and they are left out."""
         spoken, bad = next((c for c in conditions if not c.startswith("text")), ""), dict[int, str]()
         if not (heard := [i for i, e in enumerate(examples) if spoken and e.has(spoken)]):
             return [*examples]
