@@ -106,7 +106,11 @@ class RRSWarning(UserWarning):
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RRSWarning, stacklevel=3)  # at the call of the function that warns
+    """Warns at the line of the user's that led here: the first above ours, and above torch.no_grad's."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__package__") in (__package__, "torch.utils"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RRSWarning, stacklevel=level)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
