@@ -184,13 +184,14 @@ class RRSConfig:
                 setattr(self, f.name, _strings(f.name, value))
             elif kind in (int, float):
                 setattr(self, f.name, _number(f.name, value, kind))
-            elif f.name != "top" and not isinstance(value, kinds := (kind, str) if f.name == "system" else (kind,)):
-                raise ValueError(f"{f.name}={value!r} must be a {' or '.join(k.__name__ for k in kinds)}.")
+            elif f.name not in ("top", "system") and not isinstance(value, kind):
+                raise ValueError(f"{f.name}={value!r} must be a {kind.__name__}.")
         self.top = self.top.item() if isinstance(self.top, np.generic) else self.top
         _check_top(self.top)
         strings = "prompts conditions target_modules refusal refusal_prompt instruction"
         least_0 = "penalty weight_decay harmful_strength benign_strength keep_tokens refusal_examples"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
+            ("system", lambda x: x is None or isinstance(x, str), "must be a str or None"),
             (strings, lambda x: len(x) > 0 and all(x), "is empty or holds an empty one"),
             (least_0, lambda x: x >= 0, "must not be negative"),
             ("lora_r epochs batch_size accumulate", lambda x: x >= 1, "must be at least 1"),
@@ -819,7 +820,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     FileNotFoundError where no adapter is, ValueError where it is damaged, or edited to what can't be used."""
     if missing := [name for name in (SETTINGS, WEIGHTS) if not (directory / name).is_file()]:
         raise FileNotFoundError(f"{directory} holds no adapter: {missing} missing.")
-    name = SETTINGS
+    name = SETTINGS  # the file that an error is about
     try:
         peft = json.loads((directory / name).read_text(encoding="utf-8"))
         if not isinstance(peft, dict) or not {"r", "lora_alpha"} <= peft.keys():
@@ -829,8 +830,8 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         RRSConfig.from_dict(record.get("config", {}))
         if odd := [key for key, kinds in RECORD.items() if key in record and not isinstance(record[key], kinds)]:
             raise ValueError(f"{odd} of a wrong type")
-        for name, known in record.get("sha256", {}).items():
-            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known:
+        for name in (known := record.get("sha256", {})).keys() & {WEIGHTS, VECTORS}:
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != known[name]:
                 raise ValueError(f"it is of another save than {ABOUT}")
         name = WEIGHTS
         tensors, _ = unpack(directory / name)
@@ -1360,7 +1361,10 @@ class RRS(Runner):
             least, most, what, fix = PREFLIGHT[name]
             in_words = name == "refused" and len(self.config.refusal.split()) > 1  # which are targets themselves
             fine = least <= rate.value <= most or in_words
-            self._say(f"preflight {condition}: {rate} {what}") if fine else _warn(f"{condition}: {rate} {what}. {fix}")
+            if fine:
+                self._say(f"preflight {condition}: {rate} {what}")
+            else:
+                _warn(f"{condition}: {rate} {what}. {fix}")
         return rates
 
     def find_refusal(
@@ -1709,13 +1713,12 @@ class RRS(Runner):
         at most a third as far as the two are apart, or rounding (2% of the largest)."""
         ids, trained, vanilla = (vectors[f"canary.{name}"] for name in ("ids", "trained", "vanilla"))  # [prompts, 16]
         prompts, logits = self._begin(canary)
-        far = {name: logits.gather(1, ids) - x for name, x in (("trained", trained), ("vanilla", vanilla))}
-        size = {name: float(x.square().mean().sqrt()) for name, x in far.items()}
-        limit = max(float((trained - vanilla).square().mean().sqrt()) / 3, 0.02 * float(trained.abs().max()))
-        nearest = min(size, key=size.__getitem__)
-        said = f"acts as {nearest if size[nearest] <= limit else 'something else'}: first-token logits are at most "
-        said += " and ".join(f"{float(x.abs().max()):.2g} from {name}" for name, x in far.items())
-        said += f" ({len(canary)} prompts)"
+        logits, apart = logits.gather(1, ids), float((trained - vanilla).abs().max())
+        far = {"trained": float((logits - trained).abs().max()), "vanilla": float((logits - vanilla).abs().max())}
+        nearest = min(far, key=far.__getitem__)
+        near = far[nearest] <= max(apart / 3, 0.02 * float(trained.abs().max()))
+        said = f"acts as {nearest if near else 'something else'}: first-token logits are at most "
+        said += " and ".join(f"{x:.2g} from {name}" for name, x in far.items()) + f" ({len(canary)} prompts)"
         if [p.ids.tolist() for p in prompts] != [p["tokens"] for p in canary]:
             said += "; prompts have other tokens than in training: chat template, system prompt or build_inputs differ"
         return said
