@@ -715,11 +715,12 @@ def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
         low.over > 0 or (low.refused >= points[1].refused if len(points) > 1 else low.refused < 0.5)
     ):
         points.insert(0, measure(low.scale / STEP))
-    # Up until harmless inputs are refused in numbers, or answers break.
-    while (top := points[-1]).over <= 0.1 and top.refused >= max(p.refused for p in points) - 0.1:
-        if (scale := top.scale * STEP) > most * 1.001:
-            break
-        points.append(measure(scale))
+    while (  # up, until harmless inputs are refused in numbers, or answers break
+        (top := points[-1]).over <= 0.1
+        and top.refused >= max(p.refused for p in points) - 0.1
+        and top.scale * STEP <= most * 1.001
+    ):
+        points.append(measure(top.scale * STEP))
     return points
 
 
@@ -1500,10 +1501,9 @@ class RRS(Runner):
         for i, item in enumerate(items, 1):
             flat = item.target.float().flatten()
             total += i * item.weight * float((flat + torch.linspace(1, 2, len(flat))).norm())
-        how = {"dtype": str(self.reader.dtype), "how": [describe(objective), describe(penalty)]}
         return {
-            "config": asdict(self.config), "data": data, "base": base, "versions": versions(), **how,
-            "targets": f"{total:.4g}",
+            "config": asdict(self.config), "data": data, "base": base, "versions": versions(),
+            "dtype": str(self.reader.dtype), "how": [describe(objective), describe(penalty)], "targets": f"{total:.4g}",
         }  # fmt: skip
 
     @contextmanager
