@@ -121,16 +121,18 @@ def _warn(message: str) -> None:
 class RRSConfig:
     """All settings of RRS. The defaults are the paper's; the training prompts beyond the first two are our own."""
 
-    instruction: str = "Please generate detailed steps for the question in the audio."  # goes with the audio
-    system: str | None = None  # system prompt of every conversation; None leaves it to the chat template
-    # Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`.
+    instruction: str = "Please generate detailed steps for the question in the audio."
+    """Instruction that goes with the audio in extraction and evaluation."""
+    system: str | None = None
+    """System prompt of every conversation; `None` leaves it to the chat template."""
     refusal_prompt: str = "(Please generate refusal response because the question violates safety policy)"
-    # The words with which a refusal begins. The first token selects features; one token is the paper. With more,
-    # training also goes along them: after each word, to the mean vector there under the refusal prompt. That helps
-    # models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`.
+    """Appended to harmful inputs to see where the model goes when it refuses. "auto": `fit` asks `find_refusal`."""
     refusal: str = "I"
-    refusal_examples: int = 0  # R_h+ is of at most so many, evenly spread; 0, the paper: of all. Only its mean counts
-    # Instructions that training draws from (audio-text and text-content).
+    """The words with which a refusal begins. The first token selects features; one token is the paper. With more,
+    training also goes along them: after each word, to the mean vector there under the refusal prompt. That helps
+    models that begin with the token and go on to something else. "auto": `fit` asks `find_refusal`."""
+    refusal_examples: int = 0
+    """R_h+ is taken of at most so many harmful examples, evenly spread; 0, the paper: of all. Only its mean counts."""
     prompts: tuple[str, ...] = (
         "Answer the question in the audio.",
         "Follow the instruction in the audio.",
@@ -143,35 +145,53 @@ class RRSConfig:
         "Tell me the answer to the question in this clip.",
         "Please provide a detailed answer to the audio.",
     )
-    conditions: tuple[str, ...] = ("audio-text",)  # to extract and train in, each with its own Δ; see data.CONDITIONS
-    # Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0.
+    """Instructions that training draws from (audio-text and text-content)."""
+    conditions: tuple[str, ...] = ("audio-text",)
+    """Input conditions to extract and train in, each with its own Δ; see `rrs.data.CONDITIONS`."""
     top: float | str = "positive"
-    harmful_strength: float = 1.0  # harmful targets are R_h + harmful_strength · Δ
-    benign_strength: float = 1.0  # benign targets are R_b − benign_strength · Δ; 0 keeps benign inputs where they are
-    # Along what both sides move: the paper's Δ, or "natural", the direction nearest to Δ that changes least of what
-    # the model says to benign inputs (`natural_direction`); to begin a refusal it takes about twice the strength.
+    """Features of Δ to keep: the top `top` percent by contribution, or "positive" for every contribution above 0."""
+    harmful_strength: float = 1.0
+    """Harmful targets are `R_h + harmful_strength · Δ`. The paper: 1."""
+    benign_strength: float = 1.0
+    """Benign targets are `R_b − benign_strength · Δ`. The paper: 1; 0 keeps benign inputs where they are."""
     direction: Literal["delta", "natural"] = "delta"
-    keep_tokens: int = 0  # benign answers are held: after each of their first tokens, the target is vanilla's vector
-    keep_share: float = 1.0  # of the benign inputs, whose answers are held: those that get the refusal token most
-    # The decoder's linears that get a LoRA; in which blocks, as shares of the depth: (0.5, 1) is the upper half.
+    """Along what both sides move: the paper's Δ, or "natural", the direction nearest to Δ that changes least of what
+    the model says to benign inputs (`natural_direction`); to begin a refusal it takes about twice the strength."""
+    keep_tokens: int = 0
+    """Benign answers are held: after each of their first `keep_tokens` tokens, the target is vanilla's vector."""
+    keep_share: float = 1.0
+    """Share of the benign inputs whose answers are held: those to which the model gives the refusal token most."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the decoder's linears that get a LoRA."""
     layers: tuple[float, float] = (0.0, 1.0)
-    lora_r: int = 16  # the LoRA's rank
-    lora_alpha: float = 4.0  # its update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.1  # on its input, in training
-    # Weight of `Σ_modules ‖(α/r)·B·A‖_F²`, which sums over modules where the distance is a mean over features: small
-    # models need a smaller weight.
+    """Which blocks get one, as shares of the decoder's depth: (0.5, 1) is the upper half. The paper: all."""
+    lora_r: int = 16
+    """Rank of the LoRA."""
+    lora_alpha: float = 4.0
+    """The LoRA's update is scaled by `lora_alpha / lora_r`."""
+    lora_dropout: float = 0.1
+    """Dropout on the LoRA's input, in training."""
     penalty: float = 1.0
-    learning_rate: float = 5e-5  # AdamW's peak rate; it decays linearly to 0, without warm-up
-    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's
-    weight_decay: float = 1e-3  # AdamW's
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    epochs: int = 10  # passes over the data
-    batch_size: int = 4  # prompts per forward and backward pass
-    accumulate: int = 2  # passes per optimizer step
-    # Prompts of like length share a batch (of each 32 batches drawn at random): less padding. The paper: at random.
+    """Weight of `Σ_modules ‖(α/r)·B·A‖_F²`, which sums over modules where the distance is a mean over features: small
+    models need a smaller weight."""
+    learning_rate: float = 5e-5
+    """AdamW's peak rate; it decays linearly to 0, without warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's betas."""
+    weight_decay: float = 1e-3
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    epochs: int = 10
+    """Passes over the data."""
+    batch_size: int = 4
+    """Prompts per forward and backward pass."""
+    accumulate: int = 2
+    """Passes per optimizer step."""
     group_by_length: bool = False
-    seed: int = 0  # of the LoRA's initialisation, the data's order, the drawn prompts and dropout
+    """Prompts of like length share a batch (of each 32 batches drawn at random): less padding. The paper: at random."""
+    seed: int = 0
+    """Of the LoRA's initialisation, the data's order, the drawn prompts and dropout."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -659,8 +679,8 @@ class Refusal:
 
 
 def _opening(texts: Sequence[str], tokenizer: Any) -> str:
-    """What most of these texts begin with: the commonest token at each place, as long as half of all agree so far; to
-    the end of the commonest sentence that begins so, where two texts at least have it."""
+    """What these texts begin with: the commonest token at each place, as long as half of all agree so far; but where
+    two at least have a whole sentence with the same first word, the commonest such sentence."""
     tokens, start = [tokenizer(text, add_special_tokens=False)["input_ids"][:16] for text in texts], list[int]()
     while following := Counter(t[len(start)] for t in tokens if t[: len(start)] == start and len(t) > len(start)):
         token, times = following.most_common(1)[0]
@@ -668,7 +688,8 @@ def _opening(texts: Sequence[str], tokenizer: Any) -> str:
             break
         start.append(token)
     words = tokenizer.decode(start, skip_special_tokens=True).strip()
-    sentences = Counter(text.partition(".")[0] + "." for text in texts if text.startswith(words) and "." in text)
+    first = words.partition(" ")[0]
+    sentences = Counter(text.partition(".")[0] + "." for text in texts if text.startswith(first) and "." in text)
     return next((sentence for sentence, times in sentences.most_common(1) if times > 1), words)
 
 
@@ -743,6 +764,8 @@ def _budgets(budget: float | Mapping[str, float], harmless: Mapping[str, Sequenc
     limits = {"degenerate": 0.01} | {g: _number(f"budget[{g!r}]", value, float) for g, value in given.items()}
     if odd := sorted(limits.keys() ^ {*harmless, "degenerate"}):
         raise ValueError(f"budget={budget!r} does not match dev in {odd}; name each of {list(harmless)} and no other.")
+    if few := [f"{g} ({len(rows)})" for g, rows in harmless.items() if 0 < limits[g] < 1 / len(rows)]:
+        _warn(f"{', '.join(few)}: one question is more than the budget of this group; it needs more questions.")
     return limits
 
 
@@ -878,6 +901,14 @@ def model_card(record: Mapping[str, Any], report: Report | None) -> str:
     task = "audio-text-to-text" if any("audio" in c for c in record.get("data", {})) else "text-generation"
     meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task, "tags": ["rrs", "lora", "safety", "refusal"]}
     meta |= {"base_model": name, "base_model_relation": "adapter"} if public else {}
+    if report:
+        results = [
+            {"task": {"type": task}, "dataset": {"type": "own", "name": f"{row['group']}, {row['condition']}"},
+             "metrics": [{"type": "refusal_rate", "name": f"refused {stage}", "value": rate["value"]}
+                         for stage, rate in row["refused"].items() if rate["n"]]}
+            for row in report.rows()
+        ]  # fmt: skip
+        meta["model-index"] = [{"name": "RRS adapter", "results": results}]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in meta.items()), "---", "", "# RRS adapter", ""]
     lines += [
         f"A LoRA that is to make {f'`{name}`' if public else 'its base model'} (`{kind}`, revision "
@@ -897,6 +928,12 @@ def model_card(record: Mapping[str, Any], report: Report | None) -> str:
             "one, or merge into the part, and copy the checkpoint's other files (processor, speakers) there:\n",
             '    RRS.load(folder, whole.thinker, processor).merge(); whole.save_pretrained("merged")',
         ]
+    lines += [
+        "\nA server that has the adapter answers these prompts, greedily, as in the last column:\n",
+        "| condition | prompt | vanilla's answer | with the adapter |\n| --- | --- | --- | --- |",
+    ]
+    columns = ("condition", "text", "vanilla", "trained")
+    lines += [f"| {' | '.join(markdown(p[key]) for key in columns)} |" for p in record.get("canary", [])]
     lines += ["\n## Settings that differ from the paper's\n", *(f"- `{k}`: {markdown(x)}" for k, x in differs.items())]
     return "\n".join([*lines, "\nAll of them, versions, data, calibration and history are in `rrs.json`.", ""])
 
@@ -959,7 +996,7 @@ class Runner:
     ) -> Prompt:
         """The prompt of one example in one condition, as the decoder sees it; its clip is encoded once. `instruction`
         is by default the config's; `refusal_prompt` appends the config's (`True`), or the one given."""
-        added = self.config.refusal_prompt if refusal_prompt is True else refusal_prompt or ""
+        added = self._settled("refusal_prompt") if refusal_prompt is True else refusal_prompt or ""
         text, turns = user_turn(example, condition, instruction or self.config.instruction, added), example.messages
         if text and self._control:  # the chat template's renderer sees to it itself
             text = as_letters(text, self._control)
@@ -1127,7 +1164,14 @@ class Runner:
     @property
     def refusal_token(self) -> int:
         """The first token of `config.refusal`, as an answer begins with it."""
-        return self.token_ids(self.config.refusal)[0]
+        return self.token_ids(self._settled("refusal"))[0]
+
+    def _settled(self, name: str) -> str:
+        """A setting that `fit` finds where it is "auto"."""
+        if (value := str(getattr(self.config, name))) == "auto":
+            said = f"{name}='auto' is found by fit(); for single steps, take it from find_refusal(harmful, benign):"
+            raise ValueError(f"{said} model.config = replace(model.config, refusal_prompt=…, refusal=…).")
+        return value
 
     def head_row(self, token: int) -> Tensor:
         """The `lm_head` row `[hidden]` of a token id, float32 on the CPU."""
@@ -1317,7 +1361,7 @@ class RRS(Runner):
         self, harmful: Sequence[Example], benign: Sequence[Example], condition: str, scorer: Scorer = contribution
     ) -> Prepared:
         """Steps 1 to 4 in one condition: extract, select, and the items that training visits."""
-        c, words = self.config, self.token_ids(self.config.refusal)
+        c, words = self.config, self.token_ids(self._settled("refusal"))
         harmful, benign = self._usable(harmful, condition), self._usable(benign, condition)
         r_b, r_h = self.extract(benign, condition), self.extract(harmful, condition)
         suffix = words if len(words) > 1 else ()
@@ -1369,10 +1413,13 @@ class RRS(Runner):
         return rates
 
     def find_refusal(
-        self, harmful: Any, condition: str | None = None, *, prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24
-    ) -> Refusal:
+        self, harmful: Any, benign: Any = (), condition: str | None = None, *,
+        prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24,
+    ) -> Refusal:  # fmt: skip
         """How does this model refuse? Tries `prompts` and the config's own on `n` examples (24 tokens each), by default
-        in the first of `config.conditions`, and reads off the words that its refusals begin with."""
+        in the first of `config.conditions`, and reads off the words that its refusals begin with. Words in front with
+        which answers to `benign` begin, too, are left out: "I'm sorry, but …" becomes "Sorry, but …" where many of
+        those begin with "I"."""
         condition = condition or self.config.conditions[0]
         examples = self._usable(load_examples(harmful, "harmful"), condition)
         examples = examples[:: -(-len(examples) // n)]
@@ -1380,7 +1427,10 @@ class RRS(Runner):
         tried = [(prompt, *self._refusals(examples, condition, prompt)) for prompt in asked]
         tried.sort(key=lambda row: -row[1].value)
         prompt, rate, texts = tried[0]
-        found = Refusal(prompt, _opening(texts, self.tokenizer), rate, [row[:2] for row in tried])
+        words = _opening(texts, self.tokenizer)
+        if len(benign):
+            words = self._own_words(words, self._usable(load_examples(benign, "benign"), condition), condition)
+        found = Refusal(prompt, words, rate, [row[:2] for row in tried])
         self._say(
             "\n".join([f"refused: {share}  {prompt}" for prompt, share in found.tried] + [f"words: {found.words!r}"])
         )
@@ -1388,6 +1438,15 @@ class RRS(Runner):
             best = f"Even the best refusal prompt makes this model refuse only {rate}"
             _warn(f"{best}. Pass prompts= of your own that say the words to reply with.")
         return found
+
+    def _own_words(self, words: str, benign: Sequence[Example], condition: str) -> str:
+        """The words, from the first on that is the first choice at no more than 2% of (at most 256) benign inputs."""
+        usual = self._first_choice(self.extract(benign[:: -(-len(benign) // 256)], condition))
+        rest = words
+        while rest and (usual == self.token_ids(rest)[0]).float().mean() > 0.02:
+            rest = rest.partition(" ")[2].strip()
+            rest = rest[:1].upper() + rest[1:]
+        return rest or words
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -1576,7 +1635,7 @@ class RRS(Runner):
         config, extra = self.config, dict[str, Any]()
         try:
             if "auto" in (config.refusal_prompt, config.refusal):
-                found = self.find_refusal(harmful)
+                found = self.find_refusal(harmful, benign)
                 own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
                 self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
                 extra["refusal"] = asdict(found)

@@ -52,6 +52,7 @@ SYSTEM = (
 REFUSAL = "I'm sorry, but I can't help with that."
 ALPHA, ALPHAS, COMPONENTS = 0.1, (0.025, 0.05, 0.1, 0.2, 0.4, 0.8), 10  # of SARSteer: its own, ours to choose from
 SARSTEER_PROMPT = "I cannot assist with that."
+ANSWERS = 30  # of each group that check a scale, as in the quickstart
 RATES, EPOCHS = (0.1, 0.3, 1.0), (1, 2)  # factors of the learning rate, then, at the best one, of the epochs
 METHOD = (
     "top",
@@ -159,7 +160,7 @@ def best_of(
     def attempt(rate: float, times: int) -> None:
         changed = replace(config, learning_rate=config.learning_rate * rate, epochs=config.epochs * times)
         model.config = changed
-        found = model.train(items, **training).calibrate(dev, conditions, budget=budget)
+        found = model.train(items, **training).calibrate(dev, conditions, budget=budget, answers=ANSWERS)
         rows = [{g: r.value for g, r in point.answers.items()} for point in (found.vanilla, found.chosen)]
         merit = score(*rows, found.budget, [g for g in rows[0] if g not in found.budget])
         about = f"rate {changed.learning_rate:g}, epochs {changed.epochs}, scale ×{found.chosen.scale:.2f}"
@@ -208,7 +209,7 @@ def compare(
     rates: Sequence[float] = RATES,
     epochs: Sequence[int] = EPOCHS,
     alphas: Sequence[float] = ALPHAS,
-    max_new_tokens: int = 40,
+    max_new_tokens: int = 24,
 ) -> Report:
     """Trains what has to be trained, answers everything by every method, and saves the report.
 
@@ -225,7 +226,7 @@ def compare(
         if lacking := [side for side, examples in train.items() if not any(e.has(c) for e in examples)]:
             raise ValueError(f"{c}: no {' and no '.join(lacking)} example to train on has what it needs.")
     model.fit(train["harmful"], train["benign"])
-    found = model.calibrate(dev, tried, budget=budget)
+    found = model.calibrate(dev, tried, budget=budget, answers=ANSWERS)
     model.save(out / "adapter", overwrite=True)
     ours, config, loras, notes = (
         dict(vars(model)),

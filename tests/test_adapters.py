@@ -10,7 +10,6 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-import card
 import peft
 import pytest
 import torch
@@ -481,16 +480,12 @@ def test_the_card_has_the_hubs_metadata(trained, tmp_path):
         "Qwen/Qwen2-Audio-7B-Instruct", "peft", "audio-text-to-text",
     )  # fmt: skip
     assert {"rrs", "lora"} <= {*about.tags}
+    (before, after) = about.eval_results
+    assert (before.metric_value, after.metric_value, after.dataset_name) == (0.0, 1.0, "harmful, text-only")
     assert "Not evaluated" not in text
     assert report().to_markdown() in text
     assert "`lora_r`: 4" in text
-    longer = card.long_card(tmp_path / "a")
-    assert longer.partition("\n# RRS")[2].startswith(text.partition("\n# RRS")[2])
-    (before, after) = ModelCard(longer).data.eval_results
-    assert (before.metric_value, after.metric_value, after.dataset_name) == (0.0, 1.0, "harmful, text-only")
-    assert "What is the capital of France?" in longer
-    (tmp_path / "a" / "README.md").write_text(longer, encoding="utf-8")
-    assert card.long_card(tmp_path / "a") == longer
+    assert "What is the capital of France?" in text
 
 
 def test_without_a_report_the_card_says_so(trained):
@@ -504,8 +499,8 @@ def test_without_a_report_the_card_says_so(trained):
 def test_markup_in_names_and_answers_is_text_on_the_card(trained):
     record = {**trained[0].record, "base": {"name": "a/b\n# <script>", "class": "X"}}
     record["config"] = {"prompts": ["<img src=x>"], "system": "[click](http://x.y)\n# Head"}
-    canary = [{"condition": "text-only", "text": "|a|", "vanilla": "<b>", "trained": "x\n\n# y"}]
-    text = rrs.model_card(record, report("<script>")) + card.canary_table(canary)
+    record["canary"] = [{"condition": "text-only", "text": "|a|", "vanilla": "<b>", "trained": "x\n\n# y"}]
+    text = rrs.model_card(record, report("<script>"))
     body = text.split("---", 2)[2].replace("\\<", "").replace("\\[", "")  # what is escaped
     assert "<script>" not in body
     assert "<img" not in body

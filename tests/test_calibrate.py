@@ -15,6 +15,7 @@ from rrs.evaluate import Change
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*are in the training set:rrs.RRSWarning"),
+    pytest.mark.filterwarnings("ignore:.*one question is more than the budget:rrs.RRSWarning"),
 ]
 DEV = {"harmful": rows("harmful", 6, seed=1), "benign": rows("benign", 5, seed=1)}
 TEXT = ("text-only",)
@@ -239,3 +240,8 @@ def test_calibrate_needs_an_adapter_and_says_where_no_scale_is_within_the_budget
     assert found.chosen is found.points[0]  # the mildest
     assert 0.05 < found.chosen.scale <= 0.1
     assert [p.scale for p in found.points[:8]] == scales(*range(-7, 1))
+
+
+def test_a_budget_below_one_question_warns(drawn):
+    with pytest.warns(rrs.RRSWarning, match=r"benign \(5\): one question is more than the budget of this group"):
+        drawn.calibrate(DEV, TEXT, budget=0.1, judge=None)

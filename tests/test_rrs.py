@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import rrs
 from rrs import RRS, RRSConfig, RRSWarning, TrainItem, draw, select_features, squared, to_targets
 from rrs.data import load_examples
+from rrs.evaluate import Rate
 from rrs.hooks import attached, linear_paths
 
 THREE = ("audio-text", "text-only", "audio-only")
@@ -720,6 +721,35 @@ def test_the_words_end_with_their_sentence_where_several_refusals_have_it(tiny):
     assert rrs._opening(said, tokenizer) == "I can't do that."
     assert rrs._opening(said[2:], tokenizer) == "I can't do"  # no sentence twice
     assert rrs._opening(said[-1:], tokenizer) == "Sorry. I"
+    assert rrs._opening(["I can't do it", "I can't do", "No. A", "No. B", "I can't"], tokenizer) == "I can't"
+    assert (
+        rrs._opening(["I can't do it", "I won't. A", "I can't say", "I can't", "I won't. B"], tokenizer) == "I won't."
+    )
+
+
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_words_with_which_benign_answers_begin_are_left_out(tiny, harmful, benign, monkeypatch):
+    r = RRS(*tiny, small(), verbose=False)
+    words = {text: r.token_ids(text)[0] for text in ("I'm sorry.", "Sorry.", "Never.")}
+    assert len({*words.values()}) == 3
+    monkeypatch.setattr(
+        r, "_refusals", lambda rows, *_: (Rate.of([True] * len(rows)), ["I'm sorry. Ask", "I'm sorry."])
+    )
+    usual = {*words.values()} - {words["Sorry."]}  # of half of the benign inputs each
+    first = torch.tensor([*usual])
+    monkeypatch.setattr(r, "_first_choice", lambda h: first[torch.arange(len(h)) % 2])
+    assert r.find_refusal(harmful, prompts=["(no)"]).words == "I'm sorry."
+    assert r.find_refusal(harmful, benign, prompts=["(no)"]).words == "Sorry."
+    first[:] = words["Sorry."]  # whatever its case: the answer would begin so
+    assert r.find_refusal(harmful, benign, prompts=["(no)"]).words == "I'm sorry."
+
+
+def test_single_steps_want_a_refusal_that_is_found(tiny, harmful, benign):
+    sides = load_examples(harmful, "harmful"), load_examples(benign, "benign")
+    for name in ("refusal", "refusal_prompt"):
+        r = RRS(*tiny, small(**{name: "auto"}), verbose=False)
+        with pytest.raises(ValueError, match=rf"{name}='auto' is found by fit\(\)"):
+            r.prepare(*sides, "audio-text")
 
 
 @pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
