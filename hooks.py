@@ -82,9 +82,8 @@ def locate(
     error says what to do; it is an ImportError where the class needs a newer transformers, else a ValueError.
     """
     name = type(model).__name__
-    for kind in type(model).__mro__:
-        if kind.__name__ in REFUSED:
-            raise ValueError(f"The model is a {kind.__name__}, which is not supported: {REFUSED[kind.__name__]}.")
+    if kind := next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in REFUSED), None):
+        raise ValueError(f"The model is a {kind}, which is not supported: {REFUSED[kind]}.")
     if name in NEEDS:
         require_version(f"transformers>={NEEDS[name]}", f"RRS can't make {name} repeatable before.")
     paths = {id(module): path for path, module in model.named_modules()}  # first name wins, as in state_dict
@@ -206,13 +205,12 @@ def _changed(
             raise
 
 
-def _take_off(module: nn.Module, hook: Any) -> None:
+def _take_off(module: Any, hook: Any) -> None:
     """Removes a hook; not by its handle, which an interrupt may have kept from being returned."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
-    for hooks, how in ((before, module._forward_pre_hooks_with_kwargs), (after, module._forward_hooks_with_kwargs)):
-        for number in [number for number, other in hooks.items() if other is hook]:
-            how.pop(number, None)
-            hooks.pop(number, None)
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for number in [number for number, other in getattr(module, kind).items() if other is hook]:
+            getattr(module, f"{kind}_with_kwargs").pop(number, None)
+            getattr(module, kind).pop(number, None)
 
 
 @contextmanager
@@ -225,13 +223,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def capture(
-    model: nn.Module,
-    modules: str | Sequence[str],
-    *,
-    where: Literal["input", "output"] = "output",
-    position: int | slice | None = None,
-    stop: bool = False,
-) -> Iterator[dict[str, list[Tensor]]]:
+    model: nn.Module, modules: str | Sequence[str], *,
+    where: Literal["input", "output"] = "output", position: int | slice | None = None, stop: bool = False,
+) -> Iterator[dict[str, list[Tensor]]]:  # fmt: skip
     """Record what goes into or comes out of modules during every forward pass inside the `with`.
 
     The vector that RRS moves is `capture(model, location.head_path, where="input", position=-1, stop=True)`: what
@@ -283,14 +277,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def steer(
-    model: nn.Module,
-    vector: Tensor | Callable[[Tensor], Tensor],
-    *,
-    layer: int | str | None = None,
-    position: int | slice | None = None,
-    scale: float = 1.0,
-    location: Location | None = None,
-) -> Iterator[None]:
+    model: nn.Module, vector: Tensor | Callable[[Tensor], Tensor], *, layer: int | str | None = None,
+    position: int | slice | None = None, scale: float = 1.0, location: Location | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Moves hidden states during every forward pass inside the `with`: steering without training.
 
     Args:
@@ -381,19 +370,14 @@ class Prompt:
 
     def inputs(self) -> dict[str, Any]:
         """The model's own inputs for this prompt alone, `input_ids` `[1, length]` among them."""
-        return self.make() if self.make else {"input_ids": self.ids[None]}
+        own = self.make() if self.make else {"input_ids": self.ids[None]}
+        more = len(self) - own["input_ids"].shape[1]  # see `extended`
+        longer = {k: F.pad(own[k], (0, more), value=value) for k, value in PER_TOKEN_INPUTS.items() if k in own}
+        return {**own, **longer, "input_ids": self.ids[None]}
 
     def extended(self, tokens: Sequence[int]) -> Prompt:
         """The prompt with token ids appended: an answer that has already begun."""
-        more = torch.tensor(tokens, dtype=self.ids.dtype)
-
-        def make() -> dict[str, Any]:
-            own = self.inputs()
-            per_token = {name: value for name, value in PER_TOKEN_INPUTS.items() if name in own}
-            longer = {name: F.pad(own[name], (0, len(more)), value=value) for name, value in per_token.items()}
-            return {**own, **longer, "input_ids": torch.cat([own["input_ids"], more[None].to(own["input_ids"])], 1)}
-
-        return replace(self, ids=torch.cat([self.ids, more]), make=make)
+        return replace(self, ids=torch.cat([self.ids, torch.tensor(tokens, dtype=self.ids.dtype)]))
 
 
 class Reader:
@@ -402,18 +386,16 @@ class Reader:
     Args:
         render: `(text or None, waveform or None) -> model inputs` for one unpadded prompt, `input_ids` `[1, length]`
             among them (`rrs.data.Renderer`, or your own).
-        max_tokens: positions per forward pass (prompts × padded length) where gradients are not needed.
     """
 
-    def __init__(
-        self, model: nn.Module, location: Location, render: Callable[..., dict[str, Any]], max_tokens: int = 8192
-    ) -> None:
+    def __init__(self, model: nn.Module, location: Location, render: Callable[..., dict[str, Any]]) -> None:
         if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
             raise ValueError(
                 f"The decoder's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), and training "
                 "needs them in place; load the model with a device_map that puts all of it on devices."
             )
-        self.model, self.location, self.render, self.max_tokens = model, location, render, max_tokens
+        self.model, self.location, self.render = model, location, render
+        self.max_tokens = 8192  # positions per forward pass (prompts × padded length) without gradients
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts
         self.from_embeddings = True  # may generate() start from embeddings?
         self.share_prefix = True  # may prompts of a batch share what they begin with?
@@ -475,10 +457,13 @@ class Reader:
             return Prompt(torch.cat([before, ids, after]), rows, len(before), True, make)
 
         if self._composes and key in self._clips and frame in self._frames:
-            known = composed()
-            self.check_length([known])
+            self.check_length([known := composed()])
             return known
-        prompt = self._run(make, audio=clip is not None)
+        given = make()
+        prompt = Prompt(given["input_ids"][0].cpu(), audio=clip is not None, make=make)
+        self.check_length([prompt])
+        if self.exact is None or (self.exact and prompt.audio):
+            self._run(prompt, self._on_device(given))
         if prompt.rows is None:
             return prompt
         end = prompt.start + len(prompt.rows)
@@ -490,28 +475,21 @@ class Reader:
         self._composes = False  # the ids around the audio depend on the clip, or the projected audio on the text
         return prompt
 
-    def _run(self, make: Callable[[], dict[str, Any]], audio: bool) -> Prompt:
-        """Processor, tower and projector for one prompt; the pass ends where the decoder starts."""
-        given, begins = make(), self.exact is None
-        prompt = Prompt(given["input_ids"][0].cpu(), audio=audio, make=make)
-        self.check_length([prompt])
-        if self.exact is False or not (begins or audio):
-            return prompt
-        inputs = self._on_device(given)
+    def _run(self, prompt: Prompt, inputs: dict[str, Any]) -> None:
+        """Sets a prompt's rows by processor, tower and projector; the first text and the first clip are checked."""
         seen = self._decoder_inputs(inputs)
         self._per_token = PER_TOKEN in seen
         embeds = seen["inputs_embeds"][0]  # [length, hidden]
         off = 0.0 if len(embeds) == len(prompt) else math.inf
-        if audio and not off:  # it is where the embeddings are not those of the token ids
+        if prompt.audio and not off:  # it is where the embeddings are not those of the token ids
             text = self._embed(prompt.ids[None])["inputs_embeds"][0]
             differs = (embeds != text).any(-1).cpu().nonzero().flatten()
             if not len(differs):
                 raise UnfitPrompt("the clip is too short: it gives this model no audio token; remove or pad it")
             prompt.start = int(differs[0])
             prompt.rows = embeds[prompt.start : int(differs[-1]) + 1].clone()
-        if begins or not self._clips:  # the first text and the first clip are checked
-            with self.own_lora(audio):
-                off = max(off, self._check(prompt, inputs))
+        if not off and not (self.exact and self._clips):
+            off = self._check(prompt, inputs)
         if off > self.tolerance:
             self.exact, prompt.rows = False, None
             warnings.warn(
@@ -519,7 +497,6 @@ class Reader:
                 f"{len(embeds)} positions for {len(prompt)} token ids; the full model runs instead, which is slower.",
                 stacklevel=4,
             )
-        return prompt
 
     def _on_device(self, value: Any) -> Any:
         """Inputs on the model's device, numbers in its dtype."""
@@ -532,16 +509,13 @@ class Reader:
     def _check(self, prompt: Prompt, inputs: dict[str, Any]) -> float:
         """How far a prompt's replay, shared and padded, is from the full model; decides what may be done on it."""
         path = self.location.head_path
-        few = {"logits_to_keep": 1} if _takes(self.model.forward, "logits_to_keep") else {}
-        with capture(self.model, path, where="input") as before, capture(self.model, path) as after:
-            logits = self.model(**inputs, **few).logits[0, -1]
-        true = before[path][0][0, -1]
-        self.logit_scale = self._factor(after[path][0][0, -1], logits)  # a soft cap leaves small logits as they are
+        with self.own_lora(prompt.audio), capture(self.model, path, where="input") as record:
+            logits = self.model(**inputs).logits[0, -1]
+        true = record[path][0][0, -1]
+        self.logit_scale *= self._factor(self.logits(true), logits)[0]  # a soft cap leaves small logits as they are
         pair = [prompt.extended([int(prompt.ids[-1])] * 3), prompt]
-        ours = self._pass(pair)[1, 0]
-        factor = self._factor(ours, true)
+        factor, off = self._factor(self._pass(pair)[1, 0], true)
         self.scale *= factor
-        off = _difference(factor * ours, true)
         if off > self.tolerance:
             return off
         self.exact = True
@@ -555,13 +529,15 @@ class Reader:
             self.from_embeddings = _difference(padded, true) <= self.tolerance
         return off
 
-    def _factor(self, ours: Tensor, true: Tensor) -> float:
-        """What `ours` `[n]` must be multiplied with to be `true`; 1 where it is so already, or where nothing helps."""
+    def _factor(self, ours: Tensor, true: Tensor) -> tuple[float, float]:
+        """What `ours` `[n]` must be multiplied with to be `true`, and how far off it is then; 1 where nothing helps."""
         ours, true = ours.float(), true.float()
-        if ours.shape != true.shape or _difference(ours, true) <= self.tolerance:
-            return 1.0
-        factor = float(true @ ours / (ours @ ours))
-        return factor if _difference(factor * ours, true) <= self.tolerance else 1.0
+        off = _difference(ours, true)
+        if self.tolerance < off < math.inf:
+            factor = float(true @ ours / (ours @ ours))
+            if (scaled := _difference(factor * ours, true)) <= self.tolerance:
+                return factor, scaled
+        return 1.0, off
 
     def _decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the decoder works on, `inputs_embeds` `[batch, length, hidden]` and PER_TOKEN; the pass ends there."""
@@ -633,7 +609,7 @@ class Reader:
         Padding goes to the right: attention is causal, so no real position sees it, and no mask is needed. What all
         prompts begin with runs once, gradients included: on short questions more than half of all positions.
         """
-        decoder, lengths = self.location.decoder, None
+        decoder, scale = self.location.decoder, 1.0
         paths = [f"{self.location.layers_path}.{i}" for i in range(len(self.location.layers)) if layers]
         # What model.gradient_checkpointing_enable() has set is looked at in training mode only. The children of these
         # modules, such as dropouts, stay in eval.
@@ -647,6 +623,7 @@ class Reader:
         ):
             if self.exact is False:
                 out = self._head_input(self._on_device(prompts[0].inputs()))
+                lengths = [out.shape[1]]
             else:
                 hooked = bool(decoder._forward_pre_hooks)  # such as that of `steer`; they see whole prompts and a mask
                 whole = hooked or recomputed or not self.share_prefix  # what is recomputed has no cache
@@ -654,15 +631,14 @@ class Reader:
                 inputs = self.collate(prompts, shared, side="right")
                 if not hooked:
                     del inputs["attention_mask"]
-                out = decoder(**inputs, **cache, use_cache=bool(cache))[0]
+                out, scale = decoder(**inputs, **cache, use_cache=bool(cache))[0], self.scale
                 lengths = [len(prompt) - shared for prompt in prompts]
-        if layers:
-            states = [first[paths[0]][-1], *(blocks[path][-1] for path in paths)]
-            if states[1].dim() != 3:  # Gemma 3n
-                raise ValueError("The blocks give several streams, not [batch, length, hidden]; use layers=False.")
-            return torch.stack([_ends(h, lengths, last) for h in states], 2)
-        ends = _ends(out, lengths, last)
-        return ends if self.exact is False or self.scale == 1 else ends * self.scale
+        if not layers:
+            return _ends(out, lengths, last) * scale
+        states = [first[paths[0]][-1], *(blocks[path][-1] for path in paths)]
+        if states[1].dim() != 3:  # Gemma 3n
+            raise ValueError("The blocks give several streams, not [batch, length, hidden]; use layers=False.")
+        return torch.stack([_ends(h, lengths, last) for h in states], 2)
 
     def _shared(self, prompts: Sequence[Prompt], last: int) -> tuple[int, dict[str, Any]]:
         """How many leading token ids all prompts share, and the decoder's argument that has their keys and values.
@@ -691,12 +667,13 @@ class Reader:
         `layers`: what goes into the first block, then what each block gives, `[batch, last, blocks + 1, hidden]`.
         """
         self.check_length(prompts)
-        if self.exact is False:
-            return torch.cat([self._pass([prompt], last, layers) for prompt in prompts])
         # Apart with audio and without: Granite Speech's own LoRA is on for the one and off for the other.
-        kinds = [[i for i, p in enumerate(prompts) if p.audio is audio] for audio in (False, True)]
-        rows = torch.cat([self._pass([prompts[i] for i in kind], last, layers) for kind in kinds if kind])
-        return rows if not all(kinds) else rows[torch.tensor([*kinds[0], *kinds[1]]).argsort()]
+        parts = [[i for i, p in enumerate(prompts) if p.audio is audio] for audio in (False, True)]
+        if self.exact is False:
+            parts = [[i] for i in range(len(prompts))]
+        rows = torch.cat([self._pass([prompts[i] for i in part], last, layers) for part in parts if part])
+        order = torch.tensor([i for part in parts for i in part])
+        return rows if torch.equal(order, order.sort().values) else rows[order.argsort()]
 
     def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> list[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
@@ -713,12 +690,9 @@ class Reader:
 
     @torch.no_grad()
     def represent(
-        self,
-        prompts: Sequence[Prompt],
-        progress: Callable[[int], object] | None = None,
-        last: int | None = None,
+        self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None, last: int | None = None,
         layers: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
 
         `last` and `layers` are as in `last_hidden`, and each has an axis if it is given. `progress` is called with the
@@ -735,12 +709,6 @@ class Reader:
         return out if last else out[:, 0]
 
     # -- logits and answers -------------------------------------------------------------------------------------------
-
-    @property
-    def logit_weight(self) -> Tensor:
-        """The matrix `[vocab, hidden]` that gives the logits: the head's, times `logit_scale`."""
-        weight = self.location.head_weight
-        return weight if self.logit_scale == 1 else weight * self.logit_scale
 
     def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
         """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.
@@ -782,9 +750,9 @@ def _padded(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     return torch.where(mask.bool(), ids, first), mask
 
 
-def _ends(h: Tensor, lengths: Sequence[int] | None, last: int) -> Tensor:
+def _ends(h: Tensor, lengths: Sequence[int], last: int) -> Tensor:
     """`h` `[batch, length, …]` at each row's last positions, `[batch, last, …]`; a shorter row repeats its first."""
-    ends = (torch.tensor(lengths or [h.shape[1]])[:, None] + torch.arange(-last, 0)).clamp(min=0)
+    ends = (torch.tensor(lengths)[:, None] + torch.arange(-last, 0)).clamp(min=0)
     # Indices on its device: from the CPU backward would copy them once more.
     return h[torch.arange(len(h), device=h.device)[:, None], ends.to(h.device)]
 

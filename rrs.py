@@ -314,7 +314,7 @@ def natural_direction(move: Tensor, benign: Tensor, head_weight: Tensor, most: i
     Args:
         move: `[hidden]`, e.g. Δ∘mask.
         benign: vectors h `[n, hidden]` that the head sees, of which `most` are used, evenly spread.
-        head_weight: W `[vocab, hidden]`, see `Reader.logit_weight`.
+        head_weight: W `[vocab, hidden]`: the head's, times `Reader.logit_scale`.
     """
     w = head_weight.detach().float()
     h = benign[:: -(-len(benign) // most)].to(w)
@@ -1354,7 +1354,7 @@ class RRS(Runner):
         mask = select_features(delta, self.head_row(self.refusal_token), self.config.top, scorer)
         move = delta * mask
         if self.config.direction == "natural":
-            move = natural_direction(move, benign, self.reader.logit_weight)
+            move = natural_direction(move, benign, self.location.head_weight * self.reader.logit_scale)
         return Direction(delta, mask, move)
 
     def prepare(
