@@ -776,8 +776,9 @@ ANOTHER_LORA = (
 
 def attached(model: nn.Module) -> list[LoRA]:
     """The LoRAs that are on a model, or on one of its linears."""
-    found = (getattr(hook, "lora", None) for module in model.modules() for hook in module._forward_hooks.values())
-    return list(dict.fromkeys(lora for lora in found if isinstance(lora, LoRA)))
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    owners = (getattr(getattr(hook, "func", None), "__self__", None) for hook in hooks)  # of partial(lora._add, i)
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, LoRA)))
 
 
 class LoRA(nn.Module):
@@ -790,9 +791,6 @@ class LoRA(nn.Module):
         paths: exact dotted paths of linears in `model`.
         r, alpha, dropout: as in LoRA (Hu et al. 2021); the update is scaled by `alpha / r`.
         seed: of A's initialisation (Kaiming uniform, as in PEFT); B starts at zero, so training starts at vanilla.
-
-    Attributes:
-        key: what dropout's masks derive from, with module and shape. Set it anew before each forward pass in training.
     """
 
     def __init__(
@@ -800,56 +798,49 @@ class LoRA(nn.Module):
     ) -> None:
         super().__init__()
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        self.key: tuple[int, ...] | None = None
-        self._hooks: list[tuple[Any, Callable[..., Tensor]]] = []  # each linear with its hook
-        generator = torch.Generator().manual_seed(seed)
+        self.key: tuple[int, ...] | None = None  # of dropout's masks; set it before each forward pass in training
         self._check_finite({})
-        for i, path in enumerate(self.paths):
-            module: Any = model.get_submodule(path)
-            bound, device = 1 / math.sqrt(module.in_features), module.weight.device  # kaiming_uniform with a = sqrt(5)
-            a = (torch.rand(r, module.in_features, generator=generator) * 2 - 1) * bound
+        linears: list[Any] = [model.get_submodule(path) for path in self.paths]
+        self._hooks = [(linear, partial(self._add, i)) for i, linear in enumerate(linears)]
+        self.A, self.B, generator = nn.ParameterList(), nn.ParameterList(), torch.Generator().manual_seed(seed)
+        for linear in linears:
+            bound, device = 1 / math.sqrt(linear.in_features), linear.weight.device  # kaiming_uniform with a = sqrt(5)
+            a = (torch.rand(r, linear.in_features, generator=generator) * 2 - 1) * bound
             self.A.append(nn.Parameter(a.to(device)))
-            self.B.append(nn.Parameter(torch.zeros(module.out_features, r, device=device)))
-            self._hooks.append((module, self._hook(i, self.A[i], self.B[i])))
+            self.B.append(nn.Parameter(torch.zeros(linear.out_features, r, device=device)))
+
+    def _add(self, i: int, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The hook of linear i: its output and the update."""
+        x, a, b = args[0], self.A[i], self.B[i]
+        if self.training and self.dropout:
+            if self.key is None:
+                raise RuntimeError("Set lora.key, e.g. to (step,), before each forward pass in training, for dropout.")
+            generator = seeded(*self.key, i, *x.shape, device=x.device)
+            keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+            x = x * keep.div_(1 - self.dropout)
+        # The scale goes into B, which is small: a pass over the activations less, and one less in backward.
+        update = F.linear(F.linear(x, a.to(x)), (self.scale * b).to(x))  # the model may have moved since
+        return output + update.to(output.dtype)
 
     def attach(self) -> LoRA:
         """Adds the update to every forward pass. A ValueError if another LoRA is on a linear: both would act."""
         self.detach()
-        if any(attached(module) for module, _ in self._hooks):
+        if any(attached(linear) for linear, _ in self._hooks):
             raise ValueError(ANOTHER_LORA)
-        for module, hook in self._hooks:
-            module.register_forward_hook(hook)
+        for linear, hook in self._hooks:
+            linear.register_forward_hook(hook)
         return self
 
     def detach(self) -> LoRA:
         """Takes the update off again: the model is vanilla, bit for bit. `attach()` puts it back."""
-        for module, hook in self._hooks:
-            _take_off(module, hook)
+        for linear, hook in self._hooks:
+            _take_off(linear, hook)
         return self
 
     @property
     def attached(self) -> bool:
         """Whether the model currently runs with the update."""
-        return any(self in attached(module) for module, _ in self._hooks)
-
-    def _hook(self, i: int, a: Tensor, b: Tensor) -> Callable[..., Tensor]:
-        def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = self._drop(i, args[0]) if self.training and self.dropout else args[0]
-            # The scale goes into B, which is small: a pass over the activations less, and one less in backward.
-            update = F.linear(F.linear(x, a.to(x)), (self.scale * b).to(x))  # the model may have moved since
-            return output + update.to(output.dtype)
-
-        add.lora = self  # type: ignore[attr-defined]  # see `attached`
-        return add
-
-    def _drop(self, i: int, x: Tensor) -> Tensor:
-        """Dropout of module i's input `x`; see `key`."""
-        if self.key is None:
-            raise RuntimeError("Set lora.key, e.g. to (step,), before each forward pass in training: dropout needs it.")
-        generator = seeded(*self.key, i, *x.shape, device=x.device)
-        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
-        return x * keep.div_(1 - self.dropout)
+        return any(self in attached(linear) for linear, _ in self._hooks)
 
     def penalty(self) -> Tensor:
         """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term, by r×r Gram matrices: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`."""
@@ -861,7 +852,7 @@ class LoRA(nn.Module):
         """Adds the update to the model's weights, and is zero and detached. It can't be undone; keep a saved copy."""
         self._check_finite(self.tensors())
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
-        weights = [getattr(module, "base_layer", module).weight for module, _ in self._hooks]
+        weights = [getattr(linear, "base_layer", linear).weight for linear, _ in self._hooks]
         for path, weight in zip(self.paths, weights, strict=True):  # codes: integers, 4-bit blocks, unscaled float8
             if not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
                 raise ValueError(f"{path} is quantised; load the model unquantised to merge.")
@@ -870,19 +861,18 @@ class LoRA(nn.Module):
             b.zero_()  # it is in the weights: after an error (memory, Ctrl-C) another merge() does the rest
         self.detach()
 
-    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """By PEFT's names, A before B."""
+    def _by_name(self) -> dict[str, nn.Parameter]:
         names = [f"base_model.model.{path}.lora_{k}.weight" for path in self.paths for k in "AB"]
         return dict(zip(names, [p for pair in zip(self.A, self.B, strict=True) for p in pair], strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by PEFT's names, `base_model.model.{path}.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`."""
-        return {name: p.detach().cpu().contiguous() for name, p in self._parameters_by_name().items()}
+        return {name: p.detach().cpu().contiguous() for name, p in self._by_name().items()}
 
     @torch.no_grad()
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Fills in weights under PEFT's names; every one must be there, finite, with its shape, and nothing else."""
-        own = self._parameters_by_name()
+        own = self._by_name()
         if other := sorted(own.keys() ^ named.keys()):
             raise ValueError(f"The adapter's weights do not fit this model: {other[:4]} … ({len(other)} names differ)")
         for name, p in own.items():
@@ -1017,14 +1007,13 @@ def all_gather(own: dict[Any, T]) -> dict[Any, T]:
 
 def on_rank0(compute: Callable[[], T]) -> T:
     """What `compute()` gives on rank 0, on all of them; an error there is an error everywhere. For files."""
-    result: list[Any] = [None, None]
+    done: dict[int, tuple[Any, Exception | None]] = {}
     if rank() == 0:
         try:
-            result[0] = compute()
+            done[0] = compute(), None
         except Exception as error:  # raised below, on every rank
-            result[1] = error
-    if world() > 1:
-        dist.broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]  # type: ignore[no-any-return]
+            done[0] = None, error
+    value, failed = all_gather(done)[0]
+    if failed is not None:
+        raise failed
+    return cast(T, value)

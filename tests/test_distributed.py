@@ -160,9 +160,9 @@ def test_errors_of_rank_0_are_everyones(monkeypatch):
     """`on_rank0` on a rank that is not 0: it gets the value or the error, and computes nothing itself."""
     monkeypatch.setattr(hooks, "world", lambda: 2)
     monkeypatch.setattr(hooks, "rank", lambda: 1)
-    for sent in ([5, None], [None, OSError(28, "full")]):
+    for sent in ((5, None), (None, OSError(28, "full"))):
         monkeypatch.setattr(
-            hooks.dist, "broadcast_object_list", lambda box, sent=sent: box.__setitem__(slice(None), sent)
+            hooks.dist, "all_gather_object", lambda box, own, sent=sent: box.__setitem__(slice(None), [{0: sent}, own])
         )
         if sent[1]:
             with pytest.raises(OSError, match="full"):
