@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
@@ -182,9 +182,11 @@ class _Stop(Exception):  # noqa: N818
 
 @contextmanager
 def _changed(
-    model: nn.Module, hooks: Sequence[Hook] = (), flags: Sequence[tuple[Any, str, bool]] = (), end: _Stop | None = None
-) -> Iterator[None]:
-    """Inside the `with`, hooks are on and flags `(object, name, value)` are set. `end`, raised in a hook, ends it."""
+    model: nn.Module, hooks: Sequence[Hook] = (), flags: Sequence[tuple[Any, str, bool]] = (),
+    end: _Stop | None = None, record: Any = None,
+) -> Iterator[Any]:  # fmt: skip
+    """Inside the `with`, hooks are on and flags `(object, name, value)` are set. `end`, raised in a hook, ends it;
+    `record` is what it yields."""
     before = [getattr(each, name) for each, name, _ in flags]
 
     def undo() -> None:
@@ -199,7 +201,7 @@ def _changed(
                 setattr(each, name, value)
             for register, hook, keywords in hooks:
                 register(hook, **keywords)
-            yield
+            yield record
     except _Stop as error:
         if error is not end:
             raise
@@ -213,19 +215,16 @@ def _take_off(module: Any, hook: Any) -> None:
             getattr(module, kind).pop(number, None)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> AbstractContextManager[None]:
     """The model in eval mode and without gradients inside the `with`; every flag is as it was afterwards."""
     flags: list[Any] = [(module, "training", False) for module in model.modules()]
-    with _changed(model, flags=flags + [(p, "requires_grad", False) for p in model.parameters()]):
-        yield
+    return _changed(model, flags=flags + [(p, "requires_grad", False) for p in model.parameters()])
 
 
-@contextmanager
 def capture(
     model: nn.Module, modules: str | Sequence[str], *,
     where: Literal["input", "output"] = "output", position: int | slice | None = None, stop: bool = False,
-) -> Iterator[dict[str, list[Tensor]]]:  # fmt: skip
+) -> AbstractContextManager[dict[str, list[Tensor]]]:  # fmt: skip
     """Record what goes into or comes out of modules during every forward pass inside the `with`.
 
     The vector that RRS moves is `capture(model, location.head_path, where="input", position=-1, stop=True)`: what
@@ -237,9 +236,8 @@ def capture(
         position: keep `tensor[:, position]` only; `None` keeps all positions.
         stop: end the `with` once all `modules` are recorded, so the pass must be its last statement.
 
-    Yields:
-        `{path: [one tensor per forward pass]}`, on the autograd graph. Run `backward()` inside the `with`: gradient
-        checkpointing runs the hooks once more.
+    `as` gives `{path: [one tensor per forward pass]}`, on the autograd graph. Run `backward()` inside the `with`:
+    gradient checkpointing runs the hooks once more.
     """
     paths = [modules] if isinstance(modules, str) else list(modules)
     known = dict(model.named_modules(remove_duplicate=False))
@@ -261,8 +259,8 @@ def capture(
     register, keywords = "register_forward_hook", {}
     if where == "input":
         register, keywords = "register_forward_pre_hook", {"with_kwargs": True, "prepend": True}
-    with _changed(model, [(getattr(known[path], register), partial(keep, path), keywords) for path in paths], end=end):
-        yield record
+    hooks = [(getattr(known[path], register), partial(keep, path), keywords) for path in paths]
+    return _changed(model, hooks, end=end, record=record)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -275,11 +273,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-@contextmanager
 def steer(
     model: nn.Module, vector: Tensor | Callable[[Tensor], Tensor], *, layer: int | str | None = None,
     position: int | slice | None = None, scale: float = 1.0, location: Location | None = None,
-) -> Iterator[None]:  # fmt: skip
+) -> AbstractContextManager[None]:  # fmt: skip
     """Moves hidden states during every forward pass inside the `with`: steering without training.
 
     Args:
@@ -294,8 +291,7 @@ def steer(
     try:
         block = model.get_submodule(layer) if isinstance(layer, str) else place.layers[layer or 0]
     except (AttributeError, IndexError):
-        message = f"layer={layer!r} is neither a block (there are {len(place.layers)}) nor a module's path."
-        raise ValueError(message) from None
+        raise ValueError(f"layer={layer!r} is no block (there are {len(place.layers)}) and no module's path.") from None
     if position is not None and layer is None:
         raise ValueError("position= needs layer=; the head need not see more than the last token.")
     hidden = place.head_weight.shape[1:]
@@ -318,8 +314,7 @@ def steer(
         hooks = [(place.head.register_forward_pre_hook, lambda _module, args: (moved(args[0]), *args[1:]), {})]
     if position is not None:
         hooks.append((place.decoder.register_forward_pre_hook, note_mask, {"with_kwargs": True}))
-    with _changed(model, hooks):
-        yield
+    return _changed(model, hooks)
 
 
 def _of_prompts(h: Tensor, mask: Any, position: int | slice) -> Tensor:
@@ -383,17 +378,13 @@ class Prompt:
 class Reader:
     """Runs prompts through a model in eval mode: what the decoder sees is computed once and replayed from then on.
 
-    Args:
-        render: `(text or None, waveform or None) -> model inputs` for one unpadded prompt, `input_ids` `[1, length]`
-            among them (`rrs.data.Renderer`, or your own).
+    `render`: `(text or None, waveform or None) -> model inputs` of one unpadded prompt, `input_ids` `[1, length]` among
+    them (`rrs.data.Renderer`, or your own).
     """
 
     def __init__(self, model: nn.Module, location: Location, render: Callable[..., dict[str, Any]]) -> None:
-        if offloaded := [path for path, p in location.decoder.named_parameters() if p.device.type == "meta"]:
-            raise ValueError(
-                f"The decoder's weights are offloaded ({offloaded[0]} and {len(offloaded) - 1} more), and training "
-                "needs them in place; load the model with a device_map that puts all of it on devices."
-            )
+        if any(p.device.type == "meta" for p in location.decoder.parameters()):
+            raise ValueError("The decoder's weights are offloaded; load it with a device_map that puts all on devices.")
         self.model, self.location, self.render = model, location, render
         self.max_tokens = 8192  # positions per forward pass (prompts × padded length) without gradients
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts
@@ -436,15 +427,13 @@ class Reader:
     def read(
         self, text: str | None, clip: tuple[str, Callable[[], Any]] | None = None, turns: tuple[Any, ...] = ()
     ) -> Prompt:
-        """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text.
+        """The prompt of one user turn: `text`, an audio clip, or the clip followed by the text. UnfitPrompt where the
+        clip gives no audio token, or the prompt is too long.
 
         Args:
             clip: `(key, load)`: equal for equal clips, and what returns the waveform (float32 `[samples]`). Each is
                 encoded once: towers don't see the text, so with another text only token ids are put together.
             turns: earlier ones of the conversation; `render` gets them as a third argument, if there are any.
-
-        Raises:
-            UnfitPrompt: the clip gives no audio token, or the prompt is too long.
         """
         (key, load), frame = clip or ("", None), (text, turns)
 
@@ -509,24 +498,26 @@ class Reader:
     def _check(self, prompt: Prompt, inputs: dict[str, Any]) -> float:
         """How far a prompt's replay, shared and padded, is from the full model; decides what may be done on it."""
         path = self.location.head_path
+        few = {"logits_to_keep": 1} if _takes(self.model.forward, "logits_to_keep") else {}
         with self.own_lora(prompt.audio), capture(self.model, path, where="input") as record:
-            logits = self.model(**inputs).logits[0, -1]
+            logits = self.model(**inputs, **few).logits[0, -1]
         true = record[path][0][0, -1]
-        self.logit_scale *= self._factor(self.logits(true), logits)[0]  # a soft cap leaves small logits as they are
+        ours = self.logits(true[None])[0]
+        self.logit_scale *= self._factor(ours, logits)[0]  # a soft cap leaves small logits as they are
         pair = [prompt.extended([int(prompt.ids[-1])] * 3), prompt]
         factor, off = self._factor(self._pass(pair)[1, 0], true)
         self.scale *= factor
         if off > self.tolerance:
             return off
         self.exact = True
-        # generate() must accept embeddings, and go on from them. With PER_TOKEN it does not (Gemma 3n), and
-        # Granite Speech switches its own LoRA by the presence of input_features.
-        accepted = _takes(getattr(self.model, "prepare_inputs_for_generation", None), "inputs_embeds")
-        own = self._per_token or type(self.model).__name__ in OWN_AUDIO_LORA
-        self.from_embeddings &= accepted and not own
-        if self.from_embeddings:  # does the model, started from left-padded embeddings, end at the same vector?
-            padded = self._head_input(self.collate(pair))[1, -1]
-            self.from_embeddings = _difference(padded, true) <= self.tolerance
+        # generate() must accept embeddings, go on from them (with PER_TOKEN it does not), and end at the same vector
+        # if they are padded on the left. Granite Speech switches its own LoRA by the presence of input_features.
+        self.from_embeddings = (
+            self.from_embeddings
+            and not (self._per_token or type(self.model).__name__ in OWN_AUDIO_LORA)
+            and _takes(getattr(self.model, "prepare_inputs_for_generation", None), "inputs_embeds")
+            and _difference(self._head_input(self.collate(pair))[1, -1], true) <= self.tolerance
+        )
         return off
 
     def _factor(self, ours: Tensor, true: Tensor) -> tuple[float, float]:
@@ -556,8 +547,7 @@ class Reader:
         with _changed(self.model, hooks, end=end):
             self.model(**inputs)
         if "inputs_embeds" not in seen:
-            path = f"{self.location.layers_path}.0"
-            raise ValueError(f"{path} never ran in a forward pass; pass decoder='path' of the one that does.")
+            raise ValueError(f"{self.location.decoder_path} never ran; pass decoder='path' of the one that does.")
         return seen
 
     def _head_input(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -568,14 +558,12 @@ class Reader:
             self.model(**inputs)
         return record[path][0]
 
-    @contextmanager
-    def own_lora(self, audio: bool) -> Iterator[None]:
+    def own_lora(self, audio: bool) -> AbstractContextManager[None]:
         """Granite Speech comes with a LoRA for audio: on for prompts with audio, off for text, and then as it was."""
         has, switch = type(self.model).__name__ in OWN_AUDIO_LORA, "_disable_adapters"
         # PEFT's enable_adapters() would change requires_grad, too.
         flags = [(m, switch, not audio) for m in self.model.modules() if has and hasattr(m, switch)]
-        with _changed(self.model, flags=flags):
-            yield
+        return _changed(self.model, flags=flags)
 
     @torch.no_grad()
     def _embed(self, ids: Tensor) -> dict[str, Tensor]:
@@ -588,10 +576,8 @@ class Reader:
     @torch.no_grad()
     def collate(self, prompts: Sequence[Prompt], skip: int = 0, side: str = "left") -> dict[str, Tensor]:
         """Padded decoder inputs: `inputs_embeds` `[batch, length, hidden]`, `attention_mask` `[batch, length]`, and
-        PER_TOKEN `[batch, length, …]` where the decoder takes them.
-
-        `skip` leading positions are left out. The padding goes to `side`; generation needs it on the left.
-        """
+        PER_TOKEN `[batch, length, …]` where the decoder takes them. `skip` leading positions are left out. The padding
+        goes to `side`; generation needs it on the left."""
         ids, mask = _padded([prompt.ids[skip:] for prompt in prompts], side)
         inputs, starts, mask = self._embed(ids), mask.argmax(1).tolist(), mask.to(self.device)
         embeds = inputs["inputs_embeds"] * mask.unsqueeze(-1)
@@ -641,10 +627,8 @@ class Reader:
         return torch.stack([_ends(h, lengths, last) for h in states], 2)
 
     def _shared(self, prompts: Sequence[Prompt], last: int) -> tuple[int, dict[str, Any]]:
-        """How many leading token ids all prompts share, and the decoder's argument that has their keys and values.
-
-        At least `last` positions stay for each prompt. Where that can't be had, nothing is shared from then on.
-        """
+        """How many leading token ids all prompts share, `last` positions of each left out, and the decoder's argument
+        that has their keys and values. Where that can't be had, nothing is shared from then on."""
         longest = min(min(len(p) - last, p.start if p.rows is not None else len(p)) for p in prompts)
         ids = torch.stack([p.ids[: max(0, longest)] for p in prompts])
         length = int((ids == ids[0]).all(0).cumprod(0).sum())
@@ -678,11 +662,10 @@ class Reader:
     def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> list[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
         positions allow; one by one where answers with these `settings` need it."""
-        single = settings is not None and self._one_by_one(settings)
-        out: list[list[int]] = []
+        most, out = 0 if settings and self._one_by_one(settings) else self.max_tokens, list[list[int]]()
         for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
-            alike = not single and out and prompts[i].audio == prompts[out[-1][-1]].audio
-            if alike and (len(out[-1]) + 1) * len(prompts[i]) <= self.max_tokens:
+            alike = out and prompts[i].audio == prompts[out[-1][-1]].audio
+            if alike and (len(out[-1]) + 1) * len(prompts[i]) <= most:
                 out[-1].append(i)
             else:
                 out.append([i])
@@ -690,8 +673,8 @@ class Reader:
 
     @torch.no_grad()
     def represent(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None, last: int | None = None,
-        layers: bool = False,
+        self, prompts: Sequence[Prompt], progress: Callable[[int], object] = lambda _: None,
+        last: int | None = None, layers: bool = False,
     ) -> Tensor:  # fmt: skip
         """`h(x)` of any number of prompts, float32 `[n, hidden]` on the CPU, batched by length, without gradients.
 
@@ -703,18 +686,15 @@ class Reader:
         for number, batch in enumerate(self.batches(prompts)):
             if number % world() == rank():
                 out[batch] = self.last_hidden([prompts[i] for i in batch], last or 1, layers).float().cpu()
-            if progress:
-                progress(len(batch))
+            progress(len(batch))
         all_reduce_sum([out])
         return out if last else out[:, 0]
 
     # -- logits and answers -------------------------------------------------------------------------------------------
 
     def logits(self, h: Tensor, *, vanilla: bool = False) -> Tensor:
-        """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap.
-
-        `vanilla`: past all hooks on the head, such as steering ones.
-        """
+        """The model's logits `[n, vocab]`, float32, of vectors `[n, hidden]`; all but a soft cap. `vanilla`: past all
+        hooks on the head, such as steering ones."""
         head = self.location.head.forward if vanilla else self.location.head
         return head(h.to(self.device, self.dtype)).float() * self.logit_scale
 
@@ -724,10 +704,8 @@ class Reader:
         return reads or not (self.exact and self.from_embeddings)
 
     def generation_inputs(self, prompts: Sequence[Prompt], settings: GenerationConfig) -> dict[str, Any]:
-        """What `model.generate` starts from, so that answers are the model's own; for one of `batches(…, settings)`.
-
-        If `input_ids` are among them, generate() returns the prompts' ids in front of the new ones, else these alone.
-        """
+        """What `model.generate` starts from, so that answers are the model's own; for one of `batches(…, settings)`. If
+        `input_ids` are among them, generate() returns the prompts' ids in front of the new ones, else these alone."""
         if self._one_by_one(settings):
             (prompt,) = prompts
             return dict(self._on_device(prompt.inputs()))
@@ -759,10 +737,8 @@ def _ends(h: Tensor, lengths: Sequence[int], last: int) -> Tensor:
 
 def _difference(a: Tensor, b: Tensor) -> float:
     """`|a − b|_max / |b|_max`; infinite for other shapes."""
-    if a.shape != b.shape:
-        return math.inf
     a, b = a.float(), b.float()
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a - b).abs().max() / b.abs().max()) if a.shape == b.shape else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -919,13 +895,12 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
         if hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
     }
     present, experts = sorted(set(linears.values())), expert_parameters(location)
+    why = " Matrices of experts are 3-D parameters, which get no LoRA." if experts else ""
     known = {n: [n] if n in present else [s for s in SAME_AS.get(n, ()) if s in present] for n in names}
     wanted = {n for found in known.values() for n in found}
     if unmatched := [n for n, found in known.items() if not found and not (wanted and n in MLP and experts)]:
-        raise ValueError(
-            f"target_modules {unmatched} match no linear below {location.layers_path}; name some of {present}."
-            + (" Matrices of experts are 3-D parameters, which get no LoRA." if experts else "")
-        )
+        said = f"target_modules {unmatched} match no linear below {location.layers_path}; name some of"
+        raise ValueError(f"{said} {present}.{why}")
     depth, (low, high) = len(location.layers), layers
     inside = {str(i) for i in range(depth) if low <= (i + 0.5) / depth <= high}
     chosen = [path for path, name in linears.items() if name in wanted and path.partition(".")[0] in inside]
