@@ -91,16 +91,9 @@ def locate(
     def ending(*names: str) -> list[str]:
         return [path for path in paths.values() if path.rpartition(".")[2] in names]
 
-    def given(argument: str, path: str) -> nn.Module:
-        try:
-            return model.get_submodule(path)
-        except AttributeError:
-            near = ending(path.rpartition(".")[2]) or [p for p in paths.values() if p.count(".") < 2]
-            raise ValueError(f"{argument}={path!r} is not a module of {name}; close: {near}") from None
-
     # Head: the matrix whose rows are the tokens' directions.
     heads = ending("lm_head")
-    head_module = given("head", head) if head else _ask(model, "get_output_embeddings")
+    head_module = _module_at(model, head, "head") if head else _ask(model, "get_output_embeddings")
     if head_module is None and len(heads) == 1:  # e.g. Nemotron-H-Omni: the head sits on the inner causal LM
         head_module = model.get_submodule(heads[0])
     if not isinstance(getattr(head_module, "weight", None), Tensor) or id(head_module) not in paths:
@@ -110,7 +103,7 @@ def locate(
         )
 
     # Decoder: what feeds the head.
-    decoder_module = given("decoder", decoder) if decoder else _ask(model, "get_decoder")
+    decoder_module = _module_at(model, decoder, "decoder") if decoder else _ask(model, "get_decoder")
     while decoder is None and decoder_module is not None and any(m is head_module for m in decoder_module.modules()):
         inner = _ask(decoder_module, "get_decoder")  # a causal LM: step inside, the head is not part of the decoder
         decoder_module = None if inner is decoder_module else inner
@@ -121,7 +114,7 @@ def locate(
         )
     children = dict(decoder_module.named_children())
     lists, norms = ([m for key, m in children.items() if key in names] for names in (LAYER_LISTS, FINAL_NORMS))
-    norms = [given("norm", norm)] if norm else norms
+    norms = [_module_at(model, norm, "norm")] if norm else norms
     if len(lists) != 1 or len(norms) != 1:
         raise ValueError(
             f"{paths[id(decoder_module)]!r} ({type(decoder_module).__name__}) must have exactly one of {LAYER_LISTS} "
@@ -129,6 +122,15 @@ def locate(
         )
     parts: list[Any] = [decoder_module, *lists, *norms, head_module]
     return Location(*parts, *(paths[id(part)] for part in parts))
+
+
+def _module_at(model: nn.Module, path: str, argument: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        paths, end = [p for p, _ in model.named_modules()], path.rpartition(".")[2]
+        near = [p for p in paths if p.rpartition(".")[2] == end] or [p for p in paths if p.count(".") < 2]
+        raise ValueError(f"{argument}={path!r} is not a module of {type(model).__name__}; close: {near}") from None
 
 
 def _ask(model: Any, accessor: str) -> nn.Module | None:
@@ -240,9 +242,6 @@ def capture(
     gradient checkpointing runs the hooks once more.
     """
     paths = [modules] if isinstance(modules, str) else list(modules)
-    known = dict(model.named_modules(remove_duplicate=False))
-    if missing := [path for path in paths if path not in known]:
-        raise ValueError(f"No module {missing} in {type(model).__name__}; see model.named_modules().")
     record: dict[str, list[Tensor]] = {path: [] for path in paths}
     end = _Stop()
 
@@ -259,7 +258,7 @@ def capture(
     register, keywords = "register_forward_hook", {}
     if where == "input":
         register, keywords = "register_forward_pre_hook", {"with_kwargs": True, "prepend": True}
-    hooks = [(getattr(known[path], register), partial(keep, path), keywords) for path in paths]
+    hooks = [(getattr(_module_at(model, path, "modules"), register), partial(keep, path), keywords) for path in paths]
     return _changed(model, hooks, end=end, record=record)
 
 
@@ -289,9 +288,9 @@ def steer(
     """
     place = location or locate(model)
     try:
-        block = model.get_submodule(layer) if isinstance(layer, str) else place.layers[layer or 0]
-    except (AttributeError, IndexError):
-        raise ValueError(f"layer={layer!r} is no block (there are {len(place.layers)}) and no module's path.") from None
+        block = _module_at(model, layer, "layer") if isinstance(layer, str) else place.layers[layer or 0]
+    except IndexError:
+        raise ValueError(f"layer={layer} is not a block; there are {len(place.layers)}.") from None
     if position is not None and layer is None:
         raise ValueError("position= needs layer=; the head need not see more than the last token.")
     hidden = place.head_weight.shape[1:]
@@ -384,7 +383,7 @@ class Reader:
 
     def __init__(self, model: nn.Module, location: Location, render: Callable[..., dict[str, Any]]) -> None:
         if any(p.device.type == "meta" for p in location.decoder.parameters()):
-            raise ValueError("The decoder's weights are offloaded; load it with a device_map that puts all on devices.")
+            raise ValueError("The decoder's weights are offloaded to CPU or disk; put them on devices, by device_map.")
         self.model, self.location, self.render = model, location, render
         self.max_tokens = 8192  # positions per forward pass (prompts × padded length) without gradients
         self.exact: bool | None = None  # is replay exact on this model? decided on the first prompts
@@ -849,12 +848,10 @@ class LoRA(nn.Module):
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Fills in weights under PEFT's names; every one must be there, finite, with its shape, and nothing else."""
         own = self._by_name()
-        if other := sorted(own.keys() ^ named.keys()):
-            raise ValueError(f"The adapter's weights do not fit this model: {other[:4]} … ({len(other)} names differ)")
-        for name, p in own.items():
-            if named[name].shape != p.shape:
-                shapes = f"the adapter has {list(named[name].shape)}, this model needs {list(p.shape)}"
-                raise ValueError(f"{name}: {shapes}; it was made for another base.")
+        has, needs = ({name: tuple(t.shape) for name, t in each.items()} for each in (named, own))
+        if other := sorted({name for name, _ in has.items() ^ needs.items()}):
+            first = f"{other[0]} has shape {has.get(other[0])}, needed is {needs.get(other[0])}"
+            raise ValueError(f"The adapter was made for another base: {first}; {len(other)} weights differ.")
         self._check_finite(named)
         for name, p in own.items():
             p.copy_(named[name])
@@ -889,11 +886,9 @@ def linear_paths(location: Location, names: Sequence[str], layers: tuple[float, 
     `layers`: only blocks whose middle lies within these shares of the depth. A name without a match stands for those in
     `SAME_AS`. If that matches nothing it is a ValueError, but for an MLP's names where experts have 3-D parameters.
     """
-    linears = {  # nn.Linear, its subclasses and quantised stand-ins, all of which carry both sizes
-        path: path.rpartition(".")[2]
-        for path, module in location.layers.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
-    }
+    carried = ("in_features", "out_features", "weight")  # by nn.Linear, its subclasses and quantised stand-ins
+    modules = [path for path, m in location.layers.named_modules() if all(hasattr(m, name) for name in carried)]
+    linears = {path: path.rpartition(".")[2] for path in modules}
     present, experts = sorted(set(linears.values())), expert_parameters(location)
     why = " Matrices of experts are 3-D parameters, which get no LoRA." if experts else ""
     known = {n: [n] if n in present else [s for s in SAME_AS.get(n, ()) if s in present] for n in names}
