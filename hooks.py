@@ -661,7 +661,8 @@ class Reader:
     def batches(self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None) -> list[list[int]]:
         """Indices of prompts that go together: with audio or without, sorted by length, as many as `max_tokens` padded
         positions allow; one by one where answers with these `settings` need it."""
-        most, out = 0 if settings and self._one_by_one(settings) else self.max_tokens, list[list[int]]()
+        most = 0 if settings and self._one_by_one(settings) else self.max_tokens
+        out: list[list[int]] = []
         for i in sorted(range(len(prompts)), key=lambda i: (prompts[i].audio, len(prompts[i]))):
             alike = out and prompts[i].audio == prompts[out[-1][-1]].audio
             if alike and (len(out[-1]) + 1) * len(prompts[i]) <= most:
