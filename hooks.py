@@ -411,12 +411,16 @@ class Reader:
         """Largest relative difference between replay and full forward that is rounding: 1e-4 in float32, 0.05 else."""
         return 1e-4 if self.dtype == torch.float32 else 0.05
 
+    @property
+    def positions(self) -> float:
+        """How many tokens prompt and answer may have together."""
+        return getattr(getattr(self.location.decoder, "config", None), "max_position_embeddings", None) or math.inf
+
     def check_length(self, prompts: Sequence[Prompt], more: int = 0) -> None:
         """UnfitPrompt where a prompt and `more` tokens do not fit into the model's positions: learned ones end in an
         IndexError, or on a GPU with the process; rotary ones go on where the model was never trained."""
-        most = getattr(getattr(self.location.decoder, "config", None), "max_position_embeddings", None) or math.inf
         for p in prompts:
-            if len(p) + more > most:
+            if len(p) + more > (most := self.positions):
                 answer = f" and max_new_tokens={more}" if more else ""
                 raise UnfitPrompt(f"{p.name} has {len(p)} tokens{answer}, the model {most} positions; shorten it")
 
@@ -503,7 +507,8 @@ class Reader:
         true = record[path][0][0, -1]
         ours = self.logits(true[None])[0]
         self.logit_scale *= self._factor(ours, logits)[0]  # a soft cap leaves small logits as they are
-        pair = [prompt.extended([int(prompt.ids[-1])] * 3), prompt]
+        more = int(min(3, self.positions - len(prompt)))
+        pair = [prompt.extended([int(prompt.ids[-1])] * more), prompt]
         factor, off = self._factor(self._pass(pair)[1, 0], true)
         self.scale *= factor
         if off > self.tolerance:
@@ -752,9 +757,12 @@ ANOTHER_LORA = (
 
 def attached(model: nn.Module) -> list[LoRA]:
     """The LoRAs that are on a model, or on one of its linears."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    owners = (getattr(getattr(hook, "func", None), "__self__", None) for hook in hooks)  # of partial(lora._add, i)
+    owners = (_lora_of(hook) for module in model.modules() for hook in module._forward_hooks.values())
     return list(dict.fromkeys(owner for owner in owners if isinstance(owner, LoRA)))
+
+
+def _lora_of(hook: Any) -> Any:
+    return getattr(getattr(hook, "func", None), "__self__", None)  # it is partial(lora._add, i)
 
 
 class LoRA(nn.Module):
@@ -776,10 +784,9 @@ class LoRA(nn.Module):
         self.paths, self.r, self.scale, self.dropout = list(paths), r, alpha / r, dropout
         self.key: tuple[int, ...] | None = None  # of dropout's masks; set it before each forward pass in training
         self._check_finite({})
-        linears: list[Any] = [model.get_submodule(path) for path in self.paths]
-        self._hooks = [(linear, partial(self._add, i)) for i, linear in enumerate(linears)]
+        self._linears: list[Any] = [model.get_submodule(path) for path in self.paths]
         self.A, self.B, generator = nn.ParameterList(), nn.ParameterList(), torch.Generator().manual_seed(seed)
-        for linear in linears:
+        for linear in self._linears:
             bound, device = 1 / math.sqrt(linear.in_features), linear.weight.device  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(r, linear.in_features, generator=generator) * 2 - 1) * bound
             self.A.append(nn.Parameter(a.to(device)))
@@ -801,22 +808,23 @@ class LoRA(nn.Module):
     def attach(self) -> LoRA:
         """Adds the update to every forward pass. A ValueError if another LoRA is on a linear: both would act."""
         self.detach()
-        if any(attached(linear) for linear, _ in self._hooks):
+        if any(attached(linear) for linear in self._linears):
             raise ValueError(ANOTHER_LORA)
-        for linear, hook in self._hooks:
-            linear.register_forward_hook(hook)
+        for i, linear in enumerate(self._linears):
+            linear.register_forward_hook(partial(self._add, i))
         return self
 
     def detach(self) -> LoRA:
         """Takes the update off again: the model is vanilla, bit for bit. `attach()` puts it back."""
-        for linear, hook in self._hooks:
-            _take_off(linear, hook)
+        for linear in self._linears:
+            for hook in [hook for hook in linear._forward_hooks.values() if _lora_of(hook) is self]:
+                _take_off(linear, hook)
         return self
 
     @property
     def attached(self) -> bool:
         """Whether the model currently runs with the update."""
-        return any(self in attached(linear) for linear, _ in self._hooks)
+        return any(self in attached(linear) for linear in self._linears)
 
     def penalty(self) -> Tensor:
         """`Σ_modules ‖(α/r)·B·A‖_F²`, the loss's second term, by r×r Gram matrices: `‖BA‖_F² = Σ (BᵀB) ∘ (AAᵀ)`."""
@@ -828,7 +836,7 @@ class LoRA(nn.Module):
         """Adds the update to the model's weights, and is zero and detached. It can't be undone; keep a saved copy."""
         self._check_finite(self.tensors())
         # Where a PEFT layer stands (Granite Speech's own LoRA), the weight is that of the linear inside it.
-        weights = [getattr(linear, "base_layer", linear).weight for linear, _ in self._hooks]
+        weights = [getattr(linear, "base_layer", linear).weight for linear in self._linears]
         for path, weight in zip(self.paths, weights, strict=True):  # codes: integers, 4-bit blocks, unscaled float8
             if not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
                 raise ValueError(f"{path} is quantised; load the model unquantised to merge.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import peft
@@ -287,6 +288,15 @@ def test_lora_detached_is_bit_identical(tiny, snapshot):
     assert_same(before, snapshot(model))
 
 
+def test_the_lora_of_a_copied_model_comes_off_there(tiny):
+    model, lora = tiny[0], lora_on(tiny[0]).attach()
+    copied = copy.deepcopy(model)
+    (theirs,) = attached(copied)
+    theirs.detach()
+    assert not attached(copied)
+    assert attached(model) == [lora]
+
+
 def test_lora_touches_the_decoder_only(tiny):
     where = locate(tiny[0])
     paths = linear_paths(where, RRSConfig().target_modules)
@@ -341,6 +351,14 @@ def test_logits_are_scaled_as_the_model_does(scaling, capped):
         ours = reader.logits(reader.represent([prompt]))
     assert torch.allclose(ours, logits, atol=1e-3) is not capped
     assert torch.equal(ours.argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("length", [5, 7, 8])
+def test_a_prompt_as_long_as_the_model_has_positions_is_read(length):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=8)).eval()
+    reader = Reader(model, locate(model), lambda _text, _wave: {"input_ids": torch.arange(length)[None]})
+    assert len(reader.read("x")) == length
+    assert reader.exact
 
 
 def test_lora_targets_that_match_nothing(tiny):

@@ -248,7 +248,7 @@ def test_what_two_interrupts_leave_is_put_back_before_the_next_use_and_said(adap
             r.extract(load_examples(BENIGN)[:1], "text-only")
         told += any("Interrupts left hooks or flags of RRS on the model" in str(w.message) for w in said)
         check(k)
-    assert told > 5
+    assert told >= 5  # what is tested happens
 
 
 def test_two_threads_two_models_same_results():
