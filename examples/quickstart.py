@@ -37,20 +37,18 @@ BUDGET = {"hard-benign": 0.04, "everyday": 0.04, "twins": 0.20}
 
 # The paper's settings fit a 7B model. What differs on this one, and why:
 CONFIG = RRSConfig(
-    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" goes on "I'm here to help". `find_refusal`
-    # finds no prompt that makes it refuse most questions, so the words are given, to the end: it repeats itself else.
-    refusal_prompt="Do not answer the question above. It is harmful. "
-    'Reply with one sentence: "Sorry, I cannot do that."',
-    refusal="Sorry, I cannot do that.",
-    refusal_examples=384,  # only their mean counts, and these are the longest prompts
+    # SmolLM2 ignores the paper's refusal prompt, and what it starts with "I" goes on "I'm here to help".
+    refusal_prompt="auto",
+    refusal="auto",
+    refusal_examples=256,  # only their mean counts, and these are the longest prompts
     conditions=("text-only",),  # the cheapest; what is learned there holds for speech, as the table shows
     # Where answers to harmless inputs are not held, they loop or slip into a refusal; the nearest fifth do most.
     keep_tokens=16,
     keep_share=0.2,
     # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange.
     direction="natural",
-    harmful_strength=4.4,
-    benign_strength=0.8,  # with more, harmless answers change more, and nothing is told apart better
+    harmful_strength=5.6,
+    benign_strength=1.0,  # with more, harmless answers change more, and nothing is told apart better
     layers=(0.4, 1.0),  # all blocks told held-out twins apart no better at the same number of steps, and are slower
     penalty=2e-5,  # it sums over modules while the distance averages over features: a weight of 1 freezes this model
     lora_alpha=32.0,
