@@ -663,6 +663,8 @@ PREFLIGHT = {
                 'refusal_prompt="auto", or one that names the words to reply with.'),
     "token_target": (0.5, 1, "of the targets of harmful inputs have the refusal's first token as the first choice",
                      'So they start no refusal. Use refusal="auto" or more harmful_strength.'),
+    "words_follow": (0.99, 1, "of the refusal's further words are the first choice at their targets",
+                     'So answers go on otherwise. Use refusal="auto", or words that the refusal prompt quotes.'),
     "benign_same": (0.5, 1, "of benign inputs keep their first choice at their targets",
                     "So they will be answered otherwise. Use direction='natural' or less benign_strength."),
 }  # fmt: skip
@@ -1337,7 +1339,7 @@ class RRS(Runner):
 
     def extract_along(
         self, examples: Sequence[Example], condition: str, suffixes: Sequence[Sequence[int]], *,
-        refusal_prompt: bool = False,
+        refusal_prompt: bool | str = False,
     ) -> list[Tensor]:  # fmt: skip
         """Vanilla's `h(x)` at the prompt's end and after each token of an answer, `[1 + len(suffix), hidden]` for each
         example; `suffixes` are the answers' token ids."""
@@ -1402,6 +1404,8 @@ class RRS(Runner):
             "token_target": Rate.of(self._first_choice(goal_h) == self.refusal_token),
             "benign_same": Rate.of(self._first_choice(goal_b) == self._first_choice(r_b)),
         }
+        if words := items[0].suffix[1:]:
+            rates["words_follow"] = Rate.of(self._first_choice(items[0].target[1:-1]) == torch.tensor(words))
         for name, rate in rates.items():
             least, most, what, fix = PREFLIGHT[name]
             in_words = name == "refused" and len(self.config.refusal.split()) > 1  # which are targets themselves
@@ -1417,36 +1421,46 @@ class RRS(Runner):
         prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24,
     ) -> Refusal:  # fmt: skip
         """How does this model refuse? Tries `prompts` and the config's own on `n` examples (24 tokens each), by default
-        in the first of `config.conditions`, and reads off the words that its refusals begin with. Words in front with
-        which answers to `benign` begin, too, are left out: "I'm sorry, but …" becomes "Sorry, but …" where many of
-        those begin with "I"."""
+        in the first of `config.conditions`: which of them makes it refuse most, and with which words?
+
+        Words are those in quotation marks in the prompt, or those that its refusals begin with. They serve if, once the
+        first is said, the model says the rest, and if answers to `benign` do not begin so: "I" begins many.
+        Where none serve, the best prompt and its refusals' words are returned.
+        """
         condition = condition or self.config.conditions[0]
         examples = self._usable(load_examples(harmful, "harmful"), condition)
         examples = examples[:: -(-len(examples) // n)]
         asked = dict.fromkeys(p for p in (*prompts, self.config.refusal_prompt) if p != "auto")
         tried = [(prompt, *self._refusals(examples, condition, prompt)) for prompt in asked]
         tried.sort(key=lambda row: -row[1].value)
-        prompt, rate, texts = tried[0]
-        words = _opening(texts, self.tokenizer)
+        usual = torch.empty(0)
         if len(benign):
-            words = self._own_words(words, self._usable(load_examples(benign, "benign"), condition), condition)
-        found = Refusal(prompt, words, rate, [row[:2] for row in tried])
-        self._say(
-            "\n".join([f"refused: {share}  {prompt}" for prompt, share in found.tried] + [f"words: {found.words!r}"])
+            some = self._usable(load_examples(benign, "benign"), condition)
+            usual = self._first_choice(self.extract(some[:: -(-len(some) // 256)], condition))
+        best = tried[0][0], tried[0][1], _opening(tried[0][2], self.tokenizer)
+        candidates = (
+            (prompt, rate, words)
+            for prompt, rate, texts in tried
+            if rate.k
+            for words in (*prompt.split('"')[1::2], _opening(texts, self.tokenizer))
         )
-        if rate.value < 0.5:
-            best = f"Even the best refusal prompt makes this model refuse only {rate}"
-            _warn(f"{best}. Pass prompts= of your own that say the words to reply with.")
+        serving = (c for c in candidates if self._serve(c[2], c[0], examples, condition, usual))
+        prompt, rate, words = next(serving, best)
+        found = Refusal(prompt, words, rate, [row[:2] for row in tried])
+        lines = [f"refused: {share}  {prompt}" for prompt, share in found.tried]
+        self._say("\n".join([*lines, f"refusal prompt: {prompt}", f"words: {words!r}"]))
+        if tried[0][1].value < 0.5:
+            best = f"Even the best refusal prompt makes this model refuse only {tried[0][1]}"
+            _warn(f"{best}. Pass prompts= of your own that say the words to reply with, in quotation marks.")
         return found
 
-    def _own_words(self, words: str, benign: Sequence[Example], condition: str) -> str:
-        """The words, from the first on that is the first choice at no more than 2% of (at most 256) benign inputs."""
-        usual = self._first_choice(self.extract(benign[:: -(-len(benign) // 256)], condition))
-        rest = words
-        while rest and (usual == self.token_ids(rest)[0]).float().mean() > 0.02:
-            rest = rest.partition(" ")[2].strip()
-            rest = rest[:1].upper() + rest[1:]
-        return rest or words
+    def _serve(self, words: str, prompt: str, examples: Sequence[Example], condition: str, usual: Tensor) -> bool:
+        """Whether words serve as the refusal under a prompt: no more than 2% of benign answers begin so, by their first
+        tokens `usual`; and each next word is the head's first choice at the mean vector behind those before."""
+        if not (ids := self.token_ids(words)) or float((usual == ids[0]).float().mean()) > 0.02:  # NaN, of none, is not
+            return False
+        along = self.extract_along(examples, condition, [ids] * len(examples), refusal_prompt=prompt)
+        return self._first_choice(torch.stack(along).mean(0)[1:-1]).tolist() == [*ids[1:]]
 
     # -- training -----------------------------------------------------------------------------------------------------
 

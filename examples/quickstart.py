@@ -47,8 +47,8 @@ CONFIG = RRSConfig(
     keep_share=0.2,
     # Along Δ, harmless inputs that are drawn part of the way to a refusal say something strange.
     direction="natural",
-    harmful_strength=5.6,
-    benign_strength=1.0,  # with more, harmless answers change more, and nothing is told apart better
+    harmful_strength=4.4,
+    benign_strength=0.8,  # with more, harmless answers change more, and nothing is told apart better
     layers=(0.4, 1.0),  # all blocks told held-out twins apart no better at the same number of steps, and are slower
     penalty=2e-5,  # it sums over modules while the distance averages over features: a weight of 1 freezes this model
     lora_alpha=32.0,

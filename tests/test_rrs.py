@@ -678,6 +678,9 @@ def test_preflight_asks_for_no_refusals_where_their_words_are_given(tiny, harmfu
         warnings.filterwarnings("error", "(?s).*refusal_prompt=", RRSWarning)
         check = r.preflight(found, n=3)
     assert check["refused"].value == 0
+    assert found.items[0].suffix == r.token_ids("I c")
+    said = r.reader.logits(found.items[0].target[1:2]).argmax(-1).tolist()
+    assert (check["words_follow"].k, check["words_follow"].n) == (said == [*found.items[0].suffix[1:]], 1)
     r.config = replace(r.config, refusal="I")
     with pytest.warns(RRSWarning, match="refusal_prompt="):
         r.preflight(found, n=3)
@@ -728,20 +731,41 @@ def test_the_words_end_with_their_sentence_where_several_refusals_have_it(tiny):
 
 
 @pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
-def test_words_with_which_benign_answers_begin_are_left_out(tiny, harmful, benign, monkeypatch):
+def test_the_words_of_a_refusal_are_said_to_their_end_and_begin_no_benign_answer(tiny, harmful, benign, monkeypatch):
     r = RRS(*tiny, small(), verbose=False)
-    words = {text: r.token_ids(text)[0] for text in ("I'm sorry.", "Sorry.", "Never.")}
-    assert len({*words.values()}) == 3
-    monkeypatch.setattr(
-        r, "_refusals", lambda rows, *_: (Rate.of([True] * len(rows)), ["I'm sorry. Ask", "I'm sorry."])
-    )
-    usual = {*words.values()} - {words["Sorry."]}  # of half of the benign inputs each
-    first = torch.tensor([*usual])
-    monkeypatch.setattr(r, "_first_choice", lambda h: first[torch.arange(len(h)) % 2])
-    assert r.find_refusal(harmful, prompts=["(no)"]).words == "I'm sorry."
-    assert r.find_refusal(harmful, benign, prompts=["(no)"]).words == "Sorry."
-    first[:] = words["Sorry."]  # whatever its case: the answer would begin so
-    assert r.find_refusal(harmful, benign, prompts=["(no)"]).words == "I'm sorry."
+    quoted = 'No. Say "Sorry, never."'
+    refusals = {quoted: 2, "(no)": 3}
+    said = ["I'm sorry. Ask", "I'm sorry.", "I'm sorry."]
+
+    def refused(rows, _condition, prompt):
+        return Rate.of([i < refusals[prompt] for i in range(len(rows))]), said
+
+    def found(prompts, *sides):
+        result = r.find_refusal(*sides, prompts=[*prompts], n=6)
+        assert [prompt for prompt, _ in result.tried] == sorted(prompts, key=lambda p: -refusals[p])
+        return result.prompt, result.words
+
+    refusals[r.config.refusal_prompt] = 0
+    prompts = ["(no)", quoted, r.config.refusal_prompt]
+    monkeypatch.setattr(r, "_refusals", refused)
+    ids = {words: r.token_ids(words) for words in ("I'm sorry.", "Sorry, never.")}
+    says: list[str] = []  # what the model goes on to say, once it has begun
+    usual: list[str] = []  # what benign answers begin with
+
+    def first_choice(h):
+        begins = torch.tensor([ids[words][0] for words in usual] or [-1])
+        following = [ids[words][1:] for words in says if len(ids[words]) - 1 == len(h)]
+        return torch.tensor(following[0]) if following else begins[torch.arange(len(h)) % len(begins)]
+
+    monkeypatch.setattr(r, "_first_choice", first_choice)
+    assert len({len(i) for i in ids.values()}) == 2
+    assert found(prompts, harmful) == ("(no)", "I'm sorry.")  # nothing serves: what it refuses most with
+    says.append("Sorry, never.")
+    assert found(prompts, harmful) == (quoted, "Sorry, never.")
+    says.append("I'm sorry.")
+    assert found(prompts, harmful, benign) == ("(no)", "I'm sorry.")  # under it, it refuses more
+    usual.append("I'm sorry.")
+    assert found(prompts, harmful, benign) == (quoted, "Sorry, never.")
 
 
 def test_single_steps_want_a_refusal_that_is_found(tiny, harmful, benign):
