@@ -678,9 +678,9 @@ def test_preflight_asks_for_no_refusals_where_their_words_are_given(tiny, harmfu
         warnings.filterwarnings("error", "(?s).*refusal_prompt=", RRSWarning)
         check = r.preflight(found, n=3)
     assert check["refused"].value == 0
-    assert found.items[0].suffix == r.token_ids("I c")
-    said = r.reader.logits(found.items[0].target[1:2]).argmax(-1).tolist()
-    assert (check["words_follow"].k, check["words_follow"].n) == (said == [*found.items[0].suffix[1:]], 1)
+    words, said = r.token_ids("I c")[1:], r.reader.logits(found.items[0].target[1:-1]).argmax(-1).tolist()
+    right = sum(a == b for a, b in zip(words, said, strict=True))
+    assert (check["words_follow"].k, check["words_follow"].n) == (right, len(words))
     r.config = replace(r.config, refusal="I")
     with pytest.warns(RRSWarning, match="refusal_prompt="):
         r.preflight(found, n=3)
