@@ -281,7 +281,7 @@ def main() -> None:
     dev, test = quickstart.evaluation_questions("dev"), quickstart.evaluation_questions(args.split)
     model = open_model("demo")
     if "auto" in (model.config.refusal_prompt, model.config.refusal):
-        found = model.find_refusal(train["harmful"])  # once for all rows
+        found = model.find_refusal(train["harmful"], train["benign"])  # once for all rows
         model.config = replace(model.config, refusal_prompt=found.prompt, refusal=found.words)
     ablate(model, rows_for(args.rows), train, dev, test, args.out, budget=quickstart.BUDGET)
     print((args.out / "table.md").read_text(encoding="utf-8"))

@@ -97,7 +97,7 @@ def main() -> None:
     )
     model, train = open_model("demo"), {k: rows[:: args.every] for k, rows in quickstart.training_questions().items()}
     if "auto" in (model.config.refusal_prompt, model.config.refusal):
-        refusal = model.find_refusal(train["harmful"])
+        refusal = model.find_refusal(train["harmful"], train["benign"])
         model.config = replace(model.config, refusal_prompt=refusal.prompt, refusal=refusal.words)
     dev = {g: rows[:: 10 if args.fast else 1] for g, rows in quickstart.evaluation_questions("dev").items()}
     print(tune(model, train, dev, study, args.trials, args.out, budget=quickstart.BUDGET))
