@@ -103,8 +103,8 @@ def what_it_hears(model: RRS, examples: list[Example]) -> str:
 def cost(began: float) -> str:
     """Seconds since `began` (of `time.perf_counter`), and the most memory that this process held at once."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of what getrusage counts in
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    return f"{time.perf_counter() - began:.0f} s, at most {peak:.1f} GiB of memory"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return f"{time.perf_counter() - began:.0f} s, at most {peak:.1f} GB of memory"
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def main() -> None:
     )
     lalm, processor = load_demo(dtype=fast_dtype())
     model = RRS(lalm, processor, replace(CONFIG, seed=args.seed))
-    model.reader.max_tokens = 4096  # half the default: smaller batches of answers need less memory
+    model.reader.max_tokens = 2560  # a third of the default: smaller batches of answers need less memory
     train, dev, test = training_questions(), evaluation_questions("dev"), evaluation_questions()
     train = {label: rows[::step] for label, rows in train.items()}
     if args.fast:
