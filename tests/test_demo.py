@@ -223,7 +223,7 @@ def test_quickstart_fast(tmp_path):
     first, *_, last, after = out.strip().splitlines()
     assert after.startswith("Next: python examples/evaluate.py --adapter")
     assert re.search(r"About \d+ minutes on 2 CPU cores\.", first)
-    assert re.fullmatch(r"\d+ s, at most \d+\.\d GiB of memory; everything is in .*: open report.html", last)
+    assert re.fullmatch(r"\d+ s, at most \d+\.\d GB of memory; everything is in .*: open report.html", last)
     for text in (first, (tmp_path / "out" / "report.md").read_text(encoding="utf-8")):
         assert "its figures mean nothing" in text
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
