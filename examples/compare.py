@@ -39,6 +39,7 @@ from reproduce import origin
 from review import write_page
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
 from rrs import RRS, Example, Report, RRSConfig, TrainItem, judge_refusals, load_examples
@@ -208,6 +209,7 @@ def compare(
     budget: float | Mapping[str, float] = 0.01,
     rates: Sequence[float] = RATES,
     epochs: Sequence[int] = EPOCHS,
+    without: Sequence[str] = (),
     alphas: Sequence[float] = ALPHAS,
     max_new_tokens: int = 24,
 ) -> Report:
@@ -219,6 +221,7 @@ def compare(
         dev, test: `{group: examples}`, to choose by and for the table.
         budget: as in `RRS.calibrate`.
         rates, epochs: factors of `config.learning_rate` and `config.epochs` to choose from, see `best_of`.
+        without: methods to leave out, of those with SFT.
         alphas: strengths of steering to choose from.
     """
     conditions, tried = possible(chain(*test.values())), possible(chain(*dev.values()))
@@ -236,19 +239,23 @@ def compare(
     )
     model.disable()
 
-    first, every = config.conditions[0], dict.fromkeys((config.conditions[0], *conditions))
+    first, parallel = config.conditions[0], conditions if "SFT parallel" not in without else ()
     refusals, answers = (
-        {c: own_answers(model, train[side], c, side == "harmful", max_new_tokens) for c in every}
+        {
+            c: own_answers(model, train[side], c, side == "harmful", max_new_tokens)
+            for c in dict.fromkeys((first, *parallel))
+        }
         for side in ("harmful", "benign")
     )
     structures = {
         "SFT basic": refusals[first],
         "SFT mirror": refusals[first] + answers[first],
-        "SFT parallel": [item for c in conditions for item in refusals[c] + answers[c]],
+        "SFT parallel": [item for c in parallel for item in refusals[c] + answers[c]],
     }
     best = partial(best_of, rates=rates, epochs=epochs, dev=dev, conditions=tried, budget=budget)
-    for name, items in structures.items():
-        loras[name], about = best(model, items, replace(config, penalty=0.0), objective=negative_log_likelihood)
+    for name in (name for name in structures if name not in without):
+        own = replace(config, penalty=0.0)
+        loras[name], about = best(model, structures[name], own, objective=negative_log_likelihood)
         notes.append(f"{name}: {about}.")
     paper = {name: getattr(RRSConfig(), name) for name in METHOD}
     published = replace(config, refusal=model.tokenizer.decode(model.token_ids(config.refusal)[:1]), **paper)
@@ -291,7 +298,10 @@ def main() -> None:
     parser.add_argument("--benign", type=Path, help="to train on; default: the quickstart's")
     parser.add_argument("--test", action=Groups, default={}, **TEST)
     parser.add_argument("--budget", type=float, help="of each harmless group; default: the quickstart's, else 0.01")
-    parser.add_argument("--every", type=int, default=1, help="train on and choose by every n-th question only")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="factors of the learning rate to try")
+    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="then, at the best one, of the epochs")
+    parser.add_argument("--without", nargs="+", default=(), metavar="METHOD", help='to leave out, e.g. "SFT parallel"')
+    parser.add_argument("--every", type=int, default=1, help="choose by and ask every n-th question only")
     parser.add_argument("--fast", action="store_true", help="a tenth of the data, nothing chosen: does everything run?")
     args = parser.parse_args()
     import quickstart
@@ -307,11 +317,14 @@ def main() -> None:
         budget = args.budget or quickstart.BUDGET
     if not test:
         parser.error("pass --test GROUP=FILE for the table")
-    rates, epochs = ((1.0,), (1,)) if args.fast else (RATES, EPOCHS)
-    every = 10 if args.fast else args.every
-    train, dev = ({k: v[::every] for k, v in groups.items()} for groups in (train, dev))
-    test = {k: v[:: 10 if args.fast else 1] for k, v in test.items()}
-    print(compare(open_model(args.model), train, dev, test, args.out, budget=budget, rates=rates, epochs=epochs))
+    every, options = args.every, {"rates": args.rates, "epochs": args.epochs, "without": args.without}
+    if args.fast:
+        every, options, train = 10, {"rates": (1.0,), "epochs": (1,)}, {k: v[::10] for k, v in train.items()}
+    dev, test = ({k: v[::every] for k, v in groups.items()} for groups in (dev, test))
+    model = open_model(args.model)
+    # On prompts as short as the demo's, backwards in bfloat16 on a CPU, the plain attention is the faster one.
+    with sdpa_kernel(SDPBackend.MATH) if args.model == "demo" else nullcontext():
+        print(compare(model, train, dev, test, args.out, budget=budget, **options))
 
 
 if __name__ == "__main__":
