@@ -1685,9 +1685,8 @@ class RRS(Runner):
         """Scales the adapter, in place and without training, to the most refusals whose cost stays within the budget.
 
         Divide `lora.scale` by the chosen scale to undo it. Scales around 1 are tried; counted is where the refusal
-        token is the head's first choice, one forward pass of dev for each scale. Then the best scale answers, and
-        weaker ones, until no group's judged answers are beyond its budget by more than their standard error. A warning
-        says if no scale is within the budget; the nearest is set.
+        token is the head's first choice, one forward pass of dev for each. Then the best scale answers, and weaker
+        ones, until judged answers are within the budgets or beyond by less than their standard error; else it warns.
 
         Args:
             dev, conditions: to choose by, as in `evaluate`; not what was trained on.
@@ -1748,10 +1747,15 @@ class RRS(Runner):
         result = Calibration(limits, vanilla, points, chosen)
         self.record["calibrated"] = asdict(result)
         self._say(str(result))
-        if over > 1e-9 or unheard:
-            silent = f"{self.config.refusal!r} begins no answer at any scale: set config.refusal to how it refuses"
-            said = f"No scale stays within the budget {limits}" if over > 1e-9 else silent
-            _warn(f"{said}; ×{chosen.scale:.2f} is set.")
+        refusing = [(chosen.answers or chosen.groups)[g].value for g in harmful]
+        for doubt, said in (
+            (over > 1e-9, f"No scale stays within the budget {limits}"),
+            (unheard, f"{self.config.refusal!r} begins no answer at any scale: set config.refusal to how it refuses"),
+            (2 * sum(refusing) < chosen.refused * len(refusing), "Most answers that begin with the refusal go on "
+             'otherwise: train longer, or use refusal="auto"'),
+        ):  # fmt: skip
+            if doubt:
+                _warn(f"{said}; ×{chosen.scale:.2f} is set.")
         return result
 
     # -- the adapter on disk ------------------------------------------------------------------------------------------

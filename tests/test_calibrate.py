@@ -245,3 +245,9 @@ def test_calibrate_needs_an_adapter_and_says_where_no_scale_is_within_the_budget
 def test_a_budget_below_one_question_warns(drawn):
     with pytest.warns(rrs.RRSWarning, match=r"benign \(5\): one question is more than the budget of this group"):
         drawn.calibrate(DEV, TEXT, budget=0.1, judge=None)
+
+
+def test_refusals_that_are_only_begun_are_told(drawn):
+    with pytest.warns(rrs.RRSWarning, match=r"begin with the refusal go on otherwise: .*; ×.* is set"):
+        found = drawn.calibrate(DEV, TEXT, budget=1.0, judge=lambda _prompts, said: [False] * len(said))
+    assert found.chosen.refused > 0 == found.chosen.answers["harmful"].value
