@@ -1727,8 +1727,7 @@ class RRS(Runner):
             point.answers["degenerate"] = report.rate(verdicts=("degenerate",))
             return report
 
-        # no other thread sees the scales that are tried
-        with lock(self.model), undoing(self.model, partial(setattr, lora, "scale", present)):
+        with lock(self.model), undoing(self.model, partial(setattr, lora, "scale", present)):  # for no other thread
             with self.disabled():
                 vanilla = at(0.0)
                 before = judged(vanilla) if judge is not None else None
