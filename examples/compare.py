@@ -26,45 +26,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
+from baselines import negative_log_likelihood, own_answers, sarsteer_vectors, steered
 from maps import add_maps
 from reproduce import origin
 from review import write_page
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
-from rrs import RRS, Example, Report, RRSConfig, TrainItem, judge_refusals, load_examples
-from rrs.evaluate import answer_text, generate_ids
-from rrs.hooks import LoRA, Prompt, Reader, frozen, steer
+from rrs import RRS, Example, Report, RRSConfig, TrainItem, load_examples
+from rrs.hooks import LoRA
 
 SYSTEM = (
     "You are a helpful assistant. If a request is harmful, illegal or unethical, refuse it and say that you are "
     "sorry. Answer every other request as well as you can."
 )
-REFUSAL = "I'm sorry, but I can't help with that."
-ALPHA, ALPHAS, COMPONENTS = 0.1, (0.025, 0.05, 0.1, 0.2, 0.4, 0.8), 10  # of SARSteer: its own, ours to choose from
-SARSTEER_PROMPT = "I cannot assist with that."
+ALPHA, ALPHAS = 0.1, (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # of SARSteer: its own, ours to choose from
 ANSWERS = 30  # of each group that check a scale, as in the quickstart
 RATES, EPOCHS = (0.1, 0.3, 1.0), (1, 2)  # factors of the learning rate, then, at the best one, of the epochs
-METHOD = (
-    "top",
-    "harmful_strength",
-    "benign_strength",
-    "direction",
-    "keep_tokens",
-    "keep_share",
-    "target_modules",
-    "layers",
-)
+METHOD = (  # settings of the method, which the published one has as published
+    "top", "harmful_strength", "benign_strength", "direction", "keep_tokens", "keep_share", "target_modules", "layers",
+)  # fmt: skip
 Rates = Mapping[str, float]
 
 # -- states of the model: inside each `with`, the model answers by that method
@@ -74,21 +63,6 @@ Rates = Mapping[str, float]
 def prompted(model: RRS, other: RRS, _condition: str) -> Iterator[RRS]:
     with model.disabled():
         yield other
-
-
-@contextmanager
-def steered(model: RRS, vectors: Mapping[str, Tensor], alpha: float, condition: str) -> Iterator[None]:
-    """`vectors`: of each condition, `[blocks, hidden]`."""
-    with model.disabled(), ExitStack() as stack:
-        for block, v in enumerate(alpha * vectors[condition]):
-            at = {"layer": block, "location": model.location}
-
-            def generated(h: Tensor, v: Tensor = v) -> Tensor:
-                return h + v.to(h) if h.shape[-2] == 1 else h  # they come one by one, prompts do not
-
-            stack.enter_context(steer(model.model, v, position=-1, **at))
-            stack.enter_context(steer(model.model, generated, **at))
-        yield
 
 
 @contextmanager
@@ -103,45 +77,7 @@ def adapted(model: RRS, lora: LoRA, _condition: str) -> Iterator[None]:
             model.lora = before
 
 
-# -- what the methods are made of
-
-
-def sarsteer_vectors(
-    model: RRS, harmful: Sequence[Example], benign: Sequence[Example], condition: str, k: int = COMPONENTS
-) -> Tensor:
-    """SARSteer's direction for every block `[blocks, hidden]`: mean of what the refusal prompt adds, without the part
-    in the space of the first `k` principal components of harmless inputs."""
-    own, model.config = model.config, replace(model.config, refusal_prompt=SARSTEER_PROMPT)
-    refused = model.extract(harmful, condition, refusal_prompt=True, all_layers=True)  # [n, 1 + blocks, hidden]
-    model.config = own
-    direction = (refused - model.extract(harmful, condition, all_layers=True)).mean(0)[1:]
-    safe = model.extract(benign, condition, all_layers=True)[:, 1:].transpose(0, 1)  # [blocks, n, hidden]
-    basis = torch.linalg.svd(safe - safe.mean(1, keepdim=True), full_matrices=False).Vh[:, :k]  # [blocks, k, hidden]
-    return direction - (direction[:, None] @ basis.mT @ basis)[:, 0]
-
-
-def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusing: bool, limit: int) -> list[TrainItem]:
-    """Each example with the token ids of what the vanilla model says to it, or says when it is told to refuse."""
-    examples = [e for e in examples if e.has(condition)]
-    with model.disabled(), frozen(model.model):
-        prompts = [model.read(e, condition, refusal_prompt=refusing) for e in examples]
-        said = generate_ids(model.reader, model.tokenizer, prompts, limit)
-    if refusing:
-        texts = [answer_text(model.tokenizer, ids) for ids in said]
-        verdicts = judge_refusals([e.text or "" for e in examples], texts)
-        fixed = [*model.token_ids(REFUSAL), model.tokenizer.eos_token_id][:limit]
-        said = [ids if v == "refusal" else fixed for ids, v in zip(said, verdicts, strict=True)]
-    return [TrainItem(e, condition, torch.tensor(ids)) for e, ids in zip(examples, said, strict=True) if ids]
-
-
-def negative_log_likelihood(reader: Reader, prompts: Sequence[Prompt], items: Sequence[TrainItem]) -> Tensor:
-    """SFT's objective: the mean over each item's answer (its target, token ids `[length]`), in nats, `[batch]`."""
-    longer = [prompt.extended(item.target.tolist()) for prompt, item in zip(prompts, items, strict=True)]
-    hidden = reader.last_hidden(longer, 1 + max(len(item.target) for item in items))  # [batch, last, hidden]
-    # the vector at a position predicts the token behind it
-    logits = [reader.logits(h[-1 - len(item.target) : -1]) for h, item in zip(hidden, items, strict=True)]
-    losses = [F.cross_entropy(x, item.target.to(x.device)) for x, item in zip(logits, items, strict=True)]
-    return torch.stack(losses)
+# -- each at its best point by dev
 
 
 def score(vanilla: Rates, now: Rates, budget: Rates, harmful: Sequence[str]) -> tuple[bool, float]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import ablation
+import baselines
 import benchmark
 import compare
 import count
@@ -287,7 +288,7 @@ def test_likelihoods_equal_the_full_models(exact):
     prompts = [model.read(e, "audio-text") for e in examples]
     answers = [torch.tensor(a) for a in ([5, 6, 7], [9], [11, 12])]
     items = [TrainItem(e, "audio-text", answer) for e, answer in zip(examples, answers, strict=True)]
-    ours = -compare.negative_log_likelihood(model.reader, prompts, items)
+    ours = -baselines.negative_log_likelihood(model.reader, prompts, items)
     for item, value in zip(items, ours, strict=True):
         answer, inputs = item.target, model.render(model.config.instruction, item.example.clip[1](16000))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None]], 1)
@@ -300,7 +301,7 @@ def test_likelihoods_of_mixed_prompts():
     model, cells = tiny(), [(e, c) for e in sides(2)["benign"] for c in ("audio-text", "text-only")]
     prompts = [model.read(*cell) for cell in cells]
     items = [TrainItem(*cell, torch.tensor([5 + i, 6])) for i, cell in enumerate(cells)]
-    loss = partial(compare.negative_log_likelihood, model.reader)
+    loss = partial(baselines.negative_log_likelihood, model.reader)
     alone = [loss([p], [i]) for p, i in zip(prompts, items, strict=True)]
     assert torch.allclose(loss(prompts, items), torch.cat(alone), atol=1e-5)
 
@@ -308,23 +309,23 @@ def test_likelihoods_of_mixed_prompts():
 def test_fine_tuning_learns_its_answers():
     """The loss is the likelihood of the targets: they become likelier, in RRS's own loop."""
     model = tiny(replace(CONFIG, epochs=60, penalty=0.0))
-    items = compare.own_answers(model, sides(4)["harmful"], "text-only", True, 12)
-    assert all(compare.REFUSAL.startswith(model.tokenizer.decode(i.target)) for i in items)  # it can't refuse
+    items = baselines.own_answers(model, sides(4)["harmful"], "text-only", True, 12)
+    assert all(baselines.REFUSAL.startswith(model.tokenizer.decode(i.target)) for i in items)  # it can't refuse
     prompts = [model.read(i.example, "text-only") for i in items]
 
     def loss() -> float:
         with torch.no_grad():
-            return compare.negative_log_likelihood(model.reader, prompts, items).mean().item()
+            return baselines.negative_log_likelihood(model.reader, prompts, items).mean().item()
 
     vanilla = loss()
-    model.train(items, objective=compare.negative_log_likelihood)
+    model.train(items, objective=baselines.negative_log_likelihood)
     trained, lora = loss(), model.lora
     assert trained < 0.8 * vanilla
     model.disable().lora = None
     with compare.adapted(model, lora, "text-only"):
         assert loss() == trained
     assert loss() == vanilla
-    answers = compare.own_answers(model, sides(2)["benign"], "text-only", False, 12)
+    answers = baselines.own_answers(model, sides(2)["benign"], "text-only", False, 12)
     said = model.generate(sides(2)["benign"], "text-only", max_new_tokens=12)
     for item, text in zip(answers, said, strict=True):
         assert answer_text(model.tokenizer, item.target.tolist()) == text
@@ -332,10 +333,10 @@ def test_fine_tuning_learns_its_answers():
 
 def test_sarsteer_moves_the_last_prompt_token_of_every_block():
     model, data, k = tiny(), sides(12), 3
-    vectors = compare.sarsteer_vectors(model, data["harmful"], data["benign"], "text-only", k)
+    vectors = baselines.sarsteer_vectors(model, data["harmful"], data["benign"], "text-only", k)
     safe = model.extract(data["benign"], "text-only", all_layers=True)[:, 1:]
     plain = model.extract(data["harmful"], "text-only", all_layers=True)[:, 1:]
-    model.config = replace(CONFIG, refusal_prompt=compare.SARSTEER_PROMPT)
+    model.config = replace(CONFIG, refusal_prompt=baselines.SARSTEER_PROMPT)
     added = model.extract(data["harmful"], "text-only", refusal_prompt=True, all_layers=True)[:, 1:] - plain
     for block, v in enumerate(vectors):
         spread = safe[:, block].numpy() - safe[:, block].numpy().mean(0)
@@ -345,7 +346,7 @@ def test_sarsteer_moves_the_last_prompt_token_of_every_block():
         assert torch.allclose(v, mean - main @ (main.T @ mean), atol=1e-4)
     questions = data["benign"][:3]
     before = model.extract(questions, "text-only", all_layers=True)
-    with compare.steered(model, {"text-only": vectors}, 0.1, "text-only"):
+    with baselines.steered(model, {"text-only": vectors}, 0.1, "text-only"):
         after = model.extract(questions, "text-only", all_layers=True)
         assert model.generate(questions, "text-only", max_new_tokens=3)
     assert torch.allclose(after[:, 1] - before[:, 1], 0.1 * vectors[0].expand(3, -1), atol=1e-5)
