@@ -674,8 +674,8 @@ PREFLIGHT = {
 class Refusal:
     """How this model refuses; see `RRS.find_refusal`."""
 
-    prompt: str  # the refusal prompt that makes it refuse most
-    words: str  # what most of these refusals begin with, to the end of the sentence where several have the same
+    prompt: str  # the refusal prompt that makes it refuse most, of those whose words serve
+    words: str  # with which a refusal begins
     refused: Rate  # refusals under this prompt
     tried: list[tuple[str, Rate]]  # all prompts, best first
 
@@ -1417,32 +1417,33 @@ class RRS(Runner):
         return rates
 
     def find_refusal(
-        self, harmful: Any, benign: Any = (), condition: str | None = None, *,
-        prompts: Sequence[str] = REFUSAL_PROMPTS, n: int = 24,
+        self, harmful: Any, benign: Any = None, condition: str | None = None, *,
+        prompts: Sequence[str] = REFUSAL_PROMPTS, words: str = "", n: int = 24,
     ) -> Refusal:  # fmt: skip
         """How does this model refuse? Tries `prompts` and the config's own on `n` examples (24 tokens each), by default
         in the first of `config.conditions`: which of them makes it refuse most, and with which words?
 
-        Words are those in quotation marks in the prompt, or those that its refusals begin with. They serve if, once the
-        first is said, the model says the rest, and if answers to `benign` do not begin so: "I" begins many.
-        Where none serve, the best prompt and its refusals' words are returned.
+        Words are `words` if given, else those in quotation marks in the prompt, or those that its refusals begin with.
+        They serve if, once the first is said, the model says the rest, and if answers to `benign` do not begin so: "I"
+        begins many. Where none serve, the prompt that refuses most and `words`, or its refusals', are returned.
         """
         condition = condition or self.config.conditions[0]
         examples = self._usable(load_examples(harmful, "harmful"), condition)
         examples = examples[:: -(-len(examples) // n)]
-        asked = dict.fromkeys(p for p in (*prompts, self.config.refusal_prompt) if p != "auto")
+        if not (asked := dict.fromkeys(p for p in (*prompts, self.config.refusal_prompt) if p != "auto")):
+            raise ValueError("There is no refusal prompt to try: prompts is empty and config.refusal_prompt 'auto'.")
         tried = [(prompt, *self._refusals(examples, condition, prompt)) for prompt in asked]
         tried.sort(key=lambda row: -row[1].value)
         usual = torch.empty(0)
-        if len(benign):
+        if benign is not None:
             some = self._usable(load_examples(benign, "benign"), condition)
             usual = self._first_choice(self.extract(some[:: -(-len(some) // 256)], condition))
-        best = tried[0][0], tried[0][1], _opening(tried[0][2], self.tokenizer)
+        best = tried[0][0], tried[0][1], words or _opening(tried[0][2], self.tokenizer)
         candidates = (
-            (prompt, rate, words)
+            (prompt, rate, said)
             for prompt, rate, texts in tried
             if rate.k
-            for words in (*prompt.split('"')[1::2], _opening(texts, self.tokenizer))
+            for said in ([words] if words else [*prompt.split('"')[1::2], _opening(texts, self.tokenizer)])
         )
         serving = (c for c in candidates if self._serve(c[2], c[0], examples, condition, usual))
         prompt, rate, words = next(serving, best)
@@ -1451,7 +1452,7 @@ class RRS(Runner):
         self._say("\n".join([*lines, f"refusal prompt: {prompt}", f"words: {words!r}"]))
         if tried[0][1].value < 0.5:
             best = f"Even the best refusal prompt makes this model refuse only {tried[0][1]}"
-            _warn(f"{best}. Pass prompts= of your own that say the words to reply with, in quotation marks.")
+            _warn(f"{best}. Set one of your own (refusal_prompt, or prompts=) that quotes the words to reply with.")
         return found
 
     def _serve(self, words: str, prompt: str, examples: Sequence[Example], condition: str, usual: Tensor) -> bool:
@@ -1649,9 +1650,10 @@ class RRS(Runner):
         config, extra = self.config, dict[str, Any]()
         try:
             if "auto" in (config.refusal_prompt, config.refusal):
-                found = self.find_refusal(harmful, benign)
-                own: dict[str, Any] = {"refusal_prompt": found.prompt, "refusal": found.words}
-                self.config = replace(config, **{k: v for k, v in own.items() if getattr(config, k) == "auto"})
+                fixed: dict[str, Any] = {} if config.refusal_prompt == "auto" else {"prompts": ()}  # its own alone
+                fixed |= {} if config.refusal == "auto" else {"words": config.refusal}
+                found = self.find_refusal(harmful, benign, **fixed)
+                self.config = replace(config, refusal_prompt=found.prompt, refusal=found.words)
                 extra["refusal"] = asdict(found)
             differs = [f"\n  {name:18} {value!r}" for name, value in self.config.differences().items()]
             self._say("settings that differ from the paper's:" + ("".join(differs) or " none"))

@@ -714,7 +714,7 @@ def test_find_refusal_takes_the_best_prompt_and_the_words_most_refusals_begin_wi
     assert [rate.k for _, rate in found.tried] == [4, 0, 0, 0]
     assert r.config == small()
     assert r.find_refusal(harmful, prompts=["(magic)"], n=2).refused.n == 2
-    with pytest.warns(RRSWarning, match=r"Even the best refusal prompt .* 0%.*Pass prompts= of your own"):
+    with pytest.warns(RRSWarning, match=r"Even the best refusal prompt .* 0%.*Set one of your own"):
         r.find_refusal(harmful, prompts=["(no)"])
 
 
@@ -766,6 +766,11 @@ def test_the_words_of_a_refusal_are_said_to_their_end_and_begin_no_benign_answer
     assert found(prompts, harmful, benign) == ("(no)", "I'm sorry.")  # under it, it refuses more
     usual.append("I'm sorry.")
     assert found(prompts, harmful, benign) == (quoted, "Sorry, never.")
+    usual.clear()
+    assert r.find_refusal(harmful, prompts=prompts, words="Sorry, never.").prompt == "(no)"  # given, for each prompt
+    usual.append("Sorry, never.")
+    none = r.find_refusal(harmful, benign, prompts=[quoted], words="Sorry, never.")
+    assert (none.prompt, none.words) == (quoted, "Sorry, never.")
 
 
 def test_single_steps_want_a_refusal_that_is_found(tiny, harmful, benign):
@@ -778,7 +783,6 @@ def test_single_steps_want_a_refusal_that_is_found(tiny, harmful, benign):
 
 @pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
 def test_fit_finds_the_refusal_by_itself(tiny, harmful, benign, refusing, monkeypatch):
-    monkeypatch.setattr(rrs, "REFUSAL_PROMPTS", ("(no)", "(magic)"))
     monkeypatch.setattr(
         RRS.find_refusal, "__kwdefaults__", {**RRS.find_refusal.__kwdefaults__, "prompts": ("(magic)",)}
     )
@@ -793,8 +797,22 @@ def test_fit_finds_the_refusal_by_itself(tiny, harmful, benign, refusing, monkey
     assert r.record["config"]["refusal"] == r.record["refusal"]["words"] == "I cannot"
     words = r.token_ids("I cannot")
     assert {i.suffix for i in items_of(r, harmful, benign)[:6]} == {words}
-    half = RRS(*tiny_qwen2_audio(), small(refusal="auto", epochs=1), verbose=False).fit(harmful, benign, preflight=0)
-    assert (half.config.refusal, half.config.refusal_prompt) == ("I cannot", RRSConfig().refusal_prompt)
+
+
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_what_of_the_refusal_is_fixed_alone_counts(tiny, harmful, benign, refusing):
+    """Words are then those of the fixed prompt, and the prompt one under which the fixed words are said."""
+    for fixed, wanted in [
+        ({"refusal_prompt": "(magic)", "refusal": "auto"}, ("(magic)", "I cannot", 1)),
+        ({"refusal_prompt": "(no)", "refusal": "auto"}, ("(no)", "Well,", 1)),
+        ({"refusal_prompt": "auto", "refusal": "N"}, (rrs.REFUSAL_PROMPTS[0], "N", len(rrs.REFUSAL_PROMPTS))),
+    ]:
+        r = RRS(*tiny_qwen2_audio(), small(epochs=1, **fixed), verbose=False).fit(harmful, benign, preflight=0)
+        found = r.record["refusal"]
+        assert (r.config.refusal_prompt, r.config.refusal, len(found["tried"])) == wanted
+        assert (found["prompt"], found["words"]) == wanted[:2]
+    with pytest.raises(ValueError, match="no refusal prompt to try"):
+        RRS(*tiny, small(refusal_prompt="auto"), verbose=False).find_refusal(harmful, prompts=())
 
 
 # -- use
