@@ -617,15 +617,17 @@ def check_folder(directory: str | Path, overwrite: bool = False) -> Path:
 
 def describe(function: Any) -> str:
     """A function's name with a hash of its code and of the numbers and words in it: a resumed run knows an edited one.
-    What lies in functions that it calls or makes plays no part."""
+    What lies in functions that it calls plays no part."""
     if isinstance(function, partial):
         return f"partial of {[describe(f) for f in (function.func, *function.args, *function.keywords.values())]}"
     if (code := getattr(function, "__code__", None)) is None:
         return repr(function) if isinstance(function, (str, int, float)) else type(function).__qualname__
     outside = [*(function.__defaults__ or ()), *(cell.cell_contents for cell in function.__closure__ or ())]
-    plain = [x for x in (*code.co_consts, *outside) if isinstance(x, (str, int, float))]
-    said = repr([code.co_code, code.co_names, plain])
-    return f"{function.__qualname__} {hashlib.sha256(said.encode()).hexdigest()[:12]}"
+    codes, said = [code], list[Any](x for x in outside if isinstance(x, (str, int, float)))
+    for each in codes:  # it grows by the generators and lambdas within
+        codes += [x for x in each.co_consts if hasattr(x, "co_code")]
+        said += [each.co_code, each.co_names, *(x for x in each.co_consts if isinstance(x, (str, int, float, tuple)))]
+    return f"{function.__qualname__} {hashlib.sha256(repr(said).encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()

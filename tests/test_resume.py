@@ -388,6 +388,13 @@ def test_a_function_is_described_alike_in_every_process():
         said.add(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, check=True).stdout)
     assert len(said) == 1
     assert describe(to_targets) != describe(squared)
+    edited = [  # as README's penalty; each of one name
+        lambda lora: sum(b.norm() for b in lora.B),
+        lambda lora: sum(b.norm(1) for b in lora.B),
+        lambda lora: sum(b.norm(dim=(0, 1)) for b in lora.B),
+        lambda lora: sum(b.norm(dim=(1, 0)) for b in lora.B),
+    ]
+    assert len({describe(penalty) for penalty in edited}) == len(edited)
 
 
 @pytest.mark.parametrize("without", [{"resume": True}, {"checkpoint_every": 2}])
