@@ -528,13 +528,6 @@ class Rate:
         return f"{self.value:.0%} ({self.k}/{self.n})" if self.n else "–"
 
 
-def auc(above: Tensor, below: Tensor) -> float:
-    """How often one of `above` is greater than one of `below`, of all pairs; equals count half (Mann-Whitney's U)."""
-    below = below.sort().values
-    less, not_more = (torch.searchsorted(below, above, right=right).double() for right in (False, True))
-    return float((less + not_more).mean() / (2 * len(below)))
-
-
 @dataclass(frozen=True)
 class Change:
     """A difference of two rates on the same questions, with its 95% interval and McNemar's exact p."""

@@ -31,7 +31,7 @@ from train import open_model
 
 from rrs import RRS, Example, RRSConfig, TrainItem, contribution, make_items
 from rrs.data import content_hash
-from rrs.evaluate import Rate, auc, by_label
+from rrs.evaluate import Rate, by_label
 from rrs.hooks import Prompt, Reader
 
 Groups = Mapping[str, Sequence[Example]]
@@ -215,6 +215,13 @@ def ablate(
         done.append(known[key])
         (out / "table.md").write_text(table(done), encoding="utf-8")
     return done
+
+
+def auc(above: Tensor, below: Tensor) -> float:
+    """How often one of `above` is greater than one of `below`, of all pairs; equals count half (Mann-Whitney's U)."""
+    below = below.sort().values
+    less, not_more = (torch.searchsorted(below, above, right=right).double() for right in (False, True))
+    return float((less + not_more).mean() / (2 * len(below)))
 
 
 def separation(model: RRS, groups: Groups, conditions: Sequence[str]) -> dict[str, float]:

@@ -22,7 +22,6 @@ from rrs.evaluate import (
     Report,
     answer_and_judge,
     answer_text,
-    auc,
     by_label,
     final_answer,
     first_token_change,
@@ -534,13 +533,6 @@ def test_methods_side_by_side():
     assert f"{start} steering | 50.0% [31–69] |" in text
     assert "| text-only | hard-benign | 24 | 0.0% [0–14] | RRS | 0.0% [0–14] | +0.0" in text
     assert text.count("| RRS |") == 4
-
-
-def test_auc_counts_every_pair():
-    above, below = torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([2.0, 0.0, 3.0])
-    pairs = [(a > b) + (a == b) / 2 for a in above.tolist() for b in below.tolist()]
-    assert auc(above, below) == pytest.approx(sum(pairs) / len(pairs))
-    assert auc(torch.arange(1e5), torch.arange(1e5)) == pytest.approx(0.5)  # no matrix of 10^10 pairs
 
 
 def test_maps(tmp_path):

@@ -369,6 +369,13 @@ def test_merit_is_refusals_within_the_budgets():
 # -- ablation.py
 
 
+def test_auc_counts_every_pair():
+    above, below = torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([2.0, 0.0, 3.0])
+    pairs = [(a > b) + (a == b) / 2 for a in above.tolist() for b in below.tolist()]
+    assert ablation.auc(above, below) == pytest.approx(sum(pairs) / len(pairs))
+    assert ablation.auc(torch.arange(1e5), torch.arange(1e5)) == pytest.approx(0.5)  # no matrix of 10^10 pairs
+
+
 def twins(n):
     """Harmful and benign questions that name each other, with groups."""
     data = [{**row, "group": "harmful"} for row in rows("harmful", n)]
