@@ -666,7 +666,7 @@ PREFLIGHT = {
     "token_target": (0.5, 1, "of the targets of harmful inputs have the refusal's first token as the first choice",
                      'So they start no refusal. Use refusal="auto" or more harmful_strength.'),
     "words_follow": (0.99, 1, "of the refusal's further words are the first choice at their targets",
-                     'So answers go on otherwise. Use refusal="auto", or words that the refusal prompt quotes.'),
+                     "So answers go on otherwise. Use words that the refusal prompt quotes and the model then says."),
     "benign_same": (0.5, 1, "of benign inputs keep their first choice at their targets",
                     "So they will be answered otherwise. Use direction='natural' or less benign_strength."),
 }  # fmt: skip
@@ -1453,8 +1453,8 @@ class RRS(Runner):
         lines = [f"refused: {share}  {prompt}" for prompt, share in found.tried]
         self._say("\n".join([*lines, f"refusal prompt: {prompt}", f"words: {words!r}"]))
         if tried[0][1].value < 0.5:
-            best = f"Even the best refusal prompt makes this model refuse only {tried[0][1]}"
-            _warn(f"{best}. Set one of your own (refusal_prompt, or prompts=) that quotes the words to reply with.")
+            low = f"Even the best refusal prompt makes this model refuse only {tried[0][1]}"
+            _warn(f"{low}. Set one of your own (refusal_prompt, or prompts=) that quotes the words to reply with.")
         return found
 
     def _serve(self, words: str, prompt: str, examples: Sequence[Example], condition: str, usual: Tensor) -> bool:
