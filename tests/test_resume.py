@@ -189,6 +189,17 @@ def test_a_second_run_in_the_folder_of_another_process_is_told_and_a_killed_one_
     assert_identical(fit(tmp_path, resume=True), reference)
 
 
+@pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
+def test_a_resumed_run_finds_the_same_refusal(tmp_path):
+    auto = {"refusal": "auto", "refusal_prompt": "auto"}
+    whole = fit(r=new(**auto))
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, r=new(**auto), checkpoint_every=1, callbacks=[raising(ZeroDivisionError, 3)])
+    again = fit(tmp_path, r=new(**auto), checkpoint_every=1, resume=True)
+    assert_identical(again, whole)
+    assert again.config == whole.config != new(**auto).config
+
+
 def test_a_second_run_in_the_folder_of_another_thread_is_told(tmp_path, reference):
     said = []
 
