@@ -336,7 +336,7 @@ def _example(
     if hasattr(audio, "get_all_samples"):  # a decoder of `datasets`
         samples = audio.get_all_samples()
         audio = {"array": samples.data.numpy().T, "sampling_rate": samples.sample_rate}
-    if isinstance(audio, Mapping) and audio.keys() <= {"bytes", "path"}:
+    if isinstance(audio, Mapping) and (not audio or ("array" not in audio and audio.keys() & {"bytes", "path"})):
         audio = audio.get("bytes") or audio.get("path") or None
     messages, text = ((), text) if chat is None else _turns(chat, text, spoken=audio is not None)
     if text is None and audio is None:

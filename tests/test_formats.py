@@ -156,7 +156,7 @@ def encoded(wave):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["path", "bytes", "array", "bytes and path", "path only", "decoder"])
+@pytest.mark.parametrize("kind", ["path", "bytes", "array", "bytes and path", "path only", "more", "decoder"])
 def test_rows_of_datasets(folder, kind):
     """Audio as `datasets` gives it: cast to decode=False, decoded, or as a decoder object."""
     wave = tone(0.2, 0)
@@ -166,6 +166,7 @@ def test_rows_of_datasets(folder, kind):
         "array": {"array": wave, "sampling_rate": RATE, "path": None},
         "bytes and path": {"bytes": encoded(wave), "path": "elsewhere.flac"},
         "path only": {"bytes": None, "path": str(folder / "a.wav")},
+        "more": {"bytes": encoded(wave), "path": None, "sampling_rate": RATE},
         "decoder": SimpleNamespace(
             get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(wave)[None], sample_rate=RATE)
         ),
@@ -234,6 +235,7 @@ OUTSIDE = {
     "sarsteer": ("s.json", '[{{"scenario": "Fraud", "audio_file": "{}", "question": "How?"}}]'),
     "air-bench": ("chat.jsonl", '{{"path": "{}", "question": "What is said?", "answer_gt": "Hello."}}'),
     "a dict": ("m.jsonl", '{{"text": "x", "audio": {{"bytes": null, "path": "{}"}}}}'),
+    "a dict with more": ("m.jsonl", '{{"text": "x", "audio": {{"path": "{}", "sampling_rate": 16000}}}}'),
 }
 
 
