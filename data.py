@@ -33,7 +33,8 @@ CONDITIONS = ("audio-text", "text-only", "audio-only", "text-content")
 the question typed in the paper's second form, "The audio content is: …"."""
 
 MAX_BYTES = 2**30
-"""The most that a file may hold, or a clip as mono float32 (93 minutes at 48 kHz): files compress what they like."""
+"""The most that a file may hold, or a clip as mono float32, before and after resampling (93 minutes at 48 kHz): files
+compress what they like."""
 
 
 class DataError(ValueError):
@@ -423,6 +424,8 @@ def load_audio(source: Any, rate: int, *, name: str = "audio") -> Wave:
         raise DataError(f"{name}: no samples (shape {list(wave.shape)}); re-export the clip.")
     if not 1_000 <= source_rate <= 1_000_000:
         raise DataError(f"{name}: a rate of {source_rate} Hz: must be positive and sound's; correct the clip's header.")
+    if len(wave) * rate > source_rate * MAX_BYTES / 4:
+        raise DataError(f"{name}: {len(wave) / source_rate:.0f} s at {rate} Hz exceed MAX_BYTES={MAX_BYTES}; split it.")
     peak = float(np.abs(wave).max())
     if not math.isfinite(peak):
         raise DataError(f"{name}: NaN or infinite samples; re-export the clip.")

@@ -109,6 +109,14 @@ def test_a_decompression_bomb_is_stopped_before_it_fills_memory(monkeypatch):
     assert peak(decode) < 2**25
 
 
+def test_a_clip_at_a_low_rate_can_grow_no_further_than_others(monkeypatch):
+    """At the model's rate it is 16 times as long."""
+    slow = encoded(np.zeros(2**17, np.int16), 1000, format="FLAC")
+    monkeypatch.setattr("rrs.data.MAX_BYTES", 2**20)
+    with pytest.raises(DataError, match=r"131 s at 16000 Hz exceed MAX_BYTES=.*split it"):
+        load_audio(slow, RATE)
+
+
 def test_a_manifest_reads_nothing_outside_its_folder(tmp_path):
     """No file outside is opened, not even to see whether it is audio."""
     (tmp_path / "secret.wav").write_bytes(encoded(tone(0.1, 0), format="WAV"))
