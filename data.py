@@ -507,7 +507,8 @@ def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
     taps, length = kernels.shape[-1], math.ceil(len(wave) * new_rate / rate)
     frames = math.ceil(length / up)  # a frame: `down` samples in, `up` samples out
     size = min(frames, max(1, 2**22 // (taps + up)))  # in blocks of so many frames: an hour would take gigabytes
-    padded = np.pad(wave, ((taps - down) // 2, max(0, frames * down - len(wave)) + size * down + taps))
+    before, needed = (taps - down) // 2, (math.ceil(frames / size) * size - 1) * down + taps
+    padded = np.pad(wave, (before, max(0, needed - before - len(wave))))
     blocks = torch.from_numpy(padded).unfold(0, (size - 1) * down + taps, size * down)
     # One strided convolution per output phase: [1, 1, samples] -> [1, up, frames]
     out = [torch.nn.functional.conv1d(block[None, None], kernels, stride=down)[0].T for block in blocks]

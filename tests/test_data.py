@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import soundfile
+import torch
 import transformers
 from conftest import RATE, ROOT, TEMPLATE, tiny_qwen2_audio, tone
 
@@ -294,6 +295,15 @@ def test_resampling_in_blocks_is_resampling(monkeypatch):
     t = np.arange(20 * 48_000) / 48_000
     out = resample(np.sin(2 * np.pi * 440 * t).astype(np.float32), 48_000, RATE)
     assert np.abs(out - np.sin(2 * np.pi * 440 * np.arange(20 * RATE) / RATE))[400:-400].max() < 2e-3
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2, 20])
+def test_no_more_is_resampled_than_is_there(monkeypatch, seconds):
+    conv1d, computed = torch.nn.functional.conv1d, []
+    monkeypatch.setattr("torch.nn.functional.conv1d", lambda *a, **k: computed.append(conv1d(*a, **k)) or computed[-1])
+    out = resample(tone(seconds, 6)[: int(seconds * 8000)], 8000, RATE)
+    blocks = [part.numel() for part in computed]
+    assert len(out) <= sum(blocks) < len(out) + max(blocks)
 
 
 def test_long_clips_are_resampled_in_little_memory():
