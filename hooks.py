@@ -480,8 +480,8 @@ class Reader:
                 raise UnfitPrompt("the clip is too short: it gives this model no audio token; remove or pad it")
             prompt.start = int(differs[0])
             prompt.rows = embeds[prompt.start : int(differs[-1]) + 1].clone()
-        if not off and not (self.exact and self._clips):
-            off = self._check(prompt, inputs)
+        if not (self.exact and self._clips):
+            off = max(off, self._check(prompt, inputs))
         if off > self.tolerance:
             self.exact, prompt.rows = False, None
             warnings.warn(
@@ -992,7 +992,7 @@ def on_rank0(compute: Callable[[], T]) -> T:
             done[0] = compute(), None
         except Exception as error:  # raised below, on every rank
             done[0] = None, error
-    value, failed = all_gather(done)[0]
+    value, failed = (all_gather(done) | done)[0]  # on rank 0 its own error, with its traceback
     if failed is not None:
         raise failed
     return cast(T, value)

@@ -169,3 +169,6 @@ def test_errors_of_rank_0_are_everyones(monkeypatch):
                 hooks.on_rank0(lambda: 1 / 0)
         else:
             assert hooks.on_rank0(lambda: 1 / 0) == 5
+    monkeypatch.setattr(hooks, "rank", lambda: 0)  # which has its own error, traceback included
+    with pytest.raises(ZeroDivisionError):
+        hooks.on_rank0(lambda: 1 / 0)

@@ -330,9 +330,11 @@ def test_a_merge_that_was_broken_off_goes_on(tiny):
     assert torch.allclose(rrs.model(**inputs).logits, adapted, atol=1e-4)
 
 
-@pytest.mark.parametrize(("scaling", "capped"), [(8.0, False), (0.25, False), (1.0, True)])
-def test_logits_are_scaled_as_the_model_does(scaling, capped):
-    """Granite divides what its head gives; a soft cap is no scale."""
+@pytest.mark.parametrize(
+    ("scaling", "capped", "longer"), [(8.0, False, False), (0.25, False, False), (8.0, False, True), (1.0, True, False)]
+)
+def test_logits_are_scaled_as_the_model_does(scaling, capped, longer):
+    """Granite divides what its head gives, also where the decoder sees a longer prompt; a soft cap is no scale."""
     torch.manual_seed(0)
     common = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -343,8 +345,12 @@ def test_logits_are_scaled_as_the_model_does(scaling, capped):
     else:
         model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=scaling))
     ids = torch.arange(5, 12)[None]
+    if longer:
+        twice = model.get_input_embeddings()(ids).detach().repeat(1, 2, 1)
+        model.register_forward_pre_hook(lambda *_: ((), {"inputs_embeds": twice}), with_kwargs=True)
     reader = Reader(model.eval(), locate(model), lambda _text, _wave: {"input_ids": ids})
     prompt = reader.read("x")
+    assert reader.exact is not longer
     assert reader.logit_scale == pytest.approx(1 if capped else 1 / scaling)
     with torch.no_grad():
         logits = model(ids).logits[0, -1:]
