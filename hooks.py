@@ -366,7 +366,7 @@ class Prompt:
         """The model's own inputs for this prompt alone, `input_ids` `[1, length]` among them."""
         own = self.make() if self.make else {"input_ids": self.ids[None]}
         more = len(self) - own["input_ids"].shape[1]  # see `extended`
-        longer = {k: F.pad(own[k], (0, more), value=value) for k, value in PER_TOKEN_INPUTS.items() if k in own}
+        longer = {k: F.pad(own[k], (0, more), value=v) for k, v in PER_TOKEN_INPUTS.items() if own.get(k) is not None}
         return {**own, **longer, "input_ids": self.ids[None]}
 
     def extended(self, tokens: Sequence[int]) -> Prompt:

@@ -359,6 +359,11 @@ def test_logits_are_scaled_as_the_model_does(scaling, capped, longer):
     assert torch.equal(ours.argmax(-1), logits.argmax(-1))
 
 
+def test_inputs_of_ones_own_may_name_no_mask():
+    prompt = Prompt(torch.arange(3), make=lambda: {"input_ids": torch.arange(3)[None], "attention_mask": None})
+    assert prompt.extended([7]).inputs()["input_ids"].tolist() == [[0, 1, 2, 7]]
+
+
 @pytest.mark.parametrize("length", [5, 7, 8])
 def test_a_prompt_as_long_as_the_model_has_positions_is_read(length):
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=8)).eval()
