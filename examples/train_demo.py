@@ -211,4 +211,6 @@ if __name__ == "__main__":
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="train: where to write the result")
     parser.add_argument("--report", type=Path, help="evaluate: also write the numbers to this JSON file")
     args = parser.parse_args()
+    if args.stage == "evaluate" and args.weights != WEIGHTS:
+        parser.error(f"evaluate measures what load_demo() loads; copy {args.weights} to {WEIGHTS}")
     {"train": train, "evaluate": evaluate}[args.stage](args)
