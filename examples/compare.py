@@ -135,6 +135,19 @@ def best_alpha(
     return max(alphas, key=lambda a: score(rates["vanilla"], rates[f"α = {a:g}"], budget, harmful))
 
 
+def steering(
+    model: RRS, train: Mapping[str, list[Example]], dev: Mapping[str, list[Example]], tried: Sequence[str],
+    conditions: Sequence[str], budget: Rates, alphas: Sequence[float],
+) -> tuple[dict[str, Tensor], float]:  # fmt: skip
+    """SARSteer's vectors for each condition, of 100 questions a side, and its α by dev."""
+    vectors = {}
+    for c in dict.fromkeys((*tried, *conditions)):
+        able = [spread([e for e in train[side] if e.has(c)], 100) for side in ("harmful", "benign")]
+        vectors[c] = sarsteer_vectors(model, *able, c)
+    few = {group: spread(rows, 60) for group, rows in dev.items()}
+    return vectors, best_alpha(model, vectors, few, tried, budget, alphas)
+
+
 def compare(
     model: RRS,
     train: Mapping[str, list[Example]],
@@ -201,13 +214,7 @@ def compare(
     notes.append(f"RRS, published: {about}.")
     model.config = config
 
-    vectors = {}
-    for c in dict.fromkeys((*tried, *conditions)):
-        able = [spread([e for e in train[side] if e.has(c)], 100) for side in ("harmful", "benign")]
-        vectors[c] = sarsteer_vectors(model, *able, c)
-    few = {group: spread(rows, 60) for group, rows in dev.items()}
-    alpha = best_alpha(model, vectors, few, tried, found.budget, alphas)
-
+    vectors, alpha = steering(model, train, dev, tried, conditions, found.budget, alphas)
     system = RRS(model.model, model.processor, replace(config, system=SYSTEM), verbose=False)
     stages = {
         "vanilla": lambda _condition: model.disabled(),
