@@ -149,19 +149,11 @@ def steering(
 
 
 def compare(
-    model: RRS,
-    train: Mapping[str, list[Example]],
-    dev: Mapping[str, list[Example]],
-    test: Mapping[str, list[Example]],
-    out: Path,
-    *,
-    budget: float | Mapping[str, float] = 0.01,
-    rates: Sequence[float] = RATES,
-    epochs: Sequence[int] = EPOCHS,
-    without: Sequence[str] = (),
-    alphas: Sequence[float] = ALPHAS,
-    max_new_tokens: int = 24,
-) -> Report:
+    model: RRS, train: Mapping[str, list[Example]], dev: Mapping[str, list[Example]],
+    test: Mapping[str, list[Example]], out: Path, *,
+    budget: float | Mapping[str, float] = 0.01, rates: Sequence[float] = RATES, epochs: Sequence[int] = EPOCHS,
+    without: Sequence[str] = (), alphas: Sequence[float] = ALPHAS, max_new_tokens: int = 24,
+) -> Report:  # fmt: skip
     """Trains what has to be trained, answers everything by every method, and saves the report.
 
     Args:
