@@ -116,10 +116,11 @@ def lacking(examples: Sequence[Example], condition: str) -> str:
     """How many examples can't be used in a condition, which, and what they lack; `""` if all can."""
     out = [f"{e.id} ({e.meta.get('missing_clip', 'none given')})" for e in examples if not e.has(condition)]
     what = "text" if condition.startswith("text") else "clip"
-    return f"{condition}: {len(out)} of {len(examples)} examples have no {what}: {_some(out)}" if out else ""
+    return f"{condition}: {len(out)} of {len(examples)} examples have no {what}: {listed(out)}" if out else ""
 
 
-def _some(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first eight names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
@@ -195,7 +196,7 @@ def load_examples(
     name, folder = "examples", Path(audio_dir) if audio_dir else None
     if isinstance(source, (str, Path)):
         name, folder = str(source), folder or Path(source).parent
-        rows = _read_file(Path(source), set(given.values()))
+        rows = read_file(Path(source), set(given.values()))
     elif isinstance(source, Iterable):
         table: Any = [source] if isinstance(source, Mapping) else source
         rows = list(table.to_dict("records") if hasattr(table, "iterrows") else table)  # pandas
@@ -221,12 +222,13 @@ def load_examples(
         held = f": its rows are all of the other label; pass the file with the {label} ones" if seen else ""
         raise DataError(f"{name}: no {label + ' ' if label else ''}examples in it{held}.")
     if absent := [f"{e.id} ({e.meta['missing_clip']})" for e in examples if "missing_clip" in e.meta]:
-        said = f"{name}: {len(absent)} of {len(examples)} clips are not there: {_some(absent)}. These rows can only be "
-        warnings.warn(f"{said}typed; correct the paths, or pass audio_dir='their folder'.", DataWarning, stacklevel=2)
+        said = f"{name}: {len(absent)} of {len(examples)} clips are not there: {listed(absent)}"
+        remedy = "These rows can only be typed; correct the paths, or pass audio_dir='their folder'."
+        warnings.warn(f"{said}. {remedy}", DataWarning, stacklevel=2)
     return examples
 
 
-def _read_file(path: Path, wanted: set[str]) -> list[Any]:
+def read_file(path: Path, wanted: set[str]) -> list[Any]:
     """The clip; or the rows of JSON, JSONL, a table; or of plain text, one for each line.
 
     A file is a table if its first line names a column that is known or `wanted`.

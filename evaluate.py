@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import CONDITIONS, Example, _read_file, _some
+from .data import CONDITIONS, Example, listed, read_file
 from .hooks import Prompt, Reader, all_gather, on_rank0, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def read_answers(path: str | Path, needs: Sequence[str], take: Callable[[dict[st
     Raises:
         ValueError: rows that lack one of `needs`, have a verdict that is none, or that `take` refuses by a ValueError.
     """
-    rows, bad = _read_file(Path(path), set()), list[str]()
+    rows, bad = read_file(Path(path), set()), list[str]()
     for i, row in enumerate(rows, 1):
         try:
             if lacking := [repr(name) for name in needs if not isinstance(row, dict) or row.get(name) is None]:
@@ -304,7 +304,7 @@ def read_answers(path: str | Path, needs: Sequence[str], take: Callable[[dict[st
         except ValueError as error:
             bad.append(f"row {i}: {error}")
     if bad or not rows:
-        raise ValueError(f"{path}: {_some(bad) or 'no rows'}. Each row needs {', '.join(map(repr, needs))}.")
+        raise ValueError(f"{path}: {listed(bad) or 'no rows'}. Each row needs {', '.join(map(repr, needs))}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ class AnswerCache:
         if bad and not known and not head.startswith(text[: len(head)]):
             raise ValueError(f"{self.path}, line {bad[0]}: not a line of an answer cache; choose another file.")
         if bad:
-            warnings.warn(f"{self.path}: damaged, and answered again: line {_some(bad)}.", stacklevel=4)
+            warnings.warn(f"{self.path}: damaged, and answered again: line {listed(bad)}.", stacklevel=4)
         if text and not text.endswith("\n"):  # the power went
             self._append("\n")
         return known
