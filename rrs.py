@@ -1323,14 +1323,14 @@ class RRS(Runner):
 
     def extract(
         self, examples: Any, condition: str, *,
-        refusal_prompt: bool = False, all_layers: bool = False, vanilla: bool = True,
+        refusal_prompt: bool | str = False, all_layers: bool = False, vanilla: bool = True,
     ) -> Tensor:  # fmt: skip
         """Step 1, one side at a time: `h(x)` of the vanilla model, float32 `[n, hidden]`, in the examples' order.
 
         `h(x)` is what the head multiplies at the prompt's last token.
 
         Args:
-            refusal_prompt: append `config.refusal_prompt`, for `R_h+`.
+            refusal_prompt: append `config.refusal_prompt`, or the one given, for `R_h+`.
             all_layers: `[n, layers + 1, hidden]` instead: the embeddings and every block's output at that token.
             vanilla: without the adapter; False leaves it as it is.
         """
@@ -1358,7 +1358,8 @@ class RRS(Runner):
         mask = select_features(delta, self.head_row(self.refusal_token), self.config.top, scorer)
         move = delta * mask
         if self.config.direction == "natural":
-            move = natural_direction(move, benign, self.location.head_weight * self.reader.logit_scale)
+            weight, scale = self.location.head_weight, self.reader.logit_scale
+            move = natural_direction(move, benign, weight if scale == 1 else weight * scale)  # at 1, no copy of it
         return Direction(delta, mask, move)
 
     def prepare(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,10 +39,9 @@ def sarsteer_vectors(
 ) -> Tensor:
     """SARSteer's direction for every block `[blocks, hidden]`: mean of what the refusal prompt adds, without the part
     in the space of the first `k` principal components of harmless inputs."""
-    own, model.config = model.config, replace(model.config, refusal_prompt=SARSTEER_PROMPT)
-    refused = model.extract(harmful, condition, refusal_prompt=True, all_layers=True)  # [n, 1 + blocks, hidden]
-    model.config = own
-    direction = (refused - model.extract(harmful, condition, all_layers=True)).mean(0)[1:]
+    refused = model.extract(harmful, condition, refusal_prompt=SARSTEER_PROMPT, all_layers=True)
+    added = refused - model.extract(harmful, condition, all_layers=True)  # [n, 1 + blocks, hidden]
+    direction = added.mean(0)[1:]
     safe = model.extract(benign, condition, all_layers=True)[:, 1:].transpose(0, 1)  # [blocks, n, hidden]
     basis = torch.linalg.svd(safe - safe.mean(1, keepdim=True), full_matrices=False).Vh[:, :k]  # [blocks, k, hidden]
     return direction - (direction[:, None] @ basis.mT @ basis)[:, 0]
