@@ -38,7 +38,6 @@ from maps import add_maps
 from reproduce import origin
 from review import write_page
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
 from rrs import RRS, Example, Report, RRSConfig, TrainItem, load_examples
@@ -51,6 +50,7 @@ SYSTEM = (
 ALPHA, ALPHAS = 0.1, (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)  # of SARSteer: its own, ours to choose from
 ANSWERS = 30  # of each group that check a scale, as in the quickstart
 RATES, EPOCHS = (0.1, 0.3, 1.0), (1, 2)  # factors of the learning rate, then, at the best one, of the epochs
+SFT = ("SFT basic", "SFT mirror", "SFT parallel")
 METHOD = (  # settings of the method, which the published one has as published
     "top", "harmful_strength", "benign_strength", "direction", "keep_tokens", "keep_share", "target_modules", "layers",
 )  # fmt: skip
@@ -194,10 +194,11 @@ def compare(
         "SFT parallel": [item for c in parallel for item in refusals[c] + answers[c]],
     }
     best = partial(best_of, rates=rates, epochs=epochs, dev=dev, conditions=tried, budget=budget)
-    for name in (name for name in structures if name not in without):
-        own = replace(config, penalty=0.0)
-        loras[name], about = best(model, structures[name], own, objective=negative_log_likelihood)
-        notes.append(f"{name}: {about}.")
+    for name, items in structures.items():
+        if name not in without:
+            own = replace(config, penalty=0.0)
+            loras[name], about = best(model, items, own, objective=negative_log_likelihood)
+            notes.append(f"{name}: {about}.")
     paper = {name: getattr(RRSConfig(), name) for name in METHOD}
     published = replace(config, refusal=model.tokenizer.decode(model.token_ids(config.refusal)[:1]), **paper)
     model.config = published
@@ -235,11 +236,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="of each harmless group; default: the quickstart's, else 0.01")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="factors of the learning rate to try")
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="then, at the best one, of the epochs")
-    parser.add_argument("--without", nargs="+", default=(), metavar="METHOD", help='to leave out, e.g. "SFT parallel"')
+    parser.add_argument("--without", nargs="+", default=(), choices=SFT, help="to leave out")
     parser.add_argument("--every", type=int, default=1, help="choose by and ask every n-th question only")
     parser.add_argument("--fast", action="store_true", help="a tenth of the data, nothing chosen: does everything run?")
     args = parser.parse_args()
     import quickstart
+    from demo_lalm import fast_attention
 
     if args.harmful and args.benign:
         rows = [*load_examples(args.harmful, "harmful"), *load_examples(args.benign, "benign")]
@@ -257,8 +259,7 @@ def main() -> None:
         every, options, train = 10, {"rates": (1.0,), "epochs": (1,)}, {k: v[::10] for k, v in train.items()}
     dev, test = ({k: v[::every] for k, v in groups.items()} for groups in (dev, test))
     model = open_model(args.model)
-    # On prompts as short as the demo's, backwards in bfloat16 on a CPU, the plain attention is the faster one.
-    with sdpa_kernel(SDPBackend.MATH) if args.model == "demo" else nullcontext():
+    with fast_attention(model.reader.dtype) if args.model == "demo" else nullcontext():
         print(compare(model, train, dev, test, args.out, budget=budget, **options))
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from demo_parts import GGUF, cache_folder, fetch, gguf_tokenizer, lexicon, llama
 from gguf import GGUFReader
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -241,6 +243,12 @@ def fast_dtype() -> torch.dtype:
     """bfloat16 where this CPU multiplies it in hardware, about twice as fast as float32; elsewhere it is far slower."""
     able = getattr(torch.cpu, "get_capabilities", dict)()  # of x86; an older torch does not say
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def fast_attention(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """For training: backwards in bfloat16, PyTorch's fused attention for CPUs is slower than the plain one on prompts
+    as short as the demo's."""
+    return sdpa_kernel(SDPBackend.MATH) if dtype == torch.bfloat16 else nullcontext()
 
 
 def load_demo(

@@ -14,16 +14,13 @@ import resource
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from demo_lalm import fast_dtype, load_demo
+from demo_lalm import fast_attention, fast_dtype, load_demo
 from maps import add_maps
 from reproduce import origin
 from review import write_page
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rrs import RRS, Example, RRSConfig, load_examples
 
@@ -128,8 +125,7 @@ def main() -> None:
     if args.fast:
         dev, test = ({group: rows[::10] for group, rows in groups.items()} for groups in (dev, test))
 
-    # Backwards in bfloat16, PyTorch's fused attention for CPUs is slower than the plain one on prompts this short.
-    with sdpa_kernel(SDPBackend.MATH) if lalm.dtype == torch.bfloat16 else nullcontext():
+    with fast_attention(lalm.dtype):
         model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     half = {group: rows[::2] for group, rows in dev.items()}  # enough to choose one number by
     model.calibrate(half, ("audio-text", "text-only"), budget=BUDGET, answers=8 if args.fast else 30)
