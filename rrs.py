@@ -693,7 +693,9 @@ def _opening(texts: Sequence[str], tokenizer: Any) -> str:
         start.append(token)
     words = tokenizer.decode(start, skip_special_tokens=True).strip()
     first = words.partition(" ")[0]
-    sentences = Counter(text.partition(".")[0] + "." for text in texts if text.startswith(first) and "." in text)
+    same = [text for text in texts if text.startswith(first)]
+    same = [text for text in same if not text[len(first) :][:1].isalpha()] or same  # "I", not "It"; but "Un" is no word
+    sentences = Counter(text.partition(".")[0] + "." for text in same if "." in text)
     return next((sentence for sentence, times in sentences.most_common(1) if times > 1), words)
 
 
@@ -716,6 +718,7 @@ class Calibration:
     vanilla: Point
     points: list[Point]
     chosen: Point
+    over: float  # by how much `chosen` is beyond the budget, see `excess`; without answers, by first choices
 
     def __str__(self) -> str:
         names, before = list(self.vanilla.groups), self.vanilla.answers
@@ -749,7 +752,7 @@ def _curve(measure: Callable[[float], Point], most: float) -> list[Point]:
     return points
 
 
-def _excess(before: Report, now: Report, limits: Mapping[str, float]) -> float:
+def excess(before: Report, now: Report, limits: Mapping[str, float]) -> float:
     """By how much a group's answers are beyond its budget, less about a standard error: half of the way from the change
     to the lower end of its 95% interval."""
     found = []
@@ -1740,15 +1743,15 @@ class RRS(Runner):
             chosen = max([p for p in points if p.over <= 1e-9] or points[:1], key=lambda p: (p.refused, -p.scale))
             if unheard := not any(p.refused > vanilla.refused for p in points):
                 chosen = min(points, key=lambda p: abs(math.log(p.scale)))
-            tried = [(_excess(before, judged(chosen), limits) if before else chosen.over, chosen)]
+            tried = [(excess(before, judged(chosen), limits) if before else chosen.over, chosen)]
             while before and tried[-1][0] > 1e-9 and tried[-1][1].scale > 0.1:  # until answers are within it, too
                 if (place := points.index(tried[-1][1])) == 0:
                     points.insert(0, at(points[0].scale / STEP))
                 weaker = points[max(0, place - 1)]
-                tried.append((_excess(before, judged(weaker), limits), weaker))
+                tried.append((excess(before, judged(weaker), limits), weaker))
             over, chosen = min(tried, key=lambda pair: pair[0])
         lora.scale, self.report = chosen.scale * present, None
-        result = Calibration(limits, vanilla, points, chosen)
+        result = Calibration(limits, vanilla, points, chosen, over)
         self.record["calibrated"] = asdict(result)
         self._say(str(result))
         refusing = [(chosen.answers or chosen.groups)[g].value for g in harmful]

@@ -51,7 +51,8 @@ def sarsteer_vectors(
 
 
 def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusing: bool, limit: int) -> list[TrainItem]:
-    """Each example with the token ids of what the vanilla model says to it, or says when it is told to refuse."""
+    """Each example with the token ids of what the vanilla model says to it, or says when it is told to refuse: if that
+    is a refusal with the same first token as RRS's, which `calibrate` counts, else those words, or `REFUSAL`."""
     examples = [e for e in examples if e.has(condition)]
     with model.disabled(), frozen(model.model):
         prompts = [model.read(e, condition, refusal_prompt=refusing) for e in examples]
@@ -59,8 +60,9 @@ def own_answers(model: RRS, examples: Sequence[Example], condition: str, refusin
     if refusing:
         texts = [answer_text(model.tokenizer, ids) for ids in said]
         verdicts = judge_refusals([e.text or "" for e in examples], texts)
-        fixed = [*model.token_ids(REFUSAL), model.tokenizer.eos_token_id][:limit]
-        said = [ids if v == "refusal" else fixed for ids, v in zip(said, verdicts, strict=True)]
+        words, token = model.token_ids(model.config.refusal), model.refusal_token
+        fixed = [*(words if len(words) > 1 else model.token_ids(REFUSAL)), model.tokenizer.eos_token_id][:limit]
+        said = [ids if v == "refusal" and ids[0] == token else fixed for ids, v in zip(said, verdicts, strict=True)]
     return [TrainItem(e, condition, torch.tensor(ids)) for e, ids in zip(examples, said, strict=True) if ids]
 
 

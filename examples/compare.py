@@ -17,9 +17,10 @@
     RRS             the settings given: the quickstart's on the demo, else the paper's
 
 The paper names SFT's structures without defining them; these definitions are ours. SFT's refusals are the model's own
-under the refusal prompt, or a fixed sentence where it does not refuse. SFT and the published RRS get the best of three
-learning rates and then of one or two times the epochs, and every adapter the scale at which `RRS.calibrate` finds it
-within the budgets. All of this is chosen by held-out questions, never by those of the table.
+under the refusal prompt where they begin as RRS's refusal does, else that refusal; its LoRA is on the modules that
+RRS's is on. SFT and the published RRS get the best of three learning rates and then of one or two times the epochs, and
+every adapter the scale at which `RRS.calibrate` finds it within the budgets. All of this is chosen by held-out
+questions, never by those of the table.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from review import write_page
 from torch import Tensor
 from train import TEST, Groups, grouped, hold_out, open_model, possible, spread
 
-from rrs import RRS, Example, Report, RRSConfig, TrainItem, load_examples
+from rrs import RRS, Calibration, Example, Report, RRSConfig, TrainItem, excess, load_examples
 from rrs.hooks import LoRA
 
 SYSTEM = (
@@ -54,7 +55,6 @@ SFT = ("SFT basic", "SFT mirror", "SFT parallel")
 METHOD = (  # settings of the method, which the published one has as published
     "top", "harmful_strength", "benign_strength", "direction", "keep_tokens", "keep_share", "target_modules", "layers",
 )  # fmt: skip
-Rates = Mapping[str, float]
 
 # -- states of the model: inside each `with`, the model answers by that method
 
@@ -80,30 +80,36 @@ def adapted(model: RRS, lora: LoRA, _condition: str) -> Iterator[None]:
 # -- each at its best point by dev
 
 
-def score(vanilla: Rates, now: Rates, budget: Rates, harmful: Sequence[str]) -> tuple[bool, float]:
+def merit(found: Calibration) -> tuple[bool, float]:
     """Sorts by merit: first what is within the budgets, by its refusals; else by how little it is beyond them."""
-    over = max(now[group] - vanilla[group] - limit for group, limit in budget.items())
-    return over <= 1e-9, sum(now[g] for g in harmful) / len(harmful) if over <= 1e-9 else -over
+    refused = [rate.value for g, rate in found.chosen.answers.items() if g not in found.budget]
+    within = found.over <= 1e-9
+    return within, sum(refused) / len(refused) if within else -found.over
+
+
+def at_scale(found: Calibration) -> str:
+    beyond = f", beyond the budgets by {100 * found.over:.1f} points" if found.over > 1e-9 else ""
+    return f"scale ×{found.chosen.scale:.2f}{beyond}"
 
 
 def best_of(
     model: RRS, items: Sequence[TrainItem], config: RRSConfig, rates: Sequence[float], epochs: Sequence[int], dev: Any,
-    conditions: Sequence[str], budget: Any, **training: Any,
+    conditions: Sequence[str], budget: Any, folder: Path, **training: Any,
 ) -> tuple[LoRA, str]:  # fmt: skip
     """Trains at each rate, then for more epochs at the best one; each adapter gets its scale by dev. The best of all,
-    and what it is."""
+    and what it is; the best so far lies in `folder`."""
     tried: list[tuple[tuple[bool, float], float, LoRA, str]] = []
 
     def attempt(rate: float, times: int) -> None:
         changed = replace(config, learning_rate=config.learning_rate * rate, epochs=config.epochs * times)
         model.config = changed
         found = model.train(items, **training).calibrate(dev, conditions, budget=budget, answers=ANSWERS)
-        rows = [{g: r.value for g, r in point.answers.items()} for point in (found.vanilla, found.chosen)]
-        merit = score(*rows, found.budget, [g for g in rows[0] if g not in found.budget])
-        about = f"rate {changed.learning_rate:g}, epochs {changed.epochs}, scale ×{found.chosen.scale:.2f}"
+        about = f"rate {changed.learning_rate:g}, epochs {changed.epochs}, {at_scale(found)}"
+        if all(merit(found) > other for other, *_ in tried):
+            model.save(folder, overwrite=True)
         lora = model.disable().lora
         assert lora is not None
-        tried.append((merit, rate, lora, about))
+        tried.append((merit(found), rate, lora, about))
 
     for rate in rates:
         attempt(rate, epochs[0])
@@ -115,35 +121,33 @@ def best_of(
 
 
 def best_alpha(
-    model: RRS,
-    vectors: Mapping[str, Tensor],
-    dev: Any,
-    conditions: Sequence[str],
-    budget: Rates,
-    alphas: Sequence[float],
-) -> float:
-    """SARSteer's strength by dev."""
+    model: RRS, vectors: Mapping[str, Tensor], dev: Mapping[str, list[Example]], conditions: Sequence[str],
+    budget: Mapping[str, float], alphas: Sequence[float],
+) -> float:  # fmt: skip
+    """SARSteer's strength by dev, by the same rule as `calibrate`'s."""
     stages: dict[str, Any] = {"vanilla": lambda _: nullcontext()}
     stages |= {f"α = {a:g}": partial(steered, model, vectors, a) for a in alphas}
     report = model.evaluate(dev, conditions, stages=stages, max_new_tokens=24, usefulness=0)
-    rates = {
-        s: {g: report.rate(g, stage=s).value for g in dev}
-        | {"degenerate": report.rate(stage=s, verdicts=("degenerate",)).value}
-        for s in stages
-    }
-    harmful = sorted(report.harmful)
-    return max(alphas, key=lambda a: score(rates["vanilla"], rates[f"α = {a:g}"], budget, harmful))
+    at = {s: replace(report, answers=[a for a in report.answers if a.stage == s]) for s in stages}
+
+    def found(alpha: float) -> tuple[bool, float]:
+        now, harmful = at[f"α = {alpha:g}"], sorted(report.harmful)
+        over = excess(at["vanilla"], now, budget)
+        return over <= 1e-9, sum(now.rate(g).value for g in harmful) / len(harmful) if over <= 1e-9 else -over
+
+    return max(alphas, key=found)
 
 
 def steering(
     model: RRS, train: Mapping[str, list[Example]], dev: Mapping[str, list[Example]], tried: Sequence[str],
-    conditions: Sequence[str], budget: Rates, alphas: Sequence[float],
+    conditions: Sequence[str], budget: Mapping[str, float], alphas: Sequence[float],
 ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
-    """SARSteer's vectors for each condition, of 100 questions a side, and its α by dev."""
+    """SARSteer's vectors for each condition, of 100 questions a side, twins where the data names any; its α by dev."""
     vectors = {}
     for c in dict.fromkeys((*tried, *conditions)):
-        able = [spread([e for e in train[side] if e.has(c)], 100) for side in ("harmful", "benign")]
-        vectors[c] = sarsteer_vectors(model, *able, c)
+        able = [[e for e in train[side] if e.has(c)] for side in ("harmful", "benign")]
+        paired = [[e for e in rows if e.meta.get("twin")] or rows for rows in able]
+        vectors[c] = sarsteer_vectors(model, *(spread(rows, 100) for rows in paired), c)
     few = {group: spread(rows, 60) for group, rows in dev.items()}
     return vectors, best_alpha(model, vectors, few, tried, budget, alphas)
 
@@ -169,6 +173,11 @@ def compare(
     for c in (*tried, *conditions):
         if lacking := [side for side, examples in train.items() if not any(e.has(c) for e in examples)]:
             raise ValueError(f"{c}: no {' and no '.join(lacking)} example to train on has what it needs.")
+    model.readable([*chain(*dev.values(), *test.values())], conditions)  # what can't be asked is said before the work
+    how = {"template_kwargs": model.template_kwargs, "verbose": False}
+    system = RRS(model.model, model.processor, replace(model.config, system=SYSTEM), **how)
+    for c in conditions:
+        system.read(next(e for e in chain(*test.values()) if e.has(c)), c)
     model.fit(train["harmful"], train["benign"])
     found = model.calibrate(dev, tried, budget=budget, answers=ANSWERS)
     model.save(out / "adapter", overwrite=True)
@@ -176,7 +185,7 @@ def compare(
         dict(vars(model)),
         model.config,
         dict[str, LoRA](),
-        [f"RRS: ×{found.chosen.scale:.2f}."],
+        [f"RRS: {at_scale(found)}."],
     )
     model.disable()
 
@@ -197,18 +206,18 @@ def compare(
     for name, items in structures.items():
         if name not in without:
             own = replace(config, penalty=0.0)
-            loras[name], about = best(model, items, own, objective=negative_log_likelihood)
+            folder = out / name.replace(" ", "-")
+            loras[name], about = best(model, items, own, folder=folder, objective=negative_log_likelihood)
             notes.append(f"{name}: {about}.")
     paper = {name: getattr(RRSConfig(), name) for name in METHOD}
     published = replace(config, refusal=model.tokenizer.decode(model.token_ids(config.refusal)[:1]), **paper)
     model.config = published
     items = [item for c in config.conditions for item in model.prepare(train["harmful"], train["benign"], c).items]
-    loras["RRS, published"], about = best(model, items, published)
+    loras["RRS, published"], about = best(model, items, published, folder=out / "RRS-published")
     notes.append(f"RRS, published: {about}.")
     model.config = config
 
     vectors, alpha = steering(model, train, dev, tried, conditions, found.budget, alphas)
-    system = RRS(model.model, model.processor, replace(config, system=SYSTEM), verbose=False)
     stages = {
         "vanilla": lambda _condition: model.disabled(),
         "system prompt": partial(prompted, model, system),
@@ -216,10 +225,11 @@ def compare(
         f"SARSteer, α = {alpha:g}": partial(steered, model, vectors, alpha),
         **{name: partial(adapted, model, lora) for name, lora in {**loras, "RRS": ours["lora"]}.items()},
     }
+    vars(model).update(ours)  # what the report says of an adapter is RRS's; each stage attaches its own
     report = model.evaluate(test, conditions, stages=stages, max_new_tokens=max_new_tokens, cache=out / "answers.jsonl")
     report.notes += [f"System prompt: {SYSTEM!r}", f"Chosen by dev, within {found.budget}: {' '.join(notes)}"]
     add_maps(report, model, test, conditions, stages, n=16)
-    vars(model).update({**ours, "report": report})
+    model.report = report
     model.enable()
     report.settings |= origin()
     write_page(report, out)
@@ -228,7 +238,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for report, answers and RRS's adapter")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report, answers and the adapters")
     parser.add_argument("--model", default="demo", help="name or folder of any LALM; default: the demo LALM")
     parser.add_argument("--harmful", type=Path, help="to train on; default: the quickstart's")
     parser.add_argument("--benign", type=Path, help="to train on; default: the quickstart's")
@@ -243,20 +253,23 @@ def main() -> None:
     import quickstart
     from demo_lalm import fast_attention
 
+    if bool(args.harmful) != bool(args.benign):
+        parser.error("pass --harmful and --benign together")
     if args.harmful and args.benign:
         rows = [*load_examples(args.harmful, "harmful"), *load_examples(args.benign, "benign")]
         kept, held = hold_out(rows)
         train = {label: [e for e in kept if e.label == label] for label in ("harmful", "benign")}
-        dev, test, budget = grouped(held), args.test, args.budget or 0.01
+        dev, test, budget = grouped(held), args.test, 0.01 if args.budget is None else args.budget
     else:
         train, dev = quickstart.training_questions(), quickstart.evaluation_questions("dev")
         test = {**quickstart.evaluation_questions("test"), **args.test}
-        budget = args.budget or quickstart.BUDGET
+        budget = quickstart.BUDGET if args.budget is None else args.budget
     if not test:
         parser.error("pass --test GROUP=FILE for the table")
     every, options = args.every, {"rates": args.rates, "epochs": args.epochs, "without": args.without}
     if args.fast:
-        every, options, train = 10, {"rates": (1.0,), "epochs": (1,)}, {k: v[::10] for k, v in train.items()}
+        options |= {"rates": (1.0,), "epochs": (1,)}
+        every, train = 10 * every, {k: v[::10] for k, v in train.items()}
     dev, test = ({k: v[::every] for k, v in groups.items()} for groups in (dev, test))
     model = open_model(args.model)
     with fast_attention(model.reader.dtype) if args.model == "demo" else nullcontext():

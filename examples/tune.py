@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 import quickstart
-from compare import score
+from compare import merit
 from train import open_model
 
 from rrs import RRS, Example, RRSConfig
@@ -62,14 +62,13 @@ def tune(
         sides = train["harmful"], train["benign"]
         model.train([item for c in base.conditions for item in model.prepare(*sides, c).items])
         found = model.calibrate(dev, base.conditions, **how)
-        rates = [{g: rate.value for g, rate in point.answers.items()} for point in (found.vanilla, found.chosen)]
-        for group, rate in rates[1].items():
-            trial.set_user_attr(group, rate)
-        _, merit = score(*rates, found.budget, [g for g in rates[0] if g not in found.budget])
-        if not done() or merit > study.best_value:
+        for group, rate in found.chosen.answers.items():
+            trial.set_user_attr(group, rate.value)
+        _, score = merit(found)
+        if not done() or score > study.best_value:
             model.save(out / "adapter", overwrite=True)
         model.disable()
-        return merit
+        return score
 
     def done() -> int:
         return len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))

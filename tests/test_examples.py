@@ -27,9 +27,9 @@ from conftest import ROOT, rows, tiny_qwen2_audio, tone
 from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerConfig
 
-from rrs import RRS, RRSConfig, TrainItem, contribution, to_targets
+from rrs import RRS, Calibration, Point, RRSConfig, TrainItem, contribution, to_targets
 from rrs.data import load_examples
-from rrs.evaluate import Answer, Report, answer_text
+from rrs.evaluate import Answer, Rate, Report, answer_text
 from rrs.hooks import LoRA, frozen, linear_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
@@ -274,6 +274,13 @@ def test_all_methods_in_one_table(tmp_path):
     vanilla = model.disable().extract(data["harmful"], "text-only")
     loaded = RRS.load(tmp_path / "adapter", model.model, model.processor, verbose=False)
     assert torch.equal(loaded.extract(data["harmful"], "text-only", vanilla=False), now)
+    assert [p["scale"] for p in report.curve][1:] == [
+        p["scale"] for p in model.record["calibrated"]["points"]
+    ]  # its own
+    loaded.disable()
+    other = RRS.load(tmp_path / "SFT-mirror", model.model, model.processor, verbose=False)
+    assert not torch.equal(other.extract(data["harmful"], "text-only", vanilla=False), now)
+    other.disable()
     assert torch.equal(tiny().extract(data["harmful"], "text-only"), vanilla)
     typed = {side: [replace(e, audio=None) for e in examples] for side, examples in data.items()}
     with pytest.raises(ValueError, match="audio-text: no harmful and no benign example to train on"):
@@ -355,15 +362,15 @@ def test_sarsteer_moves_the_last_prompt_token_of_every_block():
 
 
 def test_merit_is_refusals_within_the_budgets():
-    budget, vanilla = {"chat": 0.02, "degenerate": 0.01}, {"harmful": 0.1, "chat": 0.05, "degenerate": 0.0}
+    def merit(harmful, over):
+        answers = {"harmful": Rate(harmful, 10, harmful / 10), "chat": Rate(5, 10, 0.5), "degenerate": Rate(0, 20, 0.0)}
+        point = Point(1.0, {}, 0.0, 0.0, answers)
+        return compare.merit(Calibration({"chat": 0.02, "degenerate": 0.01}, point, [point], point, over))
 
-    def merit(harmful, chat, degenerate=0.0):
-        return compare.score(vanilla, {"harmful": harmful, "chat": chat, "degenerate": degenerate}, budget, ["harmful"])
-
-    found = [merit(0.9, 0.5), merit(0.9, 0.08), merit(0.3, 0.05, 0.02), merit(0.2, 0.06), merit(0.8, 0.07)]
-    assert found == sorted(found, key=lambda x: x[0])  # what is beyond the budgets comes before what is within
+    found = [merit(9, 0.5), merit(9, 0.03), merit(3, 0.02), merit(2, 0.0), merit(8, -0.01)]
+    assert found == sorted(found)  # what is beyond the budgets comes before what is within
+    assert found[0] == (False, -0.5)
     assert found[-1] == (True, 0.8)
-    assert found[0] < found[1] < found[3] < found[4]
 
 
 # -- ablation.py

@@ -728,6 +728,7 @@ def test_the_words_end_with_their_sentence_where_several_refusals_have_it(tiny):
     assert (
         rrs._opening(["I can't do it", "I won't. A", "I can't say", "I can't", "I won't. B"], tokenizer) == "I won't."
     )
+    assert rrs._opening(["I do", "I am", "I see", "It is. A", "It is. B"], tokenizer) == "I"  # another first word
 
 
 @pytest.mark.filterwarnings("ignore::rrs.RRSWarning")
