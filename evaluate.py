@@ -374,9 +374,11 @@ def generate_ids(
     for first in range(0, len(todo), world()):  # rounds of one batch for each rank; the last may have fewer
         new: dict[int, list[int]] = {}
         for batch in todo[first + rank() :][:1]:
-            inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
-            start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-            rows = model.generate(**inputs, generation_config=settings)[:, start:].tolist()
+            # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
+            with reader.own_lora(any(prompts[i].audio for i in batch)):
+                inputs = reader.generation_inputs([prompts[i] for i in batch], settings)
+                start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+                rows = model.generate(**inputs, generation_config=settings)[:, start:].tolist()
             for i, ids in zip(batch, rows, strict=True):  # what stands behind an end token only fills up the batch
                 new[i] = ids[: next((k for k, t in enumerate(ids, 1) if t in ends), len(ids))]
         new = all_gather(new)

@@ -1161,8 +1161,7 @@ class Runner:
         return Rate.of([v in ("refusal", "partial") for v in verdicts]), refusals or answers
 
     def _answer(self, prompts: Sequence[Prompt], max_new_tokens: int, what: str, **options: Any) -> list[str]:
-        # Granite Speech's generate() switches its own LoRA for audio and leaves it so; `own_lora` puts it back.
-        with self._bar(len(prompts), what) as bar, self.reader.own_lora(any(p.audio for p in prompts)):
+        with self._bar(len(prompts), what) as bar:
             said = generate_ids(self.reader, self.tokenizer, prompts, max_new_tokens, bar.update, **options)
         return [answer_text(self.tokenizer, ids) for ids in said]
 
@@ -1511,7 +1510,8 @@ class RRS(Runner):
                 lengths = [len(self.read(i.example, i.condition)) for i in items]
         experts = f"; none on {n} matrices of experts (3-D)" if (n := len(expert_parameters(self.location))) else ""
         self._say(f"train: {len(items)} items, {steps} steps; a LoRA on {len(paths)} linears{experts}")
-        with self._training(lora, about, history, checkpoint_dir), self._bar(steps, "train", len(history)) as bar:
+        seen = marks(i.example for i in items)
+        with self._training(lora, about, history, seen, checkpoint_dir), self._bar(steps, "train", len(history)) as bar:
             for step in range(len(history), steps):
                 # -------------------------------------------------------------------------- a single training step
                 optimizer.param_groups[0]["lr"] = rate = c.learning_rate * (1 - step / (c.epochs * per_epoch))
@@ -1588,8 +1588,9 @@ class RRS(Runner):
 
     @contextmanager
     def _training(
-        self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]], folder: str | Path | None
-    ) -> Iterator[None]:
+        self, lora: LoRA, record: dict[str, Any], history: list[dict[str, float]], seen: frozenset[int],
+        folder: str | Path | None,
+    ) -> Iterator[None]:  # fmt: skip
         """A new adapter in training inside the `with`, alone in its folder of checkpoints; after an error the one
         before is back, as it was."""
         before, on = dict(vars(self)), self.lora is not None and self.lora.attached
@@ -1604,7 +1605,7 @@ class RRS(Runner):
             self.disable()
             with holding(folder), self._running():
                 self.lora, self.history, self.record = lora.attach().train(), history, record
-                self.report, self.directions, self._trained_on = None, {}, frozenset()
+                self.report, self.directions, self._trained_on = None, {}, seen
                 yield
                 lora.eval()
         except BaseException:
@@ -1676,7 +1677,6 @@ class RRS(Runner):
             self.config = config
             raise
         self.directions = {p.condition: p.direction for p in prepared}
-        self._trained_on = marks(usable)
         self._say(f"done in {time.perf_counter() - began:.0f} s")
         if save_to is not None:
             self.save(save_to)
@@ -1874,7 +1874,11 @@ class RRS(Runner):
         rrs.history, canary = record.pop("history", []), record.pop("canary", None)
         rrs.record = {k: v for k, v in record.items() if k not in ("evaluation", "sha256", "scale", "template_kwargs")}
         rrs.lora.attach()
-        said = rrs._acts(canary, vectors) if canary is not None else "its effect is unknown"
+        try:
+            said = rrs._acts(canary, vectors) if canary is not None else "its effect is unknown"
+        except BaseException:
+            rrs.disable()
+            raise
         another = base.get("fingerprint", here) != here
         if another or not said.startswith(("acts as trained", "its effect")):
             where = f" was trained on another base than the one it is loaded on ({base});" if another else ""

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from train import open_model
 
-from rrs import RRS, Example, RRSConfig, TrainItem, contribution, make_items
+from rrs import RRS, Example, RRSConfig, TrainItem, contribution, make_items, to_targets
 from rrs.data import content_hash
 from rrs.evaluate import Rate, by_label
 from rrs.hooks import Prompt, Reader
@@ -95,7 +95,7 @@ def held_by_kl(weight: float) -> Objective:
         before, now = (reader.logits(x).log_softmax(-1) for x in (goal, h))
         kl = F.kl_div(now, before, log_target=True, reduction="none").sum(-1)
         benign = torch.tensor([item.example.label == "benign" for item in items], device=h.device)
-        return torch.where(benign, weight * kl, (h - goal).square().mean(-1))
+        return torch.where(benign, weight * kl, to_targets(reader, prompts, items))
 
     return objective
 

@@ -5,7 +5,7 @@
 
 Every question is asked without the adapter and with it, in each condition for which the data has what it needs: typed,
 spoken, spoken with an instruction. With `--out`, a folder gets `report.html`, `report.md` and `report.json`, and
-`answers.jsonl`, from which an interrupted evaluation goes on.
+for RRS's adapters `answers.jsonl`, from which an interrupted evaluation goes on.
 """
 
 from __future__ import annotations

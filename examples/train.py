@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
@@ -109,10 +110,12 @@ def hold_out(examples: Sequence[Example], share: float = 0.25, seed: int = 0) ->
 
 
 def grouped(rows: Iterable[Example]) -> dict[str, list[Example]]:
-    """By the column `group`, where the data have it, else by label."""
+    """By the column `group`, where the data have it, else by label; a group of both labels becomes two."""
+    named = [(str(e.meta.get("group") or e.label), e) for e in rows]
+    labels = Counter(name for name, _ in {(name, e.label) for name, e in named})
     groups: dict[str, list[Example]] = {}
-    for e in rows:
-        groups.setdefault(str(e.meta.get("group") or e.label), []).append(e)
+    for name, e in named:
+        groups.setdefault(name if labels[name] == 1 else f"{name} ({e.label})", []).append(e)
     return groups
 
 
@@ -134,6 +137,7 @@ def expected_memory(model: RRS, positions: int) -> dict[str, float]:
     # What a position leaves behind for the backward pass. Frozen linears keep no input; a LoRA keeps its own, and with
     # dropout the mask as well.
     size, hidden, mlp = model.reader.dtype.itemsize, text.hidden_size, text.intermediate_size
+    mlp = max(mlp) if isinstance(mlp, (list, tuple)) else mlp  # Gemma 3n has one for each block
     narrow = hidden * text.num_key_value_heads // text.num_attention_heads  # of keys and values
     own = 2 * sum(m.in_features for m in modules) if c.lora_dropout else len(paths) / 7 * (2 * hidden + mlp)
     block = 8 * hidden + size * (2 * hidden + 2 * narrow + 3 * mlp)  # norms, in float32; attention; gate and up
@@ -219,6 +223,7 @@ def main() -> None:
         model.config = replace(model.config, epochs=1)
     asked = possible(chain(*test.values()))
     print(plan(model, train, dev, test))
+    model.readable([*chain(*test.values(), dev)], asked)  # what can't be asked is said before the work
 
     keep = {} if args.limit else {"checkpoint_dir": args.out / "checkpoints", "resume": True}
     harmful, benign = ([e for e in train if e.label == label] for label in ("harmful", "benign"))

@@ -23,6 +23,7 @@ import scaling
 import torch
 import train
 import transfer
+import zoo
 from conftest import ROOT, rows, tiny_qwen2_audio, tone
 from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerConfig
@@ -191,6 +192,27 @@ def test_the_memory_that_is_expected_is_what_autograd_keeps(dropout, layers, dty
     expected = train.expected_memory(model, len(prompts[0]))
     assert expected["activations"] == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.06)
     assert expected["LoRA, its gradients and AdamW's moments"] == 16 * sum(p.numel() for p in lora.parameters())
+
+
+def test_a_width_for_each_block_is_a_width():
+    """Gemma 3n's config has a list."""
+    lalm, build_inputs = zoo.tiny("gemma3n")
+    model = RRS(lalm, zoo.TOKENIZER, build_inputs=build_inputs, verbose=False)
+    widths = lalm.config.get_text_config().intermediate_size
+    assert isinstance(widths, list)
+    wider = train.expected_memory(model, 8)["activations"]
+    lalm.config.get_text_config().intermediate_size = [2 * w for w in widths]
+    assert train.expected_memory(model, 8)["activations"] > wider > 0
+
+
+def test_a_topic_that_both_labels_share_is_two_groups():
+    data = [{"text": f"q{i}", "label": label, "group": group} for i, (label, group) in enumerate(
+        [("harmful", "fraud"), ("benign", "fraud"), ("benign", "chat"), ("harmful", None)]
+    )]  # fmt: skip
+    groups = train.grouped(load_examples(data))
+    assert {name: [e.text for e in rows] for name, rows in groups.items()} == {
+        "fraud (harmful)": ["q0"], "fraud (benign)": ["q1"], "chat": ["q2"], "harmful": ["q3"]
+    }  # fmt: skip
 
 
 def test_groups_from_the_command_line(tmp_path, capsys):
@@ -441,8 +463,12 @@ def test_what_rows_train_on():
     assert torch.allclose(torch.stack([i.target[0] for i in items]), goals, atol=1e-5)
     first = ablation.config_of(model, replace(CONFIG, refusal="I can't"), ablation.ROWS["paper/as published"])
     assert first == replace(CONFIG, refusal="I")
-    prompts = [model.read(i.example, "text-only") for i in plain]
-    harmful = slice(len(data["harmful"]))  # without a benign input, the same as the method's own
+    words = (*model.token_ids("I can't"),)
+    plain = [
+        replace(i, suffix=words, target=i.target.repeat(1 + len(words), 1)) if n < 4 else i for n, i in enumerate(plain)
+    ]
+    prompts = [model.read(i.example, "text-only").extended(i.suffix) for i in plain]
+    harmful = slice(len(data["harmful"]))  # without a benign input, the same as the method's own, along all words
     with torch.no_grad():
         ours = ablation.held_by_kl(2.0)(model.reader, prompts, plain)
         assert torch.allclose(ours[harmful], to_targets(model.reader, prompts, plain)[harmful], atol=1e-6)

@@ -538,6 +538,8 @@ def test_items_of_ones_own_train_as_fits_do(harmful, benign):
         else:
             r.fit(harmful, benign, preflight=0)
         adapters.append(r.lora.tensors())
+        with pytest.warns(RRSWarning, match="1 examples, or their twins, are in the training set: harmful-0"):
+            r.evaluate({"harmful": harmful[:1]}, ["text-only"], max_new_tokens=1, usefulness=0)
     assert all(torch.equal(x, adapters[1][name]) for name, x in adapters[0].items())
 
 
@@ -924,6 +926,26 @@ def test_generate_equals_the_models_own_greedy_answer(tiny, harmful):
             inputs = r.render(text, None if condition == "text-only" else example.clip[1](16000))
             new = r.model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
             assert answer == r.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_answers_leave_a_models_own_lora_as_it_was(tiny, harmful, benign, monkeypatch):
+    """Granite Speech's generate() switches its LoRA for audio; what is held of answers is asked, too."""
+    r, seen = RRS(*tiny, small(keep_tokens=2), verbose=False), []
+    layer = next(r.model.modules())
+    monkeypatch.setattr(rrs.hooks, "OWN_AUDIO_LORA", (type(r.model).__name__,))
+    monkeypatch.setattr(layer, "_disable_adapters", False, raising=False)
+    generate = r.model.generate
+
+    def switching(**inputs):
+        seen.append(layer._disable_adapters)
+        layer._disable_adapters = "switched"
+        return generate(**inputs)
+
+    monkeypatch.setattr(r.model, "generate", switching)
+    for condition in ("text-only", "audio-text"):
+        r.prepare(load_examples(harmful, "harmful"), load_examples(benign, "benign"), condition)
+        assert layer._disable_adapters is False
+    assert {*seen} == {True, False}  # off for text, on for speech
 
 
 def test_generate_takes_whatever_a_person_would_ask(tiny, tmp_path):

@@ -163,6 +163,20 @@ def test_numbers_in_the_settings_are_checked_before_memory_is_taken(by_peft, set
         load(folder)
 
 
+def test_nothing_is_left_on_a_model_where_the_canary_can_not_be_asked(fitted, tmp_path, monkeypatch):
+    fitted.save(tmp_path / "adapter")
+    model, processor = tiny_qwen2_audio()
+
+    def unable(*_):
+        raise TypeError("no audio")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RRS, "_acts", unable)
+        with pytest.raises(TypeError, match="no audio"):
+            RRS.load(tmp_path / "adapter", model, processor, verbose=False)
+    RRS.load(tmp_path / "adapter", model, processor, verbose=False)  # there is room for it
+
+
 WRONG = {
     "config": [[], "x", {"lora_r": "x"}, {"lora_r": 1.5}, {"instruction": 5}, {"system": []}, {"refusal": None},
                {"group_by_length": "no"}, {"betas": {"a": 1}}, {"penalty": 10**400}, {"conditions": 1}, {"top": [1]},
