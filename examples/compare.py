@@ -20,7 +20,7 @@ The paper names SFT's structures without defining them; these definitions are ou
 under the refusal prompt where they begin as RRS's refusal does, else that refusal; its LoRA is on the modules that
 RRS's is on. SFT and the published RRS get the best of three learning rates and then of one or two times the epochs, and
 every adapter the scale at which `RRS.calibrate` finds it within the budgets. All of this is chosen by held-out
-questions, never by those of the table.
+questions, never by those of the table. The same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -97,19 +97,21 @@ def best_of(
     conditions: Sequence[str], budget: Any, folder: Path, **training: Any,
 ) -> tuple[LoRA, str]:  # fmt: skip
     """Trains at each rate, then for more epochs at the best one; each adapter gets its scale by dev. The best of all,
-    and what it is; the best so far lies in `folder`."""
+    and what it is; the best so far lies in `folder`, and what was trained in `checkpoints` beside it."""
     tried: list[tuple[tuple[bool, float], float, LoRA, str]] = []
 
     def attempt(rate: float, times: int) -> None:
         changed = replace(config, learning_rate=config.learning_rate * rate, epochs=config.epochs * times)
         model.config = changed
-        found = model.train(items, **training).calibrate(dev, conditions, budget=budget, answers=ANSWERS)
-        about = f"rate {changed.learning_rate:g}, epochs {changed.epochs}, {at_scale(found)}"
+        name = f"rate {changed.learning_rate:g}, epochs {changed.epochs}"
+        run = folder.parent / "checkpoints" / f"{folder.name}, {name}"
+        model.train(items, checkpoint_dir=run, resume=True, **training)
+        found = model.calibrate(dev, conditions, budget=budget, answers=ANSWERS)
         if all(merit(found) > other for other, *_ in tried):
             model.save(folder, overwrite=True)
         lora = model.disable().lora
         assert lora is not None
-        tried.append((merit(found), rate, lora, about))
+        tried.append((merit(found), rate, lora, f"{name}, {at_scale(found)}"))
 
     for rate in rates:
         attempt(rate, epochs[0])
@@ -158,7 +160,8 @@ def compare(
     budget: float | Mapping[str, float] = 0.01, rates: Sequence[float] = RATES, epochs: Sequence[int] = EPOCHS,
     without: Sequence[str] = (), alphas: Sequence[float] = ALPHAS, max_new_tokens: int = 24,
 ) -> Report:  # fmt: skip
-    """Trains what has to be trained, answers everything by every method, and saves the report.
+    """Trains what has to be trained, answers everything by every method, and saves the report. Called again, it goes
+    on where it was interrupted: from checkpoints and answers in `out`.
 
     Args:
         model: with RRS's settings.
@@ -178,7 +181,7 @@ def compare(
     system = RRS(model.model, model.processor, replace(model.config, system=SYSTEM), **how)
     for c in conditions:
         system.read(next(e for e in chain(*test.values()) if e.has(c)), c)
-    model.fit(train["harmful"], train["benign"])
+    model.fit(train["harmful"], train["benign"], checkpoint_dir=out / "checkpoints" / "RRS", resume=True)
     found = model.calibrate(dev, tried, budget=budget, answers=ANSWERS)
     model.save(out / "adapter", overwrite=True)
     ours, config, loras, notes = (

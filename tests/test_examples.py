@@ -272,7 +272,7 @@ def test_an_adapter_that_peft_wrote(tmp_path):
 # -- compare.py
 
 
-def test_all_methods_in_one_table(tmp_path):
+def test_all_methods_in_one_table(tmp_path, monkeypatch):
     model, data = tiny(replace(CONFIG, refusal="I can't")), sides(4)
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     test = {"harmful": data["harmful"][:2], "hard-benign": load_examples(rows("benign", 2, 50))}
@@ -304,6 +304,10 @@ def test_all_methods_in_one_table(tmp_path):
     assert not torch.equal(other.extract(data["harmful"], "text-only", vanilla=False), now)
     other.disable()
     assert torch.equal(tiny().extract(data["harmful"], "text-only"), vanilla)
+    with monkeypatch.context() as patched:  # once more: nothing is trained or answered anew
+        patched.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
+        again = tiny(replace(CONFIG, refusal="I can't"))
+        assert compare.compare(again, data, dev, test, tmp_path, **options).answers == report.answers
     typed = {side: [replace(e, audio=None) for e in examples] for side, examples in data.items()}
     with pytest.raises(ValueError, match="audio-text: no harmful and no benign example to train on"):
         compare.compare(model, typed, test, test, tmp_path)
