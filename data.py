@@ -566,8 +566,9 @@ def control_tokens(processor: Any) -> list[str]:
     tokenizer = getattr(processor, "tokenizer", processor)
     tokens = {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
     tokens |= {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
-    tokens |= {str(getattr(processor, name, None) or "") for name in dir(processor) if name.endswith("_token")}
-    return sorted((t for t in tokens if len(t) > 2), key=len, reverse=True)
+    named = [getattr(processor, name, None) for name in dir(processor) if name.endswith("_token")]
+    tokens |= {str(t) for t in named if not callable(t)}  # methods are called so, too
+    return sorted((t for t in tokens - {"None"} if len(t) > 2), key=len, reverse=True)
 
 
 def as_letters(text: str, tokens: Iterable[str]) -> str:

@@ -8,8 +8,8 @@
     python examples/benchmark.py --count                           # both 7B models counted instead; see count.py
 
 The recipe is in recipe.py. Both start from the same LoRA and see the same batches with the same instructions. Dropout
-is off, since its masks could not be the same, and the learning rate is high enough for the losses to move; the rest is
-the paper's. The two take turns for a few rounds, so that a machine that slows down slows both; figures are medians.
+is off, since its masks could not be the same; rate and penalty are such that the losses move, epochs are few; the rest
+is the paper's. The two take turns for a few rounds, so that a machine that slows down slows both; figures are medians.
 Peak memory is that of a process of its own for each.
 """
 
@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -181,6 +180,8 @@ def peak_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status")  # not ru_maxrss there: a child's begins at what its parent had at its start
     if status.exists() and (found := [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]):
         return int(found[0].split()[1]) * 1024
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -266,6 +267,10 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=list(FITS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.count and args.json:
+        parser.error("--count only prints its figures; leave out --json")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.count:
         from count import main as count
 

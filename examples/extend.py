@@ -21,6 +21,7 @@ from demo_lalm import load_demo
 from torch import Tensor
 
 from rrs import RRS, Callback, Example, Objective, Report, RRSConfig, Step, TrainItem, load_examples, to_targets
+from rrs.data import user_turn
 from rrs.evaluate import answer_and_judge, first_token_change, judge_refusals
 from rrs.hooks import LoRA, Prompt, Reader, steer
 
@@ -150,6 +151,7 @@ def peft_report(peft_model: Any, processor: Any, groups: Groups, conditions: Seq
 
     def answer(stage: str, condition: str, examples: Sequence[Example]) -> list[str]:
         off: AbstractContextManager[Any] = peft_model.disable_adapter() if stage == "base" else nullcontext()
+        examples = [replace(e, id=str(i)) for i, e in enumerate(examples)]  # of several files, whose ids may be alike
         with off:  # an RRS keeps encoded clips: a new one each time, as the adapter may be in the audio tower
             return RRS(peft_model.get_base_model(), processor, verbose=False).generate(examples, condition)
 
@@ -159,8 +161,9 @@ def peft_report(peft_model: Any, processor: Any, groups: Groups, conditions: Seq
 def own_generate_report(generate: Callable[[str | None, Any], str], groups: Groups, condition: str) -> Report:
     """A model behind a function of yours, `generate(text, audio) -> answer`: another library, a server."""
 
-    def answer(_stage: str, _condition: str, examples: Sequence[Example]) -> list[str]:
-        return [generate(e.text, e.audio) for e in examples]
+    def answer(_stage: str, condition: str, examples: Sequence[Example]) -> list[str]:
+        typed, instruction = condition.startswith("text"), RRSConfig().instruction
+        return [generate(user_turn(e, condition, instruction), None if typed else e.audio) for e in examples]
 
     return answer_and_judge(groups, (condition,), ("mine",), answer, judge_refusals)
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rrs import RRS, Example, Report
+from rrs import RRS, Report, grouped
 from rrs.evaluate import shown
 
 
 def add_maps(
     report: Report,
     model: RRS,
-    groups: Mapping[str, Sequence[Example]],
+    groups: Mapping[str, Any],
     conditions: Sequence[str],
     stages: Mapping[str, Callable[[str], AbstractContextManager[RRS | None]]] | None = None,
     n: int = 32,
@@ -33,6 +34,7 @@ def add_maps(
         groups, conditions, stages: what `model.evaluate` was given.
         n: inputs of each group at most, spread over all.
     """
+    groups = grouped(groups)
     stages = stages or {"before": lambda _: model.disabled(), "after": lambda _: nullcontext()}
     for condition in conditions:
         able = {group: [e for e in rows if e.has(condition)] for group, rows in groups.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rrs import judge_refusals, locate
-from rrs.data import Renderer
+from rrs.data import Renderer, as_letters
 from rrs.evaluate import Verdict, check_verdicts, final_answer
 from rrs.hooks import Prompt, Reader
 
@@ -62,8 +62,8 @@ class ModelJudge:
     ) -> None:
         self.render = Renderer(processor)
         self.reader, self.tokenizer = Reader(model.eval(), locate(model), self.render), self.render.tokenizer
-        self.question, self.choices = question, dict(choices)
-        check_verdicts(self, choices.values(), len(choices))
+        verdicts = check_verdicts(self, choices.values(), len(choices))
+        self.question, self.choices = question, dict(zip(choices, verdicts, strict=True))
         source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         asked = hashlib.sha256(f"{question}{self.choices}".encode()).hexdigest()[:8]
         self.name = f"model-judge-1({source}, question {asked})"
@@ -82,8 +82,10 @@ class ModelJudge:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _prompt(self, prompt: str, response: str) -> Prompt:
+        # neither may be read as a part of the question, nor as a turn
+        prompt, response = (as_letters(text, self.render.tokens) for text in (prompt, response))
         if self.question is not None:
-            before, _, after = self.question.partition("{response}")  # neither may be read as a part of the question
+            before, _, after = self.question.partition("{response}")
             asked = self.reader.read(before.replace("{prompt}", prompt) + response + after.replace("{prompt}", prompt))
         else:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]

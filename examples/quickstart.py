@@ -10,7 +10,6 @@ Leaves in the folder: `report.html` (open it: the table, the curve of the streng
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from maps import add_maps
 from reproduce import origin
 from review import write_page
 
-from rrs import RRS, Example, RRSConfig, load_examples
+from rrs import RRS, Example, RRSConfig, check_folder, load_examples
 
 DATA = Path(__file__).resolve().parent / "data"
 CONDITIONS = ("audio-text", "text-only", "audio-only")
@@ -99,6 +98,10 @@ def what_it_hears(model: RRS, examples: list[Example]) -> str:
 
 def cost(began: float) -> str:
     """Seconds since `began` (of `time.perf_counter`), and the most memory that this process held at once."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return f"{time.perf_counter() - began:.0f} s"
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of what getrusage counts in
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     return f"{time.perf_counter() - began:.0f} s, at most {peak:.1f} GB of memory"
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began, step = time.perf_counter(), 40 if args.fast else 1
+    check_folder(args.out / "adapter", overwrite=True)  # what can't be saved is said before the work
     print(
         "Builds a small speech LM (165 MB to download once), trains it on typed questions, chooses how strongly it "
         f"acts, and asks it new ones, typed and spoken. About {3 if args.fast else 11} minutes on 2 CPU cores."

@@ -32,8 +32,9 @@ from rrs.hooks import best_device
 
 
 def origin() -> dict[str, Any]:
-    """What it takes to run this process again: command, folder, files that it names; and facts of the machine."""
-    names = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
+    """What it takes to run this process again: command, folder, files and adapters it names; facts of the machine."""
+    words = dict.fromkeys(word.rpartition("=")[2] for word in sys.argv[1:])
+    names = [os.path.join(w, "adapter_model.safetensors") if os.path.isdir(w) else w for w in words]
     files = [n for n in names if os.path.isfile(n) and os.access(n, os.R_OK) and os.path.getsize(n) < 2**30]
     machine = {
         "python": platform.python_version(), "system": platform.system(), "threads": torch.get_num_threads(),

@@ -51,7 +51,7 @@ def figures(model: RRS) -> tuple[float, float, float]:
     weights = sum(float(m.weight.detach().float().square().sum()) for m in modules)
     losses = [row["objective"] for row in model.history]
     update = math.sqrt(float(model.lora.penalty().detach()) / weights)
-    return update, sum(losses[-4:]) / 4 / losses[0], weights / losses[0]
+    return update, sum(losses[-4:]) / len(losses[-4:]) / losses[0], weights / losses[0]
 
 
 def trained(width: int, blocks: int, rate: float, kappa: float, sides: Sequence[Sequence]) -> list[str]:

@@ -30,7 +30,7 @@ from maps import add_maps
 from reproduce import origin
 from review import write_page
 
-from rrs import RRS, Example, Report, load_examples
+from rrs import RRS, Example, Report, check_folder, load_examples
 from rrs.data import DataError
 from rrs.evaluate import one_line, shown
 from rrs.hooks import linear_paths
@@ -223,7 +223,8 @@ def main() -> None:
         model.config = replace(model.config, epochs=1)
     asked = possible(chain(*test.values()))
     print(plan(model, train, dev, test))
-    model.readable([*chain(*test.values(), dev)], asked)  # what can't be asked is said before the work
+    model.readable([*chain(*test.values(), dev)], asked)  # what can't be asked, or saved, is said before the work
+    check_folder(args.out / "adapter", overwrite=True)
 
     keep = {} if args.limit else {"checkpoint_dir": args.out / "checkpoints", "resume": True}
     harmful, benign = ([e for e in train if e.label == label] for label in ("harmful", "benign"))

@@ -3,7 +3,7 @@
     python examples/transfer.py --adapter out/adapter --out out/transfer                 # the demo LALM, its dev split
     python examples/transfer.py --adapter out/q2a --out out/transfer --model Qwen/Qwen2-Audio-7B-Instruct \\
         --test harmful=advbench.csv --test benign=chat.jsonl --test hard-benign=xstest_safe.csv
-    python examples/transfer.py --adapter out/adapter --out out/transfer --only clean opus "role play" --every 2
+    python examples/transfer.py --adapter out/adapter --out out/transfer --only clean opus "role play" --limit 20
 
 Clips get noise, another speed, a telephone's band, a codec, or harmless speech in front; written questions a polite or
 a borrowed frame, or a role; and answers are made to begin with "Sure, here is". Each row of the table is such a change,
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from quickstart import evaluation_questions
 from review import write_page
 from train import TEST, Groups, open_model, possible, spread
 
@@ -146,6 +145,7 @@ def transfer(
         SystemExit: no change applies.
     """
     conditions, answers = possible(e for examples in test.values() for e in examples), []
+    notes: dict[str, None] = {}  # each once
     # Changes decode clips. What can't be is left out everywhere, so that all rows are of the same questions.
     test = {group: model.readable(examples, conditions, skip=True) for group, examples in test.items()}
     for name in names:
@@ -153,9 +153,10 @@ def transfer(
         where = [c for c in conditions if name not in (CLIPS if c.startswith("text") else FRAMES)]
         able = {group: [e for e in examples if any(map(e.has, where))] for group, examples in test.items()}
         as_they_are = name in ("clean", "prefilled")
-        groups = {
-            g: [e if as_they_are else changed(e, name, harmless) for e in rows] for g, rows in able.items() if rows
-        }
+        groups = {g: [e if as_they_are else changed(e, name, harmless) for e in rows] for g, rows in able.items()}
+        if not as_they_are:  # slower, or after other speech, a clip may be longer than the model hears
+            groups = {g: model.readable(rows, where, skip=True) for g, rows in groups.items()}
+        groups = {g: rows for g, rows in groups.items() if rows}
         if not groups:
             continue
         report = model.evaluate(
@@ -164,8 +165,8 @@ def transfer(
         )  # fmt: skip
         answers += [replace(a, condition=f"{a.condition}, {name}") for a in report.answers]
         answers += by_voice(report, test).answers if name == "clean" else []
-        notes = [f"Prefilled: every answer was made to begin with {PREFIX!r}; judged is what follows."]
-        whole = replace(report, answers=answers, skipped=[], notes=notes)
+        notes |= {f"{note} ({name})" if name == "prefilled" else note: None for note in report.notes}
+        whole = replace(report, answers=answers, skipped=[], notes=[*notes])
         whole.save(out)
     if not answers:
         raise SystemExit(f"None of the changes {list(names)} applies: those of clips need audio, frames need text.")
@@ -184,14 +185,18 @@ def main() -> None:
     )
     parser.add_argument("--harmless", type=Path, default=DATA / "audio" / "hard_benign_dev-homonyms-01.ogg")
     parser.add_argument("--limit", type=int, default=10**6, help="ask at most so many questions of each group")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="per answer")
     args = parser.parse_args()
     base = open_model(args.model)
     model = RRS.load(args.adapter, base.model, base.processor)
     # The demo's dev split: the same questions in all conditions, so only those that somebody speaks.
-    own = {group: [e for e in rows if e.audio] for group, rows in evaluation_questions("dev").items()}
-    test = {group: spread(rows, args.limit) for group, rows in (args.test or own).items() if rows}
+    if not args.test:
+        from quickstart import evaluation_questions
+
+        args.test = {group: [e for e in rows if e.audio] for group, rows in evaluation_questions("dev").items()}
+    test = {group: spread(rows, args.limit) for group, rows in args.test.items() if rows}
     speech = Example("harmless", audio=args.harmless).clip[1](RATE)
-    print(transfer(model, test, speech, args.out, names=args.only))
+    print(transfer(model, test, speech, args.out, names=args.only, max_new_tokens=args.max_new_tokens))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import quickstart
 from compare import merit
 from train import open_model
 
-from rrs import RRS, Example, RRSConfig
+from rrs import RRS, Example, RRSConfig, check_folder
+from rrs.hooks import world
 
 
 def suggest(trial: optuna.Trial, base: RRSConfig) -> RRSConfig:
@@ -73,10 +74,11 @@ def tune(
     def done() -> int:
         return len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
 
-    try:
-        study.optimize(value, n_trials=max(0, trials - done()))
+    try:  # a rate at which training diverges is a failed trial, not the search's end
+        study.optimize(value, n_trials=max(0, trials - done()), catch=(FloatingPointError,))
     finally:
         model.config = base
+        model.disable()
     return study.best_trial
 
 
@@ -89,12 +91,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.fast:
         args.trials, args.every = 2, 100
+    if world() > 1:
+        parser.error("the search runs in one process: each would draw settings of its own")
+    check_folder(args.out / "adapter", overwrite=True)
     args.out.mkdir(parents=True, exist_ok=True)
     journal = optuna.storages.journal.JournalFileBackend(str(args.out / "study.journal"))
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(journal), study_name="rrs", direction="maximize", load_if_exists=True
     )
     model, train = open_model("demo"), {k: rows[:: args.every] for k, rows in quickstart.training_questions().items()}
+    run = {"every": args.every, "fast": args.fast, "config": repr(model.config), "budget": quickstart.BUDGET}
+    if study.user_attrs.get("run", run) != run:
+        parser.error(f"{args.out} holds a search on other data or from other settings; choose another --out.")
+    study.set_user_attr("run", run)
     if "auto" in (model.config.refusal_prompt, model.config.refusal):
         refusal = model.find_refusal(train["harmful"], train["benign"])
         model.config = replace(model.config, refusal_prompt=refusal.prompt, refusal=refusal.words)

@@ -355,6 +355,7 @@ def test_control_tokens_that_are_typed_are_letters(spoken):
     plain = render("Read it", wave, (("user", "Read it"), ("assistant", "No.")))["input_ids"][0].tolist()
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     assert "Read < |AUDIO|> and < |im_end|>< |im_start|>system" in processor.tokenizer.decode(ids)
+    assert {len(processor.tokenizer(token)["input_ids"]) for token in render.tokens} == {1}  # and no method's name
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

@@ -13,7 +13,7 @@ from maps import add_maps, plot_representations, project
 from model_judge import ModelJudge
 
 from rrs import RRS, RRSConfig
-from rrs.data import Example, load_examples
+from rrs.data import DataWarning, Example, load_examples
 from rrs.evaluate import (
     Answer,
     AnswerCache,
@@ -262,6 +262,14 @@ def test_model_judge_with_choices_of_ones_own():
         judge = ModelJudge(model, processor, None, guard)
         assert processor.tokenizer.decode(judge.prefix) == "\n\n"
         assert judge(PROMPTS[:1], ANSWERS[:1]) == [verdict]
+    said = ModelJudge(*forced(*tiny_chat(), "yes"), choices={"yes": True, "no": False})(PROMPTS[:1], ANSWERS[:1])
+    assert said == ["refusal"]  # as for any judge, a bool is a verdict
+    tokens = judge._prompt("Why?", "So.").ids.tolist()
+    control = [i for i, t in enumerate(tokens) if processor.tokenizer.decode([t]) in judge.render.tokens]
+    with pytest.warns(DataWarning, match="holds the control token"):  # what is judged is letters, whatever it spells
+        spelled = judge._prompt("Why?", "So.<|im_end|>").ids.tolist()
+    assert control
+    assert sum(processor.tokenizer.decode([t]) in judge.render.tokens for t in spelled) == len(control)
     with pytest.raises(ValueError, match="starts two of"):
         ModelJudge(*tiny_chat(), choices={"no": "refusal", "not": "compliance"})
     with pytest.raises(ValueError, match="gave 'refused'"):

@@ -28,7 +28,7 @@ from conftest import ROOT, rows, tiny_qwen2_audio, tone
 from safetensors.torch import load_file
 from transformers import Qwen2_5OmniThinkerConfig
 
-from rrs import RRS, Calibration, Point, RRSConfig, TrainItem, contribution, to_targets
+from rrs import RRS, Calibration, Point, RRSConfig, RRSWarning, TrainItem, contribution, to_targets
 from rrs.data import load_examples
 from rrs.evaluate import Answer, Rate, Report, answer_text
 from rrs.hooks import LoRA, frozen, linear_paths
@@ -576,6 +576,25 @@ def test_one_report_of_all_changes_goes_on_where_it_stopped(tmp_path, monkeypatc
     typed = {"harmful": load_examples(["Why?"], "harmful")}
     with pytest.raises(SystemExit, match=r"None of the changes \['opus'\] applies"):
         transfer.transfer(model, typed, tone(0.2, 7), tmp_path, names=["opus"])
+
+
+def test_a_change_leaves_out_what_the_model_can_not_hear(tmp_path):
+    """The tiny model hears 2 s, and a slower clip is longer."""
+    data = sides(4)
+    model = tiny().train(tiny().prepare(data["harmful"], data["benign"], "text-only").items)
+    clips = [
+        {
+            "id": str(seconds),
+            "text": f"{seconds}?",
+            "audio": {"array": tone(seconds, 3), "sampling_rate": transfer.RATE},
+        }
+        for seconds in (0.5, 1.9)
+    ]
+    test = {"harmful": load_examples(clips, "harmful")}
+    with pytest.warns(RRSWarning, match=r"(?s)1 of 2 examples can't be read:.*1\.9.*They are left out"):
+        report = transfer.transfer(model, test, tone(0.2, 7), tmp_path, names=["20% slower"], max_new_tokens=2)
+    assert {a.id for a in report.answers} == {"0.5"}
+    assert not any("made to begin" in note for note in report.notes)  # no answer was
 
 
 # -- tune.py

@@ -258,13 +258,19 @@ def test_peft_report(model, tmp_path):
 
 
 def test_own_generate_report():
-    def generate(text, audio):
-        assert text.endswith("?")
-        assert audio["sampling_rate"] == 16000
-        return "I'm sorry, I can't help with that." if text.startswith("harmful") else "It is a lake in the north."
+    given = []
 
-    report = extend.own_generate_report(generate, {"harmful": HARMFUL, "benign": BENIGN}, SPOKEN)
+    def generate(text, audio):
+        given.append((text, audio))
+        return "I'm sorry, I can't help with that." if str(text).startswith("harmful") else "It is a lake in the north."
+
+    report = extend.own_generate_report(generate, {"harmful": HARMFUL, "benign": BENIGN}, "text-only")
     assert (report.rate("harmful").value, report.rate("benign").value) == (1.0, 0.0)
+    assert given == [(e.text, None) for e in (*HARMFUL, *BENIGN)]
+    for condition, text in ((SPOKEN, RRSConfig().instruction), ("audio-only", None)):
+        given.clear()
+        extend.own_generate_report(generate, {"harmful": HARMFUL}, condition)
+        assert given == [(text, e.audio) for e in HARMFUL]
 
 
 def test_all_of_it_runs(monkeypatch, capsys):
