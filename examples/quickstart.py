@@ -132,7 +132,8 @@ def main() -> None:
     with fast_attention(lalm.dtype):
         model.fit(harmful=train["harmful"], benign=train["benign"], preflight=8)
     half = {group: rows[::2] for group, rows in dev.items()}  # enough to choose one number by
-    model.calibrate(half, ("audio-text", "text-only"), budget=BUDGET, answers=8 if args.fast else 30)
+    few = {"answers": 8, "most": 1.0} if args.fast else {"answers": 30}
+    model.calibrate(half, ("audio-text", "text-only"), budget=BUDGET, **few)
     report = model.evaluate(test, CONDITIONS, max_new_tokens=16 if args.fast else 24, usefulness=24)
     add_maps(report, model, test, CONDITIONS, n=8)
     clips = sorted((e for rows in test.values() for e in rows if e.has("audio-only")), key=lambda e: e.meta["voice"])
