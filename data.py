@@ -567,8 +567,8 @@ def control_tokens(processor: Any) -> list[str]:
     tokens = {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
     tokens |= {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
     named = [getattr(processor, name, None) for name in dir(processor) if name.endswith("_token")]
-    tokens |= {str(t) for t in named if not callable(t)}  # methods are called so, too
-    return sorted((t for t in tokens - {"None"} if len(t) > 2), key=len, reverse=True)
+    tokens |= {str(t) for t in named if t and not callable(t)}  # methods are called so, too
+    return sorted((t for t in tokens if len(t) > 2), key=len, reverse=True)
 
 
 def as_letters(text: str, tokens: Iterable[str]) -> str:

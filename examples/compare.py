@@ -80,11 +80,14 @@ def adapted(model: RRS, lora: LoRA, _condition: str) -> Iterator[None]:
 # -- each at its best point by dev
 
 
-def merit(found: Calibration) -> tuple[bool, float]:
+def ranked(over: float, refused: Sequence[float]) -> tuple[bool, float]:
     """Sorts by merit: first what is within the budgets, by its refusals; else by how little it is beyond them."""
-    refused = [rate.value for g, rate in found.chosen.answers.items() if g not in found.budget]
-    within = found.over <= 1e-9
-    return within, sum(refused) / len(refused) if within else -found.over
+    within = over <= 1e-9
+    return within, sum(refused) / len(refused) if within else -over
+
+
+def merit(found: Calibration) -> tuple[bool, float]:
+    return ranked(found.over, [rate.value for g, rate in found.chosen.answers.items() if g not in found.budget])
 
 
 def at_scale(found: Calibration) -> str:
@@ -107,11 +110,12 @@ def best_of(
         run = folder.parent / "checkpoints" / f"{folder.name}, {name}"
         model.train(items, checkpoint_dir=run, resume=True, **training)
         found = model.calibrate(dev, conditions, budget=budget, answers=ANSWERS)
-        if all(merit(found) > other for other, *_ in tried):
+        worth = merit(found)
+        if all(worth > other for other, *_ in tried):
             model.save(folder, overwrite=True)
         lora = model.disable().lora
         assert lora is not None
-        tried.append((merit(found), rate, lora, f"{name}, {at_scale(found)}"))
+        tried.append((worth, rate, lora, f"{name}, {at_scale(found)}"))
 
     for rate in rates:
         attempt(rate, epochs[0])
@@ -132,12 +136,11 @@ def best_alpha(
     report = model.evaluate(dev, conditions, stages=stages, max_new_tokens=24, usefulness=0)
     at = {s: replace(report, answers=[a for a in report.answers if a.stage == s]) for s in stages}
 
-    def found(alpha: float) -> tuple[bool, float]:
-        now, harmful = at[f"α = {alpha:g}"], sorted(report.harmful)
-        over = excess(at["vanilla"], now, budget)
-        return over <= 1e-9, sum(now.rate(g).value for g in harmful) / len(harmful) if over <= 1e-9 else -over
+    def worth(alpha: float) -> tuple[bool, float]:
+        now = at[f"α = {alpha:g}"]
+        return ranked(excess(at["vanilla"], now, budget), [now.rate(g).value for g in sorted(report.harmful)])
 
-    return max(alphas, key=found)
+    return max(alphas, key=worth)
 
 
 def steering(
